@@ -1,0 +1,125 @@
+"""Which head does what at which scale: the GPU-independent half of a profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from sparvar_kernels.cs4a import ranks_needed
+from sparvar_kernels.scales import ScaleSchedule
+from sparvar_kernels.variants import Cs4a, Csla, Dense, Reuse, Variant, at_decision, why_not_variant
+
+
+@dataclass(frozen=True)
+class Rule:
+    """At `scale_index`, heads of class `head_class` use `variant`. Whatever no rule names is dense."""
+
+    scale_index: int
+    head_class: str
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Policy:
+    """heads[layer] is a string with one class letter per head, such as "LLDL"; at most one rule per (scale, class).
+
+    skip_scales: trailing scales left out of the generation altogether.
+    """
+
+    heads: tuple[str, ...]
+    rules: tuple[Rule, ...] = ()
+    skip_scales: tuple[int, ...] = ()
+
+    @classmethod
+    def uniform(cls, layers: int, heads: int, rules: dict[int, Variant]) -> Policy:
+        """Every head alike (class "A"): one variant per scale."""
+        return cls(("A" * heads,) * layers, tuple(Rule(s, "A", v) for s, v in sorted(rules.items())))
+
+    def variant(self, layer: int, head: int, scale_index: int) -> Variant:
+        letter = self.heads[layer][head]
+        return next((r.variant for r in self.rules if (r.scale_index, r.head_class) == (scale_index, letter)), Dense())
+
+    def why_not(self, schedule: ScaleSchedule, layers: int, heads: int) -> str | None:
+        """Why this policy does not fit a model with `layers` x `heads` and `schedule`, or None."""
+        if len(self.heads) != layers or any(len(row) != heads for row in self.heads):
+            got = f"{len(self.heads)} rows of {sorted({len(row) for row in self.heads})}"
+            return f"heads: got {got} class letters, want {layers} rows of {heads}"
+        letters = set("".join(self.heads))
+        seen = set()
+        for i, rule in enumerate(self.rules):
+            where = f"rules[{i}]"
+            if not 0 <= rule.scale_index < len(schedule):
+                return f"{where}: scale_index={rule.scale_index}, want 0..{len(schedule) - 1}"
+            if rule.head_class not in letters:
+                return f"{where}: head class {rule.head_class!r} has no head; known: {', '.join(sorted(letters))}"
+            if (rule.scale_index, rule.head_class) in seen:
+                return f"{where}: a second rule for scale {rule.scale_index}, class {rule.head_class!r}"
+            seen.add((rule.scale_index, rule.head_class))
+            reason = why_not_variant(rule.variant, schedule, rule.scale_index)
+            if reason:
+                return f"{where}: {reason}"
+        for i, rule in enumerate(self.rules):
+            decision = getattr(rule.variant, "decision_scale", None)
+            if decision is not None and (decision, rule.head_class) in seen:
+                return f"rules[{i}]: decision scale {decision} must be dense for class {rule.head_class!r}, but has a rule"
+        expected = tuple(range(len(schedule) - len(self.skip_scales), len(schedule)))
+        if self.skip_scales != expected or len(expected) >= len(schedule):
+            return f"skip_scales={self.skip_scales}: want the last scales in order, such as {(len(schedule) - 1,)}"
+        if any(r.scale_index in self.skip_scales for r in self.rules):
+            return f"skip_scales={self.skip_scales}: a skipped scale has a rule"
+        return None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a decision scale leaves behind for some heads: `variant` is `at_decision`'s form."""
+
+    variant: Variant
+    heads: tuple[int, ...]
+    ranks: int  # best keys to remember; 0: none
+
+    @property
+    def key(self) -> tuple[Variant, tuple[int, ...]]:
+        return self.variant, self.heads
+
+    @property
+    def wants_residual(self) -> bool:
+        return isinstance(self.variant, Reuse | Csla) or (isinstance(self.variant, Cs4a) and self.variant.residual)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer at one scale: the variant of each group of heads, and what must be recorded for later scales."""
+
+    groups: tuple[tuple[Variant, tuple[int, ...]], ...]
+    records: tuple[Record, ...] = field(default=())
+
+
+@lru_cache(maxsize=64)
+def plan_layers(policy: Policy, schedule: ScaleSchedule) -> tuple[tuple[LayerPlan, ...], ...]:
+    """[layer][scale] plans of a legal policy; raises ValueError with the reason for another."""
+    reason = policy.why_not(schedule, len(policy.heads), len(policy.heads[0]))
+    if reason:
+        raise ValueError(f"policy: {reason}")
+    out = []
+    for layer, letters in enumerate(policy.heads):
+        groups = [_group(policy, layer, len(letters), s) for s in range(len(schedule))]
+        records: list[dict[tuple, Record]] = [{} for _ in schedule.grids]
+        for s, found in enumerate(groups):
+            for variant, heads in found:
+                decision = getattr(variant, "decision_scale", None)
+                if decision is None:
+                    continue
+                there = at_decision(variant, schedule, s)
+                ranks = ranks_needed(variant, schedule, s) if isinstance(variant, Cs4a) else 0
+                record = records[decision].get((there, heads), Record(there, heads, 0))
+                records[decision][there, heads] = replace(record, ranks=max(record.ranks, ranks))
+        out.append(tuple(LayerPlan(g, tuple(r.values())) for g, r in zip(groups, records, strict=True)))
+    return tuple(out)
+
+
+def _group(policy: Policy, layer: int, heads: int, scale_index: int) -> tuple[tuple[Variant, tuple[int, ...]], ...]:
+    groups: dict[Variant, list[int]] = {}
+    for h in range(heads):
+        groups.setdefault(policy.variant(layer, h, scale_index), []).append(h)
+    return tuple((variant, tuple(members)) for variant, members in groups.items())

@@ -1,0 +1,110 @@
+"""pocketvar: the model in the box."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.models import Model
+from sparvar_tune.pocketvar.model import DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
+from sparvar_tune.pocketvar.photos import CLASSES
+
+YARDSTICKS = Path(__file__).parents[1] / "pocketvar" / "yardsticks.json"
+REDRAW = "dense, noise redrawn at the last two scales"
+DROP = "dense, last scale left out"
+
+
+@lru_cache(maxsize=4)
+def weights_hash(path: Path = WEIGHTS) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class PocketAdapter:
+    """See `sparvar_tune.adapters.Adapter`."""
+
+    def __init__(self, model: Model, device: str) -> None:
+        self.model, self.device = model, device
+        self.live = load_pocketvar(device=device)
+        self.schedule = self.live.schedule
+        self.softmax_scale, self.logit_bound = 1.0, self.live.logit_bound
+        self.weights_sha256 = weights_hash()
+        self.temperature = 0.7
+        self.num_classes = self.live.config.classes
+        self.dense, self.dense_name = DENSE, "torch scaled_dot_product_attention"
+
+    def start(self, pair: tuple[int, int], until: int) -> Generation:
+        label, seed = pair
+        noise = draw_noise(self.schedule, self.live.config.bits, seed)
+        return Generation(self.live, [label], noise, self.temperature, DENSE).run(until).parked()
+
+    def finish(self, state: Generation, attend: Attend, redraw_from: int | None = None) -> Tensor:
+        noise = None
+        if redraw_from is not None:
+            begin = self.schedule.starts[redraw_from]
+            noise = state.noise[0].clone()
+            noise[begin:] = draw_noise(self.schedule, self.live.config.bits, self._seed_of(noise))[begin:]
+        return state.fork(attend, noise).run().pictures()
+
+    @staticmethod
+    def _seed_of(noise: Tensor) -> int:
+        """A number that depends on the noise alone, so that redrawing is a pure function of the pair."""
+        return int(hashlib.sha256(noise.cpu().numpy().tobytes()).hexdigest()[:10], 16)
+
+    def classes(self) -> Sequence[str]:
+        return CLASSES
+
+    def required(self, preset: str) -> tuple[float, float]:
+        if preset == "paper":
+            return 29.48, 0.92  # the paper's CS4A + CSLA on Infinity-8B, its table 1
+        if preset == "near-lossless":
+            for name, psnr_db, _ssim in self.yardsticks():
+                if name == REDRAW:
+                    return psnr_db, 0.93
+            raise ValueError(f"{YARDSTICKS.name}: not of these weights; run python -m sparvar_tune.pocketvar.yardsticks")
+        raise ValueError(f'preset {preset!r}: want "near-lossless" or "paper"')
+
+    def yardsticks(self) -> tuple[tuple[str, float, float], ...]:
+        if not YARDSTICKS.is_file():
+            return ()
+        data = json.loads(YARDSTICKS.read_text("utf-8"))
+        if data["weights_sha256"] != self.weights_sha256:
+            return ()
+        return tuple((row["name"], row["psnr_db"], row["ssim"]) for row in data["rows"])
+
+
+def open_model(model: Model, device: str) -> PocketAdapter:
+    return PocketAdapter(model, device)
+
+
+def recognises(model: Any) -> bool:
+    return isinstance(model, PocketVAR)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """`undo` gives the model its attention back."""
+
+    model: PocketVAR
+    before: Attend
+
+    def undo(self) -> None:
+        self.model.attend = self.before
+
+
+def attach(model: PocketVAR, attend: SparseAttention) -> Attached:
+    """Makes `model`'s sampling use `attend`. Raises ValueError when the two do not fit."""
+    config = model.config
+    reason = attend.policy.why_not(model.schedule, config.depth, config.heads)
+    if reason:
+        raise ValueError(f"this profile does not fit the model: {reason}")
+    attached = Attached(model, model.attend)
+    model.attend = attend
+    return attached

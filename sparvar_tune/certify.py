@@ -1,0 +1,128 @@
+"""The last word on a policy: held-out pictures and interleaved times, in one pass.
+
+For every held-out (class, seed) pair the dense and the tuned generation run one after the other, in alternating order,
+from the same coarse state; the part before the first scale a policy may touch is the same computation in both, so it is
+run once and its time counted on both sides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from sparvar_kernels.attention import Launch
+from sparvar_kernels.policy import Policy
+from sparvar_tune.adapters import Adapter, Pair
+from sparvar_tune.fidelity import Constraint, PictureFidelity, compare_pictures, hash_pairs, lower_bound
+from sparvar_tune.judge import first_touched, make_attention
+from sparvar_tune.measure import Stopwatch, paired_speedup, timing
+from sparvar_tune.profiles import Evidence, Generation, Row, Yardstick
+
+
+class Timed:
+    """Attention that adds up the milliseconds spent at each scale."""
+
+    def __init__(self, inner: Any, device: str) -> None:
+        self.inner, self.stopwatch = inner, Stopwatch(device)
+        self.skip_scales: tuple[int, ...] = inner.skip_scales
+        self.spent_ms: dict[int, float] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
+        made: list[Tensor] = []
+        ms = self.stopwatch(lambda: made.append(self.inner(q, k, v, layer, scale_index)))
+        self.spent_ms[scale_index] = self.spent_ms.get(scale_index, 0.0) + ms
+        return made[0]
+
+
+@dataclass
+class Trial:
+    """Everything measured on the held-out pairs; lists run over pairs, times are in ms."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    found: list[PictureFidelity] = field(default_factory=list)
+    dense_ms: list[float] = field(default_factory=list)
+    tuned_ms: list[float] = field(default_factory=list)
+    dense_scales: list[dict[int, float]] = field(default_factory=list)
+    tuned_scales: list[dict[int, float]] = field(default_factory=list)
+
+
+def compare_on(
+    adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None]
+) -> Trial:
+    """Dense and tuned pictures of every pair, timed side by side."""
+    trial, stopwatch = Trial(), Stopwatch(adapter.device)
+    sparse = make_attention(adapter, policy, launches)
+    begun = time.monotonic()
+    for i, pair in enumerate(pairs):
+        states: list[Any] = []
+        shared = stopwatch(lambda: states.append(adapter.start(pair, first_touched(adapter))))  # noqa: B023
+        pictures: dict[str, Tensor] = {}
+        for name in ("dense", "tuned") if i % 2 else ("tuned", "dense"):
+            sparse.reset()
+            attend = Timed(adapter.dense if name == "dense" else sparse, adapter.device)
+            made: list[Tensor] = []
+            ms = shared + stopwatch(lambda: made.append(adapter.finish(states[0], attend)))  # noqa: B023
+            pictures[name] = made[0]
+            (trial.dense_ms if name == "dense" else trial.tuned_ms).append(ms)
+            (trial.dense_scales if name == "dense" else trial.tuned_scales).append(attend.spent_ms)
+        trial.pairs.append(pair)
+        trial.found.append(compare_pictures(pictures["tuned"], pictures["dense"]))
+        left = (time.monotonic() - begun) / (i + 1) * (len(pairs) - i - 1)
+        psnr = [f.psnr_db for f in trial.found]
+        say(
+            f"held-out pair {i + 1}/{len(pairs)}: {fmean(psnr):.2f} dB on average (lower bound {lower_bound(psnr):.2f}), "
+            f"{sum(trial.dense_ms) / sum(trial.tuned_ms):.2f}x, {left:.0f} s left"
+        )
+    return trial
+
+
+def evidence(trial: Trial, adapter: Adapter, constraint: Constraint, confidence: float) -> tuple[Evidence, float]:
+    """The evidence a profile carries, and the shortfall (<= 0: certified)."""
+    psnr, ssim = [f.psnr_db for f in trial.found], [f.ssim for f in trial.found]
+    made = Evidence(
+        n=len(psnr), confidence=confidence,
+        psnr_mean_db=fmean(psnr), psnr_lower_db=lower_bound(psnr, confidence), required_psnr_db=constraint.psnr_db,
+        ssim_mean=fmean(ssim), ssim_lower=lower_bound(ssim, confidence), required_ssim=constraint.ssim,
+        ms_ssim_mean=fmean(f.ms_ssim for f in trial.found),
+        data_hash=hash_pairs(trial.pairs, adapter.weights_sha256, adapter.temperature),
+        yardsticks=tuple(Yardstick(*y) for y in adapter.yardsticks()),
+    )  # fmt: skip
+    return made, constraint.shortfall(psnr, ssim, confidence)
+
+
+def generation(trial: Trial, adapter: Adapter) -> Generation:
+    return Generation(
+        adapter.dense_name, timing(trial.dense_ms), timing(trial.tuned_ms), paired_speedup(trial.dense_ms, trial.tuned_ms)
+    )
+
+
+def measured_rows(
+    trial: Trial, adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], configs: Mapping[int, Mapping[str, int]]
+) -> tuple[Row, ...]:
+    """One row per scale with a rule: one layer's attention, averaged over layers, list making included."""
+    rows, layers = [], adapter.model.layers
+    for s in sorted({r.scale_index for r in policy.rules}):
+        dense = [spent[s] / layers for spent in trial.dense_scales]
+        tuned = [spent[s] / layers for spent in trial.tuned_scales]
+        rows.append(Row(
+            s, launches[s].kernel, tuple(sorted(configs[s].items())), "measured", adapter.dense_name,
+            timing(tuned), timing(dense), paired_speedup(dense, tuned),
+        ))  # fmt: skip
+    return tuple(rows)
+
+
+def decision_cost(trial: Trial, adapter: Adapter, policy: Policy) -> tuple[str, ...]:
+    """Notes on what decision scales pay for ranking keys and keeping residuals; the whole-picture time includes it."""
+    scales = {getattr(r.variant, "decision_scale", None) for r in policy.rules} - {None}
+    notes = []
+    for s in sorted(scales - {r.scale_index for r in policy.rules}):
+        dense, tuned = (timing([x[s] / adapter.model.layers for x in side]) for side in (trial.dense_scales, trial.tuned_scales))
+        notes.append(f"decision scale {s}: {dense.p50_ms:.1f} -> {tuned.p50_ms:.1f} ms a layer for ranking keys and residuals")
+    return tuple(notes)
+
+

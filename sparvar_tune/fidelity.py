@@ -1,0 +1,106 @@
+"""How close a sparse picture or attention output is to the dense one, and what a tuned policy must reach.
+
+Pictures are compared with the same noise on both sides, so the only difference is the attention. Metrics come from
+torchmetrics; the constraint is the lower end of a one-sided confidence interval of the mean over held-out pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+CONFIDENCE = 0.95
+PSNR_CAP = 100.0  # identical pictures: a finite number keeps means and files finite
+
+
+@dataclass(frozen=True)
+class PictureFidelity:
+    """One sparse picture against its dense twin: PSNR in dB (data range 0..1), SSIM and MS-SSIM in 0..1."""
+
+    psnr_db: float
+    ssim: float
+    ms_ssim: float
+
+
+def compare_pictures(sparse: Tensor, dense: Tensor) -> PictureFidelity:
+    """Fidelity of sparse [1, 3, H, W] against dense, both in 0..1. Raises ValueError on other shapes or NaN."""
+    if sparse.shape != dense.shape or sparse.ndim != 4 or sparse.shape[0] != 1:
+        raise ValueError(f"pictures: got {tuple(sparse.shape)} and {tuple(dense.shape)}, want the same [1, 3, H, W]")
+    if not bool(torch.isfinite(sparse).all() and torch.isfinite(dense).all()):
+        raise ValueError("pictures: got NaN or infinity; the attention of one of them is broken")
+    psnr = float(peak_signal_noise_ratio(sparse, dense, data_range=1.0))
+    ssim = structural_similarity_index_measure(sparse, dense, data_range=1.0)
+    # five halvings with an 11-pixel window need more than 160 pixels; smaller pictures use fewer levels
+    levels = max(1, min(5, int(math.log2(min(sparse.shape[-2:]) / 11)) + 1))
+    betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:levels]
+    ms_ssim = multiscale_structural_similarity_index_measure(sparse, dense, data_range=1.0, betas=betas)
+    return PictureFidelity(min(psnr, PSNR_CAP), float(ssim), float(ms_ssim))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AttentionFidelity:
+    """One attention output against dense: relative L2 error, and the share of softmax mass on the kept keys."""
+
+    relative_l2: float
+    recall: float | None
+
+
+def relative_l2(sparse: Tensor, dense: Tensor) -> float:
+    """||sparse - dense|| / ||dense|| over everything, in fp64."""
+    return float((sparse.double() - dense.double()).norm() / dense.double().norm().clamp(min=1e-300))
+
+
+def recall_of_mass(q: Tensor, k: Tensor, scale: float, keys: Tensor) -> float:
+    """Mean share of the dense softmax of queries q [Nq, D] over k [Nk, D] that falls on the positions `keys` [K]."""
+    return float(torch.softmax(q.double() @ k.double().T * scale, -1)[:, keys.long()].sum(-1).mean())
+
+
+def t_quantile(p: float, degrees: int) -> float:
+    """Student's t quantile by Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5); 3 digits from 5 degrees on."""
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / degrees**i for i, term in enumerate(terms))
+
+
+def lower_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """One-sided lower confidence bound of the mean (Student's t). -inf for fewer than two values."""
+    if len(values) < 2:
+        return -math.inf
+    spread = stdev(values)
+    return fmean(values) - t_quantile(confidence, len(values) - 1) * spread / math.sqrt(len(values))
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a policy must reach: the lower bound of mean PSNR (dB) and of mean SSIM, over held-out pairs."""
+
+    psnr_db: float
+    ssim: float
+
+    def shortfall(self, psnr: Sequence[float], ssim: Sequence[float], confidence: float) -> float:
+        """<= 0 when both lower bounds reach the constraint; else dB missing (SSIM counted as 0.01 = 1 dB)."""
+        return max(
+            self.psnr_db - lower_bound(psnr, confidence), 100 * (self.ssim - lower_bound(ssim, confidence))
+        )  # fmt: skip
+
+
+def hash_pairs(pairs: Sequence[tuple[int, int]], weights_sha256: str, temperature: float) -> str:
+    """sha256 naming the data a fidelity was measured on: model weights, temperature and (class, seed) pairs."""
+    return hashlib.sha256(repr((weights_sha256, temperature, list(pairs))).encode()).hexdigest()

@@ -1,0 +1,145 @@
+"""Reads frozen dataclasses from plain JSON values, strictly, and writes them back.
+
+The annotations are the schema: every field must be there, no other may be, every value must have the field's type, and
+each class may refuse the whole with `why_not() -> str | None`. Errors name the dotted path of the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from sparvar_kernels.policy import Policy, Rule
+from sparvar_kernels.variants import variant_from_dict, variant_to_dict
+
+MAX_TEXT, MAX_ITEMS = 500, 100_000
+T = typing.TypeVar("T")
+
+
+class ReadError(ValueError):
+    """What was got, what was wanted, at which field."""
+
+
+class Reader:
+    """Turns JSON values into dataclasses; see the module docstring."""
+
+    def read(self, cls: type[T], data: Any, where: str) -> T:
+        if not isinstance(data, dict):
+            raise ReadError(f"{where or 'file'}: got {_short(data)}, want an object")
+        hints = typing.get_type_hints(cls)
+        fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in data:
+            if name not in fields:
+                raise ReadError(f"{_join(where, name)}: unknown field")
+        values = {}
+        for name in fields:
+            if name not in data:
+                raise ReadError(f"{_join(where, name)}: missing")
+            values[name] = self.value(hints[name], data[name], _join(where, name))
+        made = cls(**values)
+        reason = made.why_not() if hasattr(made, "why_not") and cls is not Policy else None
+        if reason:
+            raise ReadError(f"{where + ': ' if where else ''}{reason}")
+        return made
+
+    def value(self, kind: Any, data: Any, where: str) -> Any:
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if kind is Policy:
+            return self._policy(data, where)
+        if origin in (types.UnionType, typing.Union):
+            if data is None:
+                return None
+            return self.value(next(a for a in arguments if a is not type(None)), data, where)
+        if kind == tuple[tuple[str, int], ...]:  # a small mapping, kept sorted
+            if not isinstance(data, dict) or len(data) > 32:
+                raise ReadError(f"{where}: got {_short(data)}, want an object of at most 32 numbers")
+            return tuple((self.value(str, k, where), self.value(int, data[k], _join(where, k))) for k in sorted(data))
+        if origin is tuple:
+            if not isinstance(data, list) or len(data) > MAX_ITEMS:
+                raise ReadError(f"{where}: got {_short(data)}, want a list")
+            if len(arguments) == 2 and arguments[1] is Ellipsis:
+                return tuple(self.value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+            if len(data) != len(arguments):
+                raise ReadError(f"{where}: got {len(data)} items, want {len(arguments)}")
+            pairs = zip(arguments, data, strict=True)
+            return tuple(self.value(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(pairs))
+        if dataclasses.is_dataclass(kind):
+            return self.read(kind, data, where)  # type: ignore[arg-type]
+        return _scalar(kind, data, where)
+
+    def _policy(self, data: Any, where: str) -> Policy:
+        parts = self.read(_PolicyFile, data, where)
+        rules = []
+        for i, rule in enumerate(parts.rules):
+            try:
+                rules.append(Rule(rule.scale_index, rule.head_class, variant_from_dict(rule.variant, "variant")))
+            except ValueError as error:
+                raise ReadError(f"{where}.rules[{i}].{error}") from None
+        return Policy(parts.heads, tuple(rules), parts.skip_scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RuleFile:
+    scale_index: int
+    head_class: str
+    variant: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PolicyFile:
+    heads: tuple[str, ...]
+    rules: tuple[_RuleFile, ...]
+    skip_scales: tuple[int, ...]
+
+    def why_not(self) -> str | None:
+        if not self.heads or not all(self.heads):
+            return "heads: want one string of class letters per layer"
+        return None
+
+
+def _scalar(kind: Any, data: Any, where: str) -> Any:
+    if kind is float:
+        if isinstance(data, bool) or not isinstance(data, int | float) or not abs(data) < 1e300 or math.isnan(data):
+            raise ReadError(f"{where}: got {_short(data)}, want a finite number")
+        return float(data)
+    if kind is int:
+        if isinstance(data, bool) or not isinstance(data, int) or abs(data) >= 1 << 63:
+            raise ReadError(f"{where}: got {_short(data)}, want an integer")
+        return data
+    if kind is str:
+        if not isinstance(data, str) or len(data) > MAX_TEXT or not data.isprintable():
+            raise ReadError(f"{where}: got {_short(data)}, want printable text of at most {MAX_TEXT} characters")
+        return data
+    if not isinstance(data, dict):  # the one other kind: a variant, read by `variant_from_dict`
+        raise ReadError(f"{where}: got {_short(data)}, want an object")
+    return data
+
+
+def to_plain(value: Any) -> Any:
+    """JSON values of a dataclass tree; floats keep 6 significant digits."""
+    if isinstance(value, Rule):
+        variant = to_plain(variant_to_dict(value.variant))
+        return {"scale_index": value.scale_index, "head_class": value.head_class, "variant": variant}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: dict(getattr(value, f.name)) if f.type == "tuple[tuple[str, int], ...]" else to_plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        }
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _join(where: str, name: str) -> str:
+    shown = name if name.isprintable() and len(name) <= 60 else _short(name)
+    return f"{where}.{shown}" if where else shown
+
+
+def _short(data: Any) -> str:
+    text = repr(data) if isinstance(data, str | int | float | bool | None) else f"a {type(data).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

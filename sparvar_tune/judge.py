@@ -1,0 +1,123 @@
+"""Looks at one policy with a live model: how long the pictures take and how close they are to the dense ones.
+
+Each search pair's dense generation is run once up to the first scale any policy touches and kept there; a policy then
+finishes from that state, so a trial costs only what attention can change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any
+
+import torch
+
+from sparvar_kernels.attention import Launch, SparseAttention
+from sparvar_kernels.policy import Policy
+from sparvar_tune.adapters import Adapter, Pair
+from sparvar_tune.fidelity import CONFIDENCE, Constraint, PictureFidelity, compare_pictures, t_quantile
+from sparvar_tune.measure import Stopwatch
+from sparvar_tune.policies import Table, assign, frames, paper_policy
+from sparvar_tune.search import Knobs, Verdict
+
+MARGIN_DB = 0.3  # the search pairs are few: what is predicted for the held-out ones must clear the bound by this much
+RACE_AFTER = 3  # pairs judged before a trial may be given up
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One search pair: its parked state, dense picture and the dense time of the rest (ms)."""
+
+    state: Any
+    picture: torch.Tensor
+    dense_ms: float
+
+
+def build_policy(knobs: Knobs, adapter: Adapter, tables: Sequence[Table]) -> Policy:
+    """The policy some knobs stand for."""
+    schedule, layers, heads = adapter.schedule, adapter.model.layers, adapter.model.heads
+    if knobs.form == "paper":
+        return paper_policy(schedule, layers, heads)
+    if knobs.form == "drop last scale":
+        return Policy(("A" * heads,) * layers, (), (len(schedule) - 1,))
+    scales = tables[knobs.frame].frame.sparse_scales(schedule)
+    prices = {s: knobs.prices[len(schedule) - 1 - s] for s in scales}
+    return assign(tables[knobs.frame], schedule, prices, knobs.tilt)
+
+
+def make_attention(adapter: Adapter, policy: Policy, launches: Mapping[int, Launch] | None = None) -> SparseAttention:
+    return SparseAttention(
+        policy, adapter.schedule, softmax_scale=adapter.softmax_scale, logit_bound=adapter.logit_bound, launches=launches
+    )  # fmt: skip
+
+
+def first_touched(adapter: Adapter) -> int:
+    """The first scale any policy of the search may act on: the earliest decision scale."""
+    return min(f.decision_scale for f in frames(adapter.schedule))
+
+
+class Judge:
+    """Callable: knobs -> verdict. `predicted` is the bound that `held_out` pairs would certify, from the search pairs."""
+
+    def __init__(self, adapter: Adapter, pairs: Sequence[Pair], constraint: Constraint, held_out: int, tables: Sequence[Table],
+                 say: Callable[[str], None]) -> None:  # fmt: skip
+        self.adapter, self.constraint, self.held_out, self.tables = adapter, constraint, held_out, tables
+        self.stopwatch = Stopwatch(adapter.device)
+        self.references: list[Reference] = []
+        for i, pair in enumerate(pairs):
+            state = adapter.start(pair, first_touched(adapter))
+            made: list[torch.Tensor] = []
+            ms = self.stopwatch(lambda: made.append(adapter.finish(state, adapter.dense)))  # noqa: B023
+            self.references.append(Reference(state, made[0], ms))
+            say(f"dense pictures to compare with: {i + 1}/{len(pairs)}")
+        self.best: tuple[float, list[float]] | None = None  # latency and PSNRs of the fastest feasible trial
+        self.widest: list[float] | None = None  # PSNRs of the last fully judged trial: how the pairs differ
+
+    @property
+    def dense_ms(self) -> float:
+        return median(r.dense_ms for r in self.references)
+
+    def predicted(self, values: Sequence[float]) -> float:
+        """The lower bound of the mean that as many held-out pairs of this spread would give."""
+        spread = stdev(values) if len(values) > 1 else 0.0
+        return fmean(values) - t_quantile(CONFIDENCE, self.held_out - 1) * spread / math.sqrt(self.held_out)
+
+    def shortfall(self, psnr: Sequence[float], ssim: Sequence[float]) -> float:
+        missing = self.constraint.psnr_db - self.predicted(psnr), 100 * (self.constraint.ssim - self.predicted(ssim))
+        return max(missing) + MARGIN_DB
+
+    def __call__(self, knobs: Knobs) -> Verdict:
+        attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.tables))
+        times: list[float] = []
+        found: list[PictureFidelity] = []
+        for reference in self.references:
+            made: list[torch.Tensor] = []
+            attend.reset()
+            times.append(self.stopwatch(lambda: made.append(self.adapter.finish(reference.state, attend))))  # noqa: B023
+            found.append(compare_pictures(made[0], reference.picture))
+            if len(found) >= RACE_AFTER and len(found) < len(self.references) and self._hopeless(times, found):
+                break
+        psnr, ssim = [f.psnr_db for f in found], [f.ssim for f in found]
+        complete = len(found) == len(self.references)
+        if complete:
+            shortfall = self.shortfall(psnr, ssim)
+            self.widest = psnr
+            if shortfall <= 0 and (self.best is None or median(times) < self.best[0]):
+                self.best = (median(times), psnr)
+            return Verdict(median(times), shortfall, fmean(psnr), fmean(ssim), True)
+        guess = self._paired_guess(psnr)
+        return Verdict(median(times), self.constraint.psnr_db - guess + MARGIN_DB, guess, fmean(ssim), False)
+
+    def _paired_guess(self, psnr: Sequence[float]) -> float:
+        """The bound the whole set would predict: a complete trial's, moved by the mean difference on the pairs seen."""
+        if self.widest is None:
+            return self.predicted(psnr)
+        return self.predicted(self.widest) + fmean(a - b for a, b in zip(psnr, self.widest, strict=False))
+
+    def _hopeless(self, times: Sequence[float], found: Sequence[PictureFidelity]) -> bool:
+        """True if the trial is clearly slower than the best feasible one, or clearly short of the constraint."""
+        slower = self.best is not None and median(times) > 1.05 * self.best[0]
+        short = self.constraint.psnr_db - self._paired_guess([f.psnr_db for f in found]) > 1.0
+        return self.widest is not None and (slower or short)

@@ -1,0 +1,53 @@
+"""Turning raw times into honest numbers: quantiles, and ratios against a baseline timed in alternation with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from sparvar_tune.profiles import Speedup, Timing
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear-interpolation quantile of at least one value."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def timing(samples_ms: Sequence[float]) -> Timing:
+    """p20, p50, p80 and n of the samples (milliseconds)."""
+    return Timing(*(quantile(samples_ms, q) for q in (0.2, 0.5, 0.8)), n=len(samples_ms))
+
+
+def paired_speedup(dense_ms: Sequence[float], tuned_ms: Sequence[float], resamples: int = 2000) -> Speedup:
+    """Median of dense / tuned over pairs timed side by side, with a 95 % bootstrap interval (fixed seed)."""
+    ratios = torch.tensor([d / t for d, t in zip(dense_ms, tuned_ms, strict=True)], dtype=torch.float64)
+    picks = torch.randint(len(ratios), (resamples, len(ratios)), generator=torch.Generator().manual_seed(0))
+    medians = ratios[picks].quantile(0.5, dim=1)
+    low, high = (float(medians.quantile(q)) for q in (0.025, 0.975))
+    middle = median(ratios.tolist())
+    return Speedup(middle, min(low, middle), max(high, middle), len(ratios))
+
+
+class Stopwatch:
+    """Milliseconds of one call, with the device finished on both sides."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        self._settle()
+        begun = time.perf_counter()
+        work()
+        self._settle()
+        return (time.perf_counter() - begun) * 1e3
+
+    def _settle(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()

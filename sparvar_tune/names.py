@@ -1,0 +1,18 @@
+"""The one way a name that is in no table is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from itertools import takewhile
+from operator import eq
+
+
+def unknown_name(kind: str, got: str, known: Iterable[str]) -> ValueError:
+    """The error to raise, such as `gpu "h10": unknown; nearest: h100-sxm, h200. Known: a100-40, ...`."""
+    names = {name.lower(): name for name in known}
+    close = get_close_matches(got.lower(), names, n=4, cutoff=0.4)
+    # a name is more often cut short than misspelt at the front: most leading letters in common first
+    close.sort(key=lambda name: -sum(takewhile(bool, map(eq, name, got.lower()))))
+    nearest = f"; nearest: {', '.join(names[c] for c in close[:3])}" if close else ""
+    return ValueError(f'{kind} "{got}": unknown{nearest}. Known: {", ".join(names.values())}')

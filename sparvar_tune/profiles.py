@@ -1,0 +1,405 @@
+"""The tuned profile: what it holds, and the file `profiles/<gpu>/<model>.json` it lives in.
+
+A profile has two halves: the `policy` (which head does what at which scale, GPU-independent, with its evidence) and the
+`rows` (how that runs on one GPU, with times). A file is plain JSON with sorted keys; it is checked field by field when
+loaded, what is not known is refused, and nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparvar_kernels.policy import Policy
+from sparvar_kernels.registry import KERNELS
+from sparvar_kernels.scales import ScaleSchedule
+from sparvar_tune.gpus import Gpu
+from sparvar_tune.json_reader import Reader, ReadError, to_plain
+
+SCHEMA = 1
+MAX_BYTES = 1 << 20
+DEFAULT_PRESET = "near-lossless"
+PRESETS = (DEFAULT_PRESET, "paper", "custom")
+
+
+class ProfileError(ValueError):
+    """A profile file that cannot be used or written: one line that says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles of n repetitions, in milliseconds."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    n: int
+
+    def why_not(self) -> str | None:
+        if not 0 < self.p20_ms <= self.p50_ms <= self.p80_ms < 1e9:
+            return f"got p20 {self.p20_ms}, p50 {self.p50_ms}, p80 {self.p80_ms} ms; want 0 < p20 <= p50 <= p80"
+        return None if self.n >= 1 else f"n: got {self.n}, want >= 1"
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Median of dense / tuned over n pairs timed side by side, with a 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    def why_not(self) -> str | None:
+        if not 0 < self.low <= self.median <= self.high < 1e6:
+            return f"got low {self.low}, median {self.median}, high {self.high}; want 0 < low <= median <= high"
+        return None if self.n >= 1 else f"n: got {self.n}, want >= 1"
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """A known damage to the dense picture: mean PSNR (dB) and SSIM."""
+
+    name: str
+    psnr_db: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Fidelity of the tuned pictures against dense ones over n held-out (class, seed) pairs the search never saw.
+
+    psnr_lower_db and ssim_lower are one-sided `confidence` bounds of the means; `required_*` is what they had to reach.
+    """
+
+    n: int
+    confidence: float
+    psnr_mean_db: float
+    psnr_lower_db: float
+    required_psnr_db: float
+    ssim_mean: float
+    ssim_lower: float
+    required_ssim: float
+    ms_ssim_mean: float
+    data_hash: str
+    yardsticks: tuple[Yardstick, ...]
+
+    def why_not(self) -> str | None:
+        if self.n < 2:
+            return f"n: got {self.n}, want >= 2"
+        if not 0.5 <= self.confidence < 1:
+            return f"confidence: got {self.confidence}, want 0.5..1"
+        if self.psnr_lower_db > self.psnr_mean_db or self.ssim_lower > self.ssim_mean:
+            return "a lower bound is above its mean"
+        if self.psnr_lower_db < self.required_psnr_db or self.ssim_lower < self.required_ssim:
+            return "the lower bounds do not reach what was required"
+        if not -1 <= self.ssim_mean <= 1 or not 0 <= self.psnr_mean_db <= 200:
+            return f"got PSNR {self.psnr_mean_db} dB and SSIM {self.ssim_mean}; want 0..200 and -1..1"
+        return None
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the key lists of one sparse scale are run, and how long one layer's attention takes, planning included.
+
+    state "measured": tuned, dense and speedup are times on this silicon; "predicted": the two *_predicted_ms come from
+    a roofline model.
+    """
+
+    scale_index: int
+    kernel: str
+    config: tuple[tuple[str, int], ...]
+    state: str
+    dense_name: str
+    tuned: Timing | None = None
+    dense: Timing | None = None
+    speedup: Speedup | None = None
+    tuned_predicted_ms: float | None = None
+    dense_predicted_ms: float | None = None
+
+    def why_not(self) -> str | None:
+        if self.kernel not in KERNELS:
+            return f"kernel: got {self.kernel!r}, want one of {', '.join(KERNELS)}"
+        known = KERNELS[self.kernel].fields
+        if {name for name, _ in self.config} != set(known):
+            return f"config: got {sorted(n for n, _ in self.config)}, want exactly {sorted(known)}"
+        if any(not 1 <= value <= 1 << 30 for _, value in self.config):
+            return f"config: got {dict(self.config)}, want values 1..2**30"
+        measured = (self.tuned, self.dense, self.speedup)
+        predicted = (self.tuned_predicted_ms, self.dense_predicted_ms)
+        if self.state == "measured":
+            if None in measured or predicted != (None, None):
+                return "state measured: want tuned, dense and speedup, and no predicted times"
+        elif self.state == "predicted":
+            if measured != (None, None, None) or None in predicted:
+                return "state predicted: want the two predicted times and no measured ones"
+            if any(not 0 < ms < 1e9 for ms in predicted if ms is not None):
+                return f"predicted times: got {predicted}, want > 0 ms"
+        else:
+            return f'state: got {self.state!r}, want "measured" or "predicted"'
+        return None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One whole picture, dense and tuned in alternation: everything from class to pixels."""
+
+    dense_name: str
+    dense: Timing
+    tuned: Timing
+    speedup: Speedup
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What was tuned: a model at one resolution and aspect."""
+
+    model: str
+    resolution: str
+    aspect: str
+    grids: tuple[tuple[int, int], ...]
+    prefix: int
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: str
+    batch: int
+    softmax_scale: float
+    logit_bound: float | None
+    weights_sha256: str | None
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule(self.grids, self.prefix)
+
+    def why_not(self) -> str | None:
+        if not self.grids or len(self.grids) > 64 or any(not 1 <= side <= 4096 for grid in self.grids for side in grid):
+            return "grids: want 1..64 pairs of sides 1..4096"
+        for name, most in (("layers", 512), ("heads", 512), ("head_dim", 1024), ("batch", 65536)):
+            if not 1 <= getattr(self, name) <= most:
+                return f"{name}: got {getattr(self, name)}, want 1..{most}"
+        if not 0 <= self.prefix <= 1 << 20:
+            return f"prefix: got {self.prefix}, want 0..2**20"
+        if self.dtype not in ("fp32", "bf16", "fp16"):
+            return f"dtype: got {self.dtype!r}, want fp32, bf16 or fp16"
+        if not 0 < self.softmax_scale < 1e6 or not (self.logit_bound is None or 0 < self.logit_bound < 1e6):
+            return "softmax_scale and logit_bound: want > 0"
+        return None
+
+
+@dataclass(frozen=True)
+class Silicon:
+    """The machine it was tuned on; `name` as the driver or the processor gives it."""
+
+    gpu: str
+    family: str
+    name: str
+    capability: tuple[int, ...] | None
+    sms: int | None
+    memory_bytes: int | None
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Versions:
+    sparvar_tune: str
+    python: str
+    torch: str
+    triton: str | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A tuned policy and how to run it. state and policy_state say what was measured and what was not."""
+
+    schema: int
+    created: str
+    preset: str
+    state: str
+    policy: Policy
+    policy_state: str
+    policy_source: str
+    evidence: Evidence | None
+    workload: Workload
+    silicon: Silicon
+    versions: Versions
+    kernel_hash: str
+    generation: Generation | None
+    rows: tuple[Row, ...]
+    seed: int
+    trials: int
+    notes: tuple[str, ...]
+
+    def why_not(self) -> str | None:
+        """Why these parts do not make a profile, or None."""
+        if self.preset not in PRESETS:
+            return f"preset: got {self.preset!r}, want one of {', '.join(PRESETS)}"
+        if self.state not in ("measured", "predicted"):
+            return f'state: got {self.state!r}, want "measured" or "predicted"'
+        if self.policy_state not in ("measured", "unverified"):
+            return f'policy_state: got {self.policy_state!r}, want "measured" or "unverified"'
+        if (self.policy_state == "measured") != (self.evidence is not None):
+            return "evidence: want it exactly when policy_state is measured"
+        if (self.state == "measured") != (self.generation is not None):
+            return "generation: want it exactly when state is measured"
+        reason = self.policy.why_not(self.workload.schedule, self.workload.layers, self.workload.heads)
+        if reason:
+            return f"policy.{reason}"
+        want = sorted({r.scale_index for r in self.policy.rules})
+        if [r.scale_index for r in self.rows] != want:
+            return f"rows: got scales {[r.scale_index for r in self.rows]}, want {want} (those the policy has rules for)"
+        if any(r.state != self.state for r in self.rows):
+            return f"rows: every row must be {self.state!r} like the profile"
+        return None
+
+
+def to_json(profile: Profile) -> str:
+    """The file's text: sorted keys, floats to 6 digits, one value a line."""
+    return json.dumps(to_plain(profile), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str, where: str) -> Profile:
+    """The profile in `text`; raises ProfileError naming `where` and the field."""
+    try:
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ProfileError(f"{where}: not a profile: {reason}; tune again or restore the file") from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
+        raise ProfileError(f"{where}: schema {schema}, this sparvar-tune reads {SCHEMA}: upgrade sparvar-tune")
+    try:
+        profile = Reader().read(Profile, data, "")
+    except (ReadError, RecursionError) as error:
+        raise ProfileError(f"{where}: {error}; tune again or restore the file") from None
+    if profile.schema != SCHEMA:
+        raise ProfileError(f"{where}: schema: got {profile.schema}, want {SCHEMA}; tune again")
+    return profile
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number a profile may hold")
+
+
+def load(path: Path) -> Profile:
+    """The profile in the file. Raises ProfileError: unreadable, over 1 MiB, not UTF-8, not a profile, newer schema."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ProfileError(f"{path}: {error.strerror or error}") from None
+    if len(raw) > MAX_BYTES:
+        raise ProfileError(f"{path}: over {MAX_BYTES} bytes, no profile is; restore the file or tune again")
+    try:
+        return from_json(raw.decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path}: not UTF-8 (byte {error.start}); restore the file or tune again") from None
+
+
+def save(profile: Profile, path: Path) -> None:
+    """Writes the file in one step (temporary file, then rename); raises ProfileError and leaves the old file alone."""
+    reason = profile.why_not()
+    if reason:
+        raise ProfileError(f"{path}: not written: {reason}")
+    write_atomic(path, to_json(profile).encode("utf-8"))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` so that the file is either the old one or the whole new one. Raises ProfileError."""
+    partial: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+        reason = error.strerror or str(error)
+        raise ProfileError(f"{path}: cannot be written ({reason}); give another folder with --out") from None
+
+
+def profile_name(model: str, preset: str, resolution: str, aspect: str, default: tuple[str, str]) -> str:
+    """File name of a workload; what is the model's default (resolution, aspect) or preset is left out."""
+    parts = [model]
+    if (resolution, aspect) != default:
+        parts += [resolution, aspect]
+    if preset != DEFAULT_PRESET:
+        parts.append(preset)
+    return "--".join(parts) + ".json"
+
+
+def shipped_folder() -> Path:
+    """The profiles that came with the package: `_profiles` in a wheel, `profiles` in a checkout."""
+    here = Path(__file__).resolve().parent
+    packed = here / "_profiles"
+    return packed if packed.is_dir() else here.parent / "profiles"
+
+
+def user_folder() -> Path:
+    """Where this user's own profiles go: $SPARVAR_TUNE_HOME/profiles, else the platform's data folder."""
+    home = os.environ.get("SPARVAR_TUNE_HOME")
+    if home:
+        return Path(home) / "profiles"
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "sparvar-tune" / "profiles"
+
+
+@dataclass(frozen=True)
+class Match:
+    """A profile found; `reason` says how it was matched ("exact silicon", or which relative's it is)."""
+
+    profile: Profile
+    path: Path
+    exact: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Miss:
+    """No profile, and where it was looked for."""
+
+    reason: str
+
+
+def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> Match | Miss:
+    """The profile `name` for `gpu`: its own first, then one of the same family. Raises ProfileError for a bad file."""
+    for folder in folders:
+        path = folder / gpu.slug / name
+        if path.is_file():
+            return Match(load(path), path, True, f"exact silicon ({gpu.slug})")
+    for relative in relatives:
+        for folder in folders:
+            path = folder / relative.slug / name
+            if path.is_file():
+                return Match(load(path), path, False, f"same family ({relative.slug} for {gpu.slug}, {gpu.family})")
+    looked = " and ".join(str(folder / gpu.slug) for folder in folders)
+    return Miss(f"no {name} for {gpu.slug} or its family ({gpu.family}) in {looked}")
+
+
+def kernel_hash() -> str:
+    """sha256 over the sources that decide what is computed and how fast: every module of sparvar_kernels."""
+    import sparvar_kernels
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(sparvar_kernels.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

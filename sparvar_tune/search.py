@@ -1,0 +1,204 @@
+"""The search over policies: Optuna proposes knobs, a judge times and looks at pictures. The only file that imports it.
+
+Objective: milliseconds of the part of a generation that attention can change. Constraint: predicted shortfall of the
+certified bound, <= 0 when met. Every finished trial is on disk before the next begins (Optuna's journal file), so
+Ctrl-C or kill -9 loses at most the trial under way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+LOW_PRICE, HIGH_PRICE = 10.0, 1e6  # ms per unit of relative squared error, per head
+BISECTIONS = 6
+CONSTRAINT = "shortfall_db"
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What a trial sets. form "paper" and "drop last scale" are fixed points and ignore the rest.
+
+    frame: index into `policies.frames`. prices: for the last, second-last and third-last scale. tilt: see `assign`.
+    """
+
+    form: str = "priced"
+    frame: int = 0
+    price_last: float = 1e3
+    price_second: float = 1e3
+    price_third: float = 1e3
+    tilt: float = 0.0
+
+    @property
+    def prices(self) -> tuple[float, float, float]:
+        return self.price_last, self.price_second, self.price_third
+
+
+FORMS = ("priced", "paper", "drop last scale")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge found: time, predicted shortfall (dB, <= 0 is good), and whether every search pair was looked at."""
+
+    latency_ms: float
+    shortfall_db: float
+    psnr_db: float
+    ssim: float
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished trial."""
+
+    number: int
+    knobs: Knobs
+    verdict: Verdict
+
+
+def open_study(folder: Path, space: str, seed: int, resume: bool) -> optuna.Study:
+    """The study of `folder`, continued with `resume`; otherwise an older journal is set aside, not deleted.
+
+    `space` names what trials mean (model, silicon, menu); a journal of another space is never mixed in.
+    """
+    optuna.logging.set_verbosity(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    journal = folder / "trials.journal"
+    if journal.exists() and not resume:
+        journal.replace(folder / f"trials-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}.journal")
+    if journal.exists():
+        cut_torn_tail(journal)
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=0)
+    study = optuna.create_study(
+        study_name=space, storage=storage, sampler=sampler, direction="minimize", load_if_exists=True
+    )  # fmt: skip
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # left by a killed run
+    if len(study.get_trials(deepcopy=False)):
+        study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), multivariate=True, n_startup_trials=0)
+    return study
+
+
+def cut_torn_tail(journal: Path) -> None:
+    """Removes a last line that a kill cut short; new lines would otherwise be glued onto it."""
+    raw = journal.read_bytes()
+    end = raw.rfind(b"\n") + 1
+    if end != len(raw):
+        with journal.open("r+b") as file:
+            file.truncate(end)
+
+
+def finished(study: optuna.Study) -> list[Found]:
+    """Every finished trial of the study, oldest first."""
+    out = []
+    for t in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+        if "knobs" in t.user_attrs:
+            out.append(Found(t.number, Knobs(**json.loads(t.user_attrs["knobs"])), Verdict(**json.loads(t.user_attrs["verdict"]))))
+    return out
+
+
+def _suggest(trial: optuna.trial.Trial, num_frames: int) -> Knobs:
+    form = trial.suggest_categorical("form", FORMS)
+    return Knobs(
+        form,
+        trial.suggest_int("frame", 0, num_frames - 1),
+        *(trial.suggest_float(name, LOW_PRICE, HIGH_PRICE, log=True) for name in ("price_last", "price_second", "price_third")),
+        trial.suggest_float("tilt", -2.0, 2.0),
+    )
+
+
+def search(
+    study: optuna.Study, judge: Callable[[Knobs], Verdict], num_frames: int, until: Callable[[], bool],
+    tell: Callable[[Found], None],
+) -> None:  # fmt: skip
+    """Runs trials until `until()`: fixed seeds, then a bisection of one common price, then TPE around what was found.
+
+    Seeds already finished (a resumed study) are not repeated.
+    """
+    for form in ("paper", "drop last scale"):
+        if not any(f.knobs.form == form for f in finished(study)):
+            if until():
+                return
+            _run(study, judge, Knobs(form=form), num_frames, tell)
+    for frame in range(num_frames):
+        _bisect(study, judge, frame, num_frames, BISECTIONS if frame == 0 else BISECTIONS - 3, until, tell)
+    seen = {f.knobs for f in finished(study)}
+    while not until():
+        trial = study.ask()
+        knobs = _suggest(trial, num_frames)
+        if knobs.form != "priced" or knobs in seen:  # the fixed points are known; do not pay for them again
+            known = [f for f in finished(study) if f.knobs.form == knobs.form and (knobs.form != "priced" or f.knobs == knobs)]
+            _tell(study, trial, knobs, known[-1].verdict)
+            continue
+        seen.add(knobs)
+        _judge_trial(study, trial, judge, knobs, tell)
+
+
+def _bisect(
+    study: optuna.Study, judge: Callable[[Knobs], Verdict], frame: int, num_frames: int, steps: int, until: Callable[[], bool],
+    tell: Callable[[Found], None],
+) -> None:  # fmt: skip
+    """Halves the (log) interval of one price for all scales towards the cheapest that meets the constraint."""
+    low, high = LOW_PRICE * 3, HIGH_PRICE / 3
+    met = [f for f in finished(study) if f.knobs.form == "priced" and f.verdict.shortfall_db <= 0]
+    if frame and met:  # other frames need about the same price as the first
+        best = min(met, key=lambda f: f.verdict.latency_ms).knobs.price_last
+        low, high = max(low, best / 8), min(high, best * 8)
+    for _ in range(steps):
+        price = math.sqrt(low * high)
+        knobs = Knobs("priced", frame, price, price, price, 0.0)
+        known = [f for f in finished(study) if f.knobs == knobs]
+        if not known and until():
+            return
+        verdict = known[0].verdict if known else _run(study, judge, knobs, num_frames, tell)
+        low, high = (low, price) if verdict.shortfall_db <= 0 else (price, high)
+
+
+def _run(
+    study: optuna.Study, judge: Callable[[Knobs], Verdict], knobs: Knobs, num_frames: int, tell: Callable[[Found], None]
+) -> Verdict:
+    study.enqueue_trial(asdict(knobs))
+    trial = study.ask()
+    assert _suggest(trial, num_frames) == knobs, "an enqueued trial came back changed"
+    return _judge_trial(study, trial, judge, knobs, tell)
+
+
+def _judge_trial(
+    study: optuna.Study, trial: optuna.trial.Trial, judge: Callable[[Knobs], Verdict], knobs: Knobs,
+    tell: Callable[[Found], None],
+) -> Verdict:  # fmt: skip
+    try:
+        verdict = judge(knobs)
+    except BaseException:
+        # the constraint first: a trial without one would count as feasible
+        trial.set_constraint(CONSTRAINT, 1e3)
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        raise
+    _tell(study, trial, knobs, verdict)
+    tell(Found(trial.number, knobs, verdict))
+    return verdict
+
+
+def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict: Verdict) -> None:
+    trial.set_constraint(CONSTRAINT, verdict.shortfall_db)
+    trial.set_user_attr("knobs", json.dumps(asdict(knobs)))
+    trial.set_user_attr("verdict", json.dumps(asdict(verdict)))
+    study.tell(trial, verdict.latency_ms)
+
+
+def candidates(found: Sequence[Found]) -> list[Found]:
+    """Fully judged trials that meet the constraint, fastest first; each set of knobs once."""
+    unique = {f.knobs: f for f in found if f.verdict.complete and f.verdict.shortfall_db <= 0}
+    return sorted(unique.values(), key=lambda f: f.verdict.latency_ms)

@@ -1,0 +1,241 @@
+"""One tuning run from end to end: measure options, search policies, tune launches, certify, make the profile.
+
+    capture -> tables -> search (search pairs) -> launches -> certify (held-out pairs) -> profile
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparvar_kernels.attention import Launch
+from sparvar_kernels.policy import Policy
+from sparvar_kernels.registry import KERNELS, kernel_for
+from sparvar_tune import profiles
+from sparvar_tune.adapters import Adapter
+from sparvar_tune.capture import Recorder
+from sparvar_tune.certify import Trial, compare_on, decision_cost, evidence, generation, measured_rows
+from sparvar_tune.fidelity import CONFIDENCE, Constraint
+from sparvar_tune.gpus import Gpu
+from sparvar_tune.judge import Judge, build_policy, first_touched, make_attention
+from sparvar_tune.machine import silicon, versions
+from sparvar_tune.measure import Stopwatch, quantile
+from sparvar_tune.models import Model
+from sparvar_tune.pairs import held_out_pairs, search_pairs
+from sparvar_tune.policies import Table, describe, frames
+from sparvar_tune.search import Found, candidates, finished, open_study, search
+from sparvar_tune.sensitivity import dense_pass, measure_table
+
+SEARCH_PAIRS, HELD_OUT_PAIRS, FEWEST_PAIRS = 10, 32, 12
+ATTEMPTS = 3  # candidates that may be certified; attempt j spends 2**-j of the error probability
+
+
+class NothingMeetsTheBound(ValueError):
+    """No configuration reaches the constraint faster than dense; the message says the best that was reached."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to tune. `budget_s` is wall time from here to the profile; `scratch` keeps the trials."""
+
+    model: Model
+    gpu: Gpu
+    preset: str
+    constraint: Constraint
+    budget_s: float
+    pairs: int
+    seed: int
+    resume: bool
+    scratch: Path
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the run folder; raises ValueError when another run does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot keep trials here ({error.strerror}); set SPARVAR_TUNE_HOME to a writable folder") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another tuning run is at work here; wait for it or set SPARVAR_TUNE_HOME") from None
+    finally:
+        os.close(handle)
+
+
+def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None]) -> profiles.Profile:
+    """The certified profile. `say` prints a line to keep, `status` one to overwrite.
+
+    Raises NothingMeetsTheBound, ValueError (folder busy or unwritable), KeyboardInterrupt (finished trials are kept).
+    """
+    begun = time.monotonic()
+
+    def left() -> float:
+        return request.budget_s - (time.monotonic() - begun)
+
+    with exclusive(request.scratch):
+        tables = measure_tables(adapter, status)
+        say(f"[{time.monotonic() - begun:4.0f} s] measured {sum(len(t.error[s]) for t in tables for s in t.error)} options "
+            f"on {adapter.model.layers} x {adapter.model.heads} heads")  # fmt: skip
+        pairs = search_pairs(adapter.num_classes, SEARCH_PAIRS)
+        judge = Judge(adapter, pairs, request.constraint, request.pairs, tables, status)
+        # dense rest + tuned rest + the shared start, per held-out pair; 1.3 leaves room for a second attempt's rests
+        reserve = request.pairs * 2.0 * judge.dense_ms / 1e3
+        held_out = request.pairs
+        if reserve > 0.7 * left():
+            held_out = max(FEWEST_PAIRS, int(request.pairs * 0.6 * max(0.0, left()) / reserve))
+            reserve = held_out * 2.0 * judge.dense_ms / 1e3
+            say(f"[{time.monotonic() - begun:4.0f} s] the budget allows {held_out} held-out pairs instead of {request.pairs}")
+            judge.held_out = held_out
+        study = open_study(request.scratch, _space(request, adapter), request.seed, request.resume)
+        if finished(study):
+            say(f"[{time.monotonic() - begun:4.0f} s] going on after {len(finished(study))} finished trials")
+
+        def tell(found: Found) -> None:
+            say(f"[{time.monotonic() - begun:4.0f} s] {trial_line(found, judge, left() - reserve)}")
+
+        search(study, judge, len(tables), lambda: left() < reserve, tell)
+        done = finished(study)
+        ranked = candidates(done)
+        attempt, needed = 0, 0.0
+        for candidate in ranked:
+            if candidate.verdict.shortfall_db > -needed or attempt == ATTEMPTS:
+                continue
+            attempt += 1
+            policy = build_policy(candidate.knobs, adapter, tables)
+            say(f"[{time.monotonic() - begun:4.0f} s] certifying trial {candidate.number}: {describe(policy)}")
+            launches, configs = tune_launches(adapter, policy, judge, status)
+            trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, held_out), status)
+            confidence = 1 - (1 - CONFIDENCE) * 2.0**-attempt if attempt > 1 else CONFIDENCE
+            proof, shortfall = evidence(trial, adapter, request.constraint, confidence)
+            gain = generation(trial, adapter).speedup
+            say(f"[{time.monotonic() - begun:4.0f} s] {held_out} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
+                f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); SSIM {proof.ssim_mean:.4f}, lower bound "
+                f"{proof.ssim_lower:.4f} (wanted {request.constraint.ssim:g}); {gain.median:.2f}x")  # fmt: skip
+            if shortfall <= 0 and gain.low > 1:
+                return make_profile(request, adapter, policy, trial, proof, launches, configs, len(done))
+            needed = max(needed, shortfall) - candidate.verdict.shortfall_db
+        raise NothingMeetsTheBound(_best_reachable(done, request, judge))
+
+
+def trial_line(found: Found, judge: Judge, search_left: float) -> str:
+    """One trial, the best so far, and how long the search goes on."""
+    v = found.verdict
+    k = found.knobs
+    what = k.form if k.form != "priced" else f"frame {k.frame}, prices {k.price_last:.0f} {k.price_second:.0f}, tilt {k.tilt:+.1f}"
+    mark = "meets the bound" if v.shortfall_db <= 0 else f"{v.shortfall_db:.1f} dB short"
+    mark += "" if v.complete else ", given up early"
+    best = f"best {judge.dense_ms / judge.best[0]:.2f}x" if judge.best else "none meets it yet"
+    return (
+        f"trial {found.number:3d}  {judge.dense_ms / v.latency_ms:5.2f}x  {v.psnr_db:5.2f} dB  {v.ssim:.4f}  {mark} ({what});"
+        f" {best}; {max(0, search_left):.0f} s of search left"
+    )
+
+
+def measure_tables(adapter: Adapter, status: Callable[[str], None]) -> list[Table]:
+    """Tables of every frame, on one captured generation."""
+    first = first_touched(adapter)
+    capture = Recorder(adapter.dense, tuple(range(first, len(adapter.schedule))))
+    adapter.finish(adapter.start(search_pairs(adapter.num_classes, 1)[0], first), capture)
+    scales = range(first, len(adapter.schedule))
+    outputs, dense_ms = dense_pass(capture, adapter.dense, scales, adapter.device)
+    tables = []
+    for frame in frames(adapter.schedule):
+        tables.append(measure_table(
+            capture, outputs, dense_ms, adapter.schedule, frame, device=adapter.device, softmax_scale=adapter.softmax_scale,
+            logit_bound=adapter.logit_bound, progress=lambda name: status(f"measuring options: tile {frame.tile}, {name}"),  # noqa: B023
+        ))  # fmt: skip
+    return tables
+
+
+def tune_launches(
+    adapter: Adapter, policy: Policy, judge: Judge, status: Callable[[str], None]
+) -> tuple[dict[int, Launch], dict[int, dict[str, int]]]:
+    """The fastest launch configuration per sparse scale, by running the policy over one captured generation."""
+    kernel = KERNELS[kernel_for(adapter.device.split(":")[0])]
+    scales = sorted({r.scale_index for r in policy.rules})
+    if not scales:
+        return {}, {}
+    first = first_touched(adapter)
+    capture = Recorder(adapter.dense, tuple(range(first, len(adapter.schedule))))
+    adapter.finish(judge.references[0].state, capture)
+    names, choices = _grid(kernel.load().space())
+    stopwatch = Stopwatch(adapter.device)
+    spent: dict[tuple[int, int], list[float]] = {}
+    layers = range(0, adapter.model.layers, max(1, adapter.model.layers // 4))
+    for _round in range(2):
+        for c, values in enumerate(choices):
+            launch = Launch(kernel.name, kernel.make_config(**dict(zip(names, values, strict=True))))
+            attend = make_attention(adapter, policy, dict.fromkeys(range(len(adapter.schedule)), launch))
+            for layer in layers:
+                for s in range(first, len(adapter.schedule)):
+                    ms = stopwatch(lambda: attend(*capture.calls[layer, s], layer, s))  # noqa: B023
+                    spent.setdefault((s, c), []).append(ms)
+            status(f"launch configurations: {c + 1}/{len(choices)}")
+    configs = {}
+    for s in scales:
+        best = min(range(len(choices)), key=lambda c: quantile(spent[s, c], 0.5))  # noqa: B023
+        configs[s] = dict(zip(names, choices[best], strict=True))
+    launches = {s: Launch(kernel.name, kernel.make_config(**configs[s])) for s in scales}
+    return launches, configs
+
+
+def _grid(space: dict[str, tuple[int, ...]]) -> tuple[list[str], list[tuple[int, ...]]]:
+    names, points = list(space), [()]
+    for name in names:
+        points = [(*point, value) for point in points for value in space[name]]
+    return names, points
+
+
+def _space(request: Request, adapter: Adapter) -> str:
+    """Names everything a trial's numbers depend on; trials of another space are never mixed in."""
+    parts = (request.model.slug, request.gpu.slug, repr(request.constraint), request.pairs, adapter.weights_sha256,
+             profiles.kernel_hash(), repr(frames(adapter.schedule)))  # fmt: skip
+    return f"{request.model.slug}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def _best_reachable(done: list[Found], request: Request, judge: Judge) -> str:
+    wanted = f"PSNR >= {request.constraint.psnr_db:g} dB and SSIM >= {request.constraint.ssim:g}"
+    if not done:
+        return f"no trial finished within the budget of {request.budget_s:.0f} s; give more with --budget"
+    faster = [f for f in done if judge.dense_ms / f.verdict.latency_ms > 1.05] or done
+    best = max(faster, key=lambda f: (-f.verdict.shortfall_db, f.verdict.psnr_db))
+    v = best.verdict
+    return (
+        f"no configuration faster than dense certifies {wanted}; the best reached {v.psnr_db:.2f} dB and SSIM {v.ssim:.4f} "
+        f"at {judge.dense_ms / v.latency_ms:.2f}x ({max(0.0, v.shortfall_db):.2f} dB short); nothing written. "
+        "Ask for less with --min-psnr / --min-ssim, or give more --budget"
+    )
+
+
+def make_profile(
+    request: Request, adapter: Adapter, policy: Policy, trial: Trial, proof: profiles.Evidence,
+    launches: dict[int, Launch], configs: dict[int, dict[str, int]], trials: int,
+) -> profiles.Profile:  # fmt: skip
+    """The profile of a certified policy."""
+    return profiles.Profile(
+        schema=profiles.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
+        policy=policy, policy_state="measured", policy_source="searched on this machine under a picture-level constraint",
+        evidence=proof, workload=workload(request.model, adapter), silicon=silicon(request.gpu, True), versions=versions(),
+        kernel_hash=profiles.kernel_hash(), generation=generation(trial, adapter),
+        rows=measured_rows(trial, adapter, policy, launches, configs), seed=request.seed, trials=trials,
+        notes=decision_cost(trial, adapter, policy),
+    )  # fmt: skip
+
+
+def workload(model: Model, adapter: Adapter) -> profiles.Workload:
+    return profiles.Workload(
+        model.slug, model.default_resolution, model.default_aspect, adapter.schedule.grids, adapter.schedule.prefix,
+        model.layers, model.heads, model.head_dim, model.dtype, model.guidance_batch, adapter.softmax_scale,
+        adapter.logit_bound, adapter.weights_sha256,
+    )  # fmt: skip
