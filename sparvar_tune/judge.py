@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev
+from statistics import fmean, median, pvariance, stdev
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from sparvar_tune.policies import Table, assign, frames, paper_policy
 from sparvar_tune.search import Knobs, Verdict
 
 MARGIN_DB = 0.3  # the search pairs are few: what is predicted for the held-out ones must clear the bound by this much
-RACE_AFTER = 3  # pairs judged before a trial may be given up
+RACE_AFTER = 2  # pairs judged before a trial may be given up
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ def first_touched(adapter: Adapter) -> int:
 
 
 class Judge:
-    """Callable: knobs -> verdict. `predicted` is the bound that `held_out` pairs would certify, from the search pairs."""
+    """Callable: knobs -> verdict, from the search pairs; `held_out` pairs will have the last word."""
 
     def __init__(self, adapter: Adapter, pairs: Sequence[Pair], constraint: Constraint, held_out: int, tables: Sequence[Table],
                  say: Callable[[str], None]) -> None:  # fmt: skip
-        self.adapter, self.constraint, self.held_out, self.tables = adapter, constraint, held_out, tables
+        self.adapter, self.pairs, self.constraint = adapter, pairs, constraint
+        self.held_out, self.tables = held_out, tables
         self.stopwatch = Stopwatch(adapter.device)
         self.references: list[Reference] = []
         for i, pair in enumerate(pairs):
@@ -72,20 +73,28 @@ class Judge:
             ms = self.stopwatch(lambda: made.append(adapter.finish(state, adapter.dense)))  # noqa: B023
             self.references.append(Reference(state, made[0], ms))
             say(f"dense pictures to compare with: {i + 1}/{len(pairs)}")
-        self.best: tuple[float, list[float]] | None = None  # latency and PSNRs of the fastest feasible trial
-        self.widest: list[float] | None = None  # PSNRs of the last fully judged trial: how the pairs differ
+        self.best_ms: float | None = None  # of the fastest trial that meets the constraint
 
     @property
     def dense_ms(self) -> float:
         return median(r.dense_ms for r in self.references)
 
-    def predicted(self, values: Sequence[float]) -> float:
-        """The lower bound of the mean that as many held-out pairs of this spread would give."""
-        spread = stdev(values) if len(values) > 1 else 0.0
-        return fmean(values) - t_quantile(CONFIDENCE, self.held_out - 1) * spread / math.sqrt(self.held_out)
+    def predicted(self, values: Sequence[float], levels: Sequence[float]) -> float:
+        """The lower bound of the mean that balanced held-out pairs would give, from the search pairs seen so far.
+
+        levels[class] say beforehand how the classes differ; only what a policy does on top of them is estimated.
+        """
+        above = [value - levels[label] for value, (label, _) in zip(values, self.pairs, strict=False)]
+        variance = pvariance(levels) + (stdev(above) ** 2 if len(above) > 1 else 0.0)
+        spread = t_quantile(CONFIDENCE, self.held_out - 1) * math.sqrt(variance / self.held_out)
+        return fmean(levels) + fmean(above) - spread
 
     def shortfall(self, psnr: Sequence[float], ssim: Sequence[float]) -> float:
-        missing = self.constraint.psnr_db - self.predicted(psnr), 100 * (self.constraint.ssim - self.predicted(ssim))
+        flat = (0.0,) * self.adapter.num_classes
+        missing = (
+            self.constraint.psnr_db - self.predicted(psnr, self.adapter.class_levels()),
+            100 * (self.constraint.ssim - self.predicted(ssim, flat)),
+        )
         return max(missing) + MARGIN_DB
 
     def __call__(self, knobs: Knobs) -> Verdict:
@@ -97,27 +106,15 @@ class Judge:
             attend.reset()
             times.append(self.stopwatch(lambda: made.append(self.adapter.finish(reference.state, attend))))  # noqa: B023
             found.append(compare_pictures(made[0], reference.picture))
-            if len(found) >= RACE_AFTER and len(found) < len(self.references) and self._hopeless(times, found):
+            if RACE_AFTER <= len(found) < len(self.references) and self._hopeless(times, found):
                 break
         psnr, ssim = [f.psnr_db for f in found], [f.ssim for f in found]
-        complete = len(found) == len(self.references)
-        if complete:
-            shortfall = self.shortfall(psnr, ssim)
-            self.widest = psnr
-            if shortfall <= 0 and (self.best is None or median(times) < self.best[0]):
-                self.best = (median(times), psnr)
-            return Verdict(median(times), shortfall, fmean(psnr), fmean(ssim), True)
-        guess = self._paired_guess(psnr)
-        return Verdict(median(times), self.constraint.psnr_db - guess + MARGIN_DB, guess, fmean(ssim), False)
-
-    def _paired_guess(self, psnr: Sequence[float]) -> float:
-        """The bound the whole set would predict: a complete trial's, moved by the mean difference on the pairs seen."""
-        if self.widest is None:
-            return self.predicted(psnr)
-        return self.predicted(self.widest) + fmean(a - b for a, b in zip(psnr, self.widest, strict=False))
+        shortfall, complete = self.shortfall(psnr, ssim), len(found) == len(self.references)
+        if complete and shortfall <= 0 and (self.best_ms is None or median(times) < self.best_ms):
+            self.best_ms = median(times)
+        return Verdict(median(times), shortfall, fmean(psnr), fmean(ssim), complete)
 
     def _hopeless(self, times: Sequence[float], found: Sequence[PictureFidelity]) -> bool:
-        """True if the trial is clearly slower than the best feasible one, or clearly short of the constraint."""
-        slower = self.best is not None and median(times) > 1.05 * self.best[0]
-        short = self.constraint.psnr_db - self._paired_guess([f.psnr_db for f in found]) > 1.0
-        return self.widest is not None and (slower or short)
+        """True if the trial is clearly slower than the best that meets the constraint, or clearly short of it."""
+        slower = self.best_ms is not None and median(times) > 1.03 * self.best_ms
+        return slower or self.shortfall([f.psnr_db for f in found], [f.ssim for f in found]) > 0.8

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sparvar_kernels.policy import Policy, Rule
 from sparvar_kernels.scales import ScaleSchedule, Tile
-from sparvar_kernels.variants import Cs4a, Csla, Dense, Reuse, Variant
+from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
 
 PAPER_WINDOWS = (1, 1, 3, 5, 7)  # the last five key scales; the ones before are sinks or unseen
 WIDE_WINDOWS = (1, 3, 5, 9, 13)
@@ -65,7 +65,7 @@ class Frame:
 def frames(schedule: ScaleSchedule) -> tuple[Frame, ...]:
     """Every frame a search may use, the default first."""
     n = len(schedule)
-    return (Frame(n - 3, "8x8", 2), Frame(n - 3, "8x16", 2), Frame(n - 4, "8x8", 2))
+    return (Frame(n - 3, "8x8", 4), Frame(n - 3, "8x16", 4), Frame(n - 4, "8x16", 2))
 
 
 def menu(schedule: ScaleSchedule, frame: Frame, scale_index: int) -> dict[str, Variant]:
@@ -77,6 +77,8 @@ def menu(schedule: ScaleSchedule, frame: Frame, scale_index: int) -> dict[str, V
         options[f"cs4a {share:g}"] = Cs4a(decision, share, tile, sample=frame.sample)
     options["csla"] = Csla(_windows(schedule, PAPER_WINDOWS), sinks, tile, decision_scale=decision)
     options["csla wide"] = Csla(_windows(schedule, WIDE_WINDOWS), sinks, tile, decision_scale=decision)
+    for factor in (2, 4):
+        options[f"pooled {factor}"] = Pooled(max(0, len(schedule) - 4), factor)
     options["reuse"] = Reuse(decision)
     return options
 
@@ -145,4 +147,6 @@ def short_name(variant: Variant) -> str:
     if isinstance(variant, Csla):
         sides = ",".join(str(w) for w in variant.windows if w >= 0)
         return f"csla {sides} {variant.tile}" + (" block128" if variant.form == "block128" else "")
+    if isinstance(variant, Pooled):
+        return f"pooled {variant.factor}x{variant.factor}"
     return variant.kind

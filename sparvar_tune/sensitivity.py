@@ -45,7 +45,8 @@ def measure_table(
                 spent[s] += stopwatch(lambda: made.append(attend(*capture.calls[layer, s], layer, s))) / layers  # noqa: B023
                 if s in errors:
                     errors[s].append(head_errors(made[0], dense_outputs[layer, s]))
-        extra = 0.0 if name == "dense" else max(0.0, spent[frame.decision_scale] - dense_ms[frame.decision_scale])
+        decides = getattr(rules[scales[-1]], "decision_scale", None) is not None
+        extra = max(0.0, spent[frame.decision_scale] - dense_ms[frame.decision_scale]) if decides else 0.0
         for s in scales:
             ms = dense_ms[s] if name == "dense" else spent[s] + extra / len(scales)
             time_ms[s][name] = ms / heads

@@ -33,7 +33,7 @@ from sparvar_tune.policies import Table, describe, frames
 from sparvar_tune.search import Found, candidates, finished, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
 
-SEARCH_PAIRS, HELD_OUT_PAIRS, FEWEST_PAIRS = 10, 32, 12
+SEARCH_PAIRS, HELD_OUT_PAIRS, FEWEST_PAIRS = 6, 32, 12
 ATTEMPTS = 3  # candidates that may be certified; attempt j spends 2**-j of the error probability
 
 
@@ -135,7 +135,7 @@ def trial_line(found: Found, judge: Judge, search_left: float) -> str:
     what = k.form if k.form != "priced" else f"frame {k.frame}, prices {k.price_last:.0f} {k.price_second:.0f}, tilt {k.tilt:+.1f}"
     mark = "meets the bound" if v.shortfall_db <= 0 else f"{v.shortfall_db:.1f} dB short"
     mark += "" if v.complete else ", given up early"
-    best = f"best {judge.dense_ms / judge.best[0]:.2f}x" if judge.best else "none meets it yet"
+    best = f"best {judge.dense_ms / judge.best_ms:.2f}x" if judge.best_ms else "none meets it yet"
     return (
         f"trial {found.number:3d}  {judge.dense_ms / v.latency_ms:5.2f}x  {v.psnr_db:5.2f} dB  {v.ssim:.4f}  {mark} ({what});"
         f" {best}; {max(0, search_left):.0f} s of search left"
@@ -169,13 +169,13 @@ def tune_launches(
     first = first_touched(adapter)
     capture = Recorder(adapter.dense, tuple(range(first, len(adapter.schedule))))
     adapter.finish(judge.references[0].state, capture)
-    names, choices = _grid(kernel.load().space())
+    names, choices = _grid(kernel.config.space())
     stopwatch = Stopwatch(adapter.device)
     spent: dict[tuple[int, int], list[float]] = {}
     layers = range(0, adapter.model.layers, max(1, adapter.model.layers // 4))
     for _round in range(2):
         for c, values in enumerate(choices):
-            launch = Launch(kernel.name, kernel.make_config(**dict(zip(names, values, strict=True))))
+            launch = Launch(kernel.name, kernel.config(**dict(zip(names, values, strict=True))))
             attend = make_attention(adapter, policy, dict.fromkeys(range(len(adapter.schedule)), launch))
             for layer in layers:
                 for s in range(first, len(adapter.schedule)):
@@ -186,7 +186,7 @@ def tune_launches(
     for s in scales:
         best = min(range(len(choices)), key=lambda c: quantile(spent[s, c], 0.5))  # noqa: B023
         configs[s] = dict(zip(names, choices[best], strict=True))
-    launches = {s: Launch(kernel.name, kernel.make_config(**configs[s])) for s in scales}
+    launches = {s: Launch(kernel.name, kernel.config(**configs[s])) for s in scales}
     return launches, configs
 
 

@@ -3,7 +3,7 @@
     attend = SparseAttention(policy, schedule)
     out = attend(q, k, v, layer=17, scale_index=12)      # q [B, H, Nq, D], k, v [B, H, Nk, D] -> [B, H, Nq, D]
 
-One call may run some heads dense, others as CSLA, CS4A or reused. What a decision scale leaves behind (ranked keys,
+One call may run some heads dense, others as CSLA, CS4A, pooled or reused. What a decision scale leaves behind (ranked keys,
 residuals) is kept per layer and forgotten when scale 0 comes round again, so one object serves one image stream.
 """
 
@@ -11,21 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparvar_kernels.configs import LaunchConfig
 from sparvar_kernels.cs4a import cs4a_lists, rank_keys, window_first
 from sparvar_kernels.csla import csla_lists
 from sparvar_kernels.dense import column_mass, dense_heads
 from sparvar_kernels.lists import KeyLists
 from sparvar_kernels.policy import LayerPlan, Policy, Record, plan_layers
+from sparvar_kernels.pooled import pooled_attention
 from sparvar_kernels.problem import DTYPES, AttentionProblem
 from sparvar_kernels.registry import KERNELS, kernel_for, why_not
 from sparvar_kernels.residual import enlarge
 from sparvar_kernels.scales import ScaleSchedule
-from sparvar_kernels.variants import Cs4a, Csla, Dense, Reuse, Variant, at_decision
+from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant, at_decision
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -35,10 +36,10 @@ class Launch:
     """How key lists are run: a kernel of the registry and its configuration (None: that kernel's default)."""
 
     kernel: str
-    config: Any = None
+    config: LaunchConfig | None = None
 
     def resolved(self) -> Launch:
-        return self if self.config is not None else Launch(self.kernel, KERNELS[self.kernel].make_config())
+        return self if self.config is not None else Launch(self.kernel, KERNELS[self.kernel].config())
 
 
 @dataclass
@@ -97,6 +98,7 @@ class SparseAttention:
             if problem.heads != len(self.policy.heads[layer]):
                 raise ValueError(f"q: got {problem.heads} heads, want {len(self.policy.heads[layer])} as in the policy")
             capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+            assert launch.config is not None
             reason = why_not(problem, launch.kernel, launch.config, capability)
             if reason:
                 raise ValueError(f"scale {scale_index}: {reason}")
@@ -112,6 +114,9 @@ def attend(
     for variant, heads in plan.groups:
         if isinstance(variant, Dense):
             dense_heads(q, k, v, problem, heads, out)
+            continue
+        if isinstance(variant, Pooled):
+            pooled_attention(q, k, v, problem, heads, variant, out)
             continue
         record = _record_of(variant, heads, problem, memory)
         if not isinstance(variant, Reuse):

@@ -24,12 +24,13 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) 
 
 def dense_heads(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, heads: Sequence[int], out: Tensor) -> None:
     """Dense attention of the named heads into out [B, H, Nq, D]; runs of neighbouring heads are views, not copies."""
-    for begin, end in _runs(heads):
+    for begin, end in head_runs(heads):
         part = slice(begin, end)
         out[:, part] = dense_attention(q[:, part], k[:, part], v[:, part], problem)
 
 
-def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+def head_runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+    """[begin, end) of each run of neighbouring heads."""
     runs: list[tuple[int, int]] = []
     for h in heads:
         if runs and runs[-1][1] == h:

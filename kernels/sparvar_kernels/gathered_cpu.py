@@ -8,33 +8,14 @@ problem bounds its logits the running maximum, and with it a pass over the score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparvar_kernels.configs import CpuConfig
 from sparvar_kernels.dense import SAFE_LOGIT
 from sparvar_kernels.lists import KeyLists
 from sparvar_kernels.problem import AttentionProblem
-
-
-@dataclass(frozen=True)
-class CpuConfig:
-    """score_elements: scores (fp32) worked on at once, per core's share of cache; one tile at least."""
-
-    score_elements: int = 1 << 19
-
-
-def why_not(problem: AttentionProblem, config: CpuConfig, capability: tuple[int, int] | None) -> str | None:
-    """Why this kernel cannot run `problem`, or None. It runs every shape and dtype."""
-    if config.score_elements < 1:
-        return f"score_elements={config.score_elements}: want >= 1"
-    return None
-
-
-def space() -> dict[str, tuple[int, ...]]:
-    """The launch parameters worth trying: name -> choices."""
-    return {"score_elements": tuple(1 << n for n in range(16, 23))}
 
 
 def gathered_attention(

@@ -7,47 +7,15 @@ variants of this kernel are measured separately. Runs on any NVIDIA GPU Triton s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.lists import KeyLists
 from sparvar_kernels.problem import AttentionProblem
-
-
-@dataclass(frozen=True)
-class TritonConfig:
-    """block_m: query rows per program (a tile with more rows takes several); block_n: keys per step."""
-
-    block_m: int = 64
-    block_n: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-def why_not(problem: AttentionProblem, config: TritonConfig, capability: tuple[int, int] | None) -> str | None:
-    """Why this kernel cannot run `problem` on a GPU of `capability` (None: Triton's interpreter), or None."""
-    if problem.dtype not in ("fp32", "bf16", "fp16"):
-        return f"dtype={problem.dtype}: the Triton kernel supports fp32, bf16 and fp16"
-    if not 16 <= problem.head_dim <= 256:
-        return f"head_dim={problem.head_dim}: the Triton kernel supports 16..256"
-    for name in ("block_m", "block_n"):
-        size = getattr(config, name)
-        if size not in (16, 32, 64, 128, 256):
-            return f"{name}={size}: want 16, 32, 64, 128 or 256"
-    if config.num_warps not in (1, 2, 4, 8, 16):
-        return f"num_warps={config.num_warps}: want 1, 2, 4, 8 or 16"
-    if capability is not None and capability < (8, 0):
-        return f"capability {capability[0]}.{capability[1]}: the Triton kernel wants 8.0 or newer"
-    return None
-
-
-def space() -> dict[str, tuple[int, ...]]:
-    """The launch parameters worth trying: name -> choices."""
-    return {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 
 
 @triton.jit

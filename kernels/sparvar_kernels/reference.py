@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.scales import ScaleSchedule, Tile
-from sparvar_kernels.variants import Cs4a, Csla, Dense, Reuse, Variant
+from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
 
 
 def tile_lists(grid: tuple[int, int], tile: Tile) -> list[list[int]]:
@@ -111,6 +111,28 @@ def masked(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, tile: Til
     return out
 
 
+def pooled(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: Pooled) -> Tensor:
+    """[B, H, Nq, D] fp64: keys of the grids from `first_scale` on merged block by block, logits by the second-order rule."""
+    schedule, f = problem.schedule, variant.factor
+    groups = [[j] for j in range(schedule.starts[variant.first_scale])]
+    for s in range(variant.first_scale, problem.scale_index + 1):
+        h, w = schedule.grids[s]
+        for top in range(0, h, f):
+            for left in range(0, w, f):
+                ys, xs = range(top, min(top + f, h)), range(left, min(left + f, w))
+                groups.append([schedule.starts[s] + y * w + x for y in ys for x in xs])
+    qd, kd, vd = (t.double() * c for t, c in ((q, problem.softmax_scale), (k, 1), (v, 1)))
+    q2 = (qd**2).sum(-1).mean(-1)[..., None]  # [B, H, 1]
+    logits, values = [], []
+    for group in groups:
+        mean = kd[:, :, group].mean(2, keepdim=True)
+        spread = ((kd[:, :, group] - mean) ** 2).sum(-1).mean(-1, keepdim=True)  # [B, H, 1]
+        bias = math.log(len(group)) + q2 * spread / (2 * q.shape[-1])
+        logits.append((qd @ mean.transpose(-1, -2)).squeeze(-1) + bias)
+        values.append(vd[:, :, group].mean(2))
+    return torch.softmax(torch.stack(logits, -1), -1) @ torch.stack(values, 2)
+
+
 def enlarge(cached: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Bilinear at pixel centres, clamped at the border; [B, H, h*w, D] fp64."""
     def axis(n: int, m: int) -> Tensor:
@@ -138,6 +160,8 @@ def reference_attention(
     everything = set(range(problem.num_keys))
     if isinstance(variant, Dense):
         return masked(q, k, v, problem, Tile(0, problem.num_queries), [everything])
+    if isinstance(variant, Pooled):
+        return pooled(q, k, v, problem, variant)
     if isinstance(variant, Csla):
         out = masked(q, k, v, problem, variant.tile, csla_keys(schedule, i, variant))
         if variant.decision_scale is None:
@@ -159,7 +183,7 @@ def reference_attention(
         for t, queries in enumerate(tile_lists(p.grid, decision_tile)):
             near = set().union(*(window_keys(schedule, p.scale_index, n, p.scale_index, variant.window) for n in queries))
             importance[:, :, t, sorted(near)] += 2 * q.shape[2]  # more than any mass
-    ranking = torch.argsort(importance, -1, descending=True, stable=True)
+    ranking = torch.argsort(importance, dim=-1, descending=True, stable=True)
     out = torch.full(q.shape, math.nan, dtype=torch.float64)
     sparse = torch.full(dq.shape, math.nan, dtype=torch.float64)
     tiles, source = tile_lists(problem.grid, variant.tile), tile_lists(p.grid, decision_tile)

@@ -2,7 +2,7 @@
 
 `Dense`; `Csla` (windows and sinks, paper section 3.3 and the public code's masks); `Cs4a` (keys chosen at a decision
 scale, paper section 3.2); `Reuse` (the enlarged dense output of the decision scale: CS4A at zero keys with its
-residual). None of them says how it is run: that is a kernel's launch configuration.
+residual); `Pooled` (diffuse heads read block means of keys). None of them says how it is run: that is a kernel's launch configuration.
 """
 
 from __future__ import annotations
@@ -76,8 +76,17 @@ class Reuse:
     kind: ClassVar[str] = "reuse"
 
 
-Variant = Dense | Csla | Cs4a | Reuse
-VARIANTS: dict[str, type] = {v.kind: v for v in (Dense, Csla, Cs4a, Reuse)}
+@dataclass(frozen=True)
+class Pooled:
+    """Grids from `first_scale` on are read as means over factor x factor blocks of keys (ours; see pooled.py)."""
+
+    first_scale: int
+    factor: int
+    kind: ClassVar[str] = "pooled"
+
+
+Variant = Dense | Csla | Cs4a | Reuse | Pooled
+VARIANTS: dict[str, type] = {v.kind: v for v in (Dense, Csla, Cs4a, Reuse, Pooled)}
 
 
 def why_not_variant(variant: Variant, schedule: ScaleSchedule, scale_index: int) -> str | None:
@@ -99,6 +108,11 @@ def why_not_variant(variant: Variant, schedule: ScaleSchedule, scale_index: int)
         own = variant.windows[scale_index]
         if variant.sinks == 0 and schedule.prefix == 0 and own < 0:
             return f"csla: windows[{scale_index}]={own} without sinks can leave a query without keys; want >= 0"
+    if isinstance(variant, Pooled):
+        if not 0 <= variant.first_scale <= scale_index:
+            return f"pooled: first_scale={variant.first_scale}, want 0..{scale_index}"
+        if variant.factor < 2:
+            return f"pooled: factor={variant.factor}, want >= 2"
     if isinstance(variant, Cs4a):
         if not 0 < variant.top_k <= 1:
             return f"cs4a: top_k={variant.top_k}, want 0 < top_k <= 1"
@@ -118,7 +132,7 @@ def why_not_variant(variant: Variant, schedule: ScaleSchedule, scale_index: int)
 
 def at_decision(variant: Variant, schedule: ScaleSchedule, scale_index: int) -> Variant:
     """The same rule with its tile carried to the decision grid: what is run there to make the residual."""
-    if isinstance(variant, Dense | Reuse) or variant.decision_scale is None:
+    if isinstance(variant, Dense | Reuse | Pooled) or variant.decision_scale is None:
         return variant
     if isinstance(variant, Cs4a) and variant.keys == "index" or isinstance(variant, Csla) and variant.form == "block128":
         return variant  # the paper keeps its raster groups at every scale

@@ -47,6 +47,9 @@ class Adapter(Protocol):
     def required(self, preset: str) -> tuple[float, float]:
         """(PSNR dB, SSIM) a preset asks of this model; raises ValueError for an unknown one."""
 
+    def class_levels(self) -> Sequence[float]:
+        """PSNR (dB) by class of one known damage: how hard each class is, known before any trial; zeros if unknown."""
+
     def yardsticks(self) -> tuple[tuple[str, float, float], ...]:
         """(name, mean PSNR dB, mean SSIM) of known damages, measured once per weights; empty if never measured."""
 

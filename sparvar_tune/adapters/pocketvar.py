@@ -71,13 +71,21 @@ class PocketAdapter:
             raise ValueError(f"{YARDSTICKS.name}: not of these weights; run python -m sparvar_tune.pocketvar.yardsticks")
         raise ValueError(f'preset {preset!r}: want "near-lossless" or "paper"')
 
+    def class_levels(self) -> tuple[float, ...]:
+        for row in self._yardstick_rows():
+            if row["name"] == REDRAW:
+                return tuple(row["psnr_db_by_class"])
+        return (0.0,) * self.num_classes
+
     def yardsticks(self) -> tuple[tuple[str, float, float], ...]:
+        return tuple((row["name"], row["psnr_db"], row["ssim"]) for row in self._yardstick_rows())
+
+    def _yardstick_rows(self) -> list[dict[str, Any]]:
+        """Rows of yardsticks.json if they were measured with these weights, else none."""
         if not YARDSTICKS.is_file():
-            return ()
+            return []
         data = json.loads(YARDSTICKS.read_text("utf-8"))
-        if data["weights_sha256"] != self.weights_sha256:
-            return ()
-        return tuple((row["name"], row["psnr_db"], row["ssim"]) for row in data["rows"])
+        return data["rows"] if data["weights_sha256"] == self.weights_sha256 else []
 
 
 def open_model(model: Model, device: str) -> PocketAdapter:

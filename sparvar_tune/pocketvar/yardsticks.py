@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     adapter = PocketAdapter(find_model("pocketvar"), "cpu")
     last = len(adapter.schedule) - 1
     found: dict[str, list[PictureFidelity]] = {REDRAW: [], DROP: []}
-    for i, pair in enumerate(yardstick_pairs(adapter.num_classes, args.pairs)):
+    pairs = yardstick_pairs(adapter.num_classes, args.pairs)
+    for i, pair in enumerate(pairs):
         state = adapter.start(pair, last - 1)
         dense = adapter.finish(state, adapter.dense)
         found[REDRAW].append(compare_pictures(adapter.finish(state, adapter.dense, redraw_from=last - 1), dense))
@@ -32,8 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name, values in found.items():
         psnr, ssim = [v.psnr_db for v in values], [v.ssim for v in values]
+        by_class = [round(fmean(x for x, (k, _) in zip(psnr, pairs, strict=True) if k == c), 2) for c in range(adapter.num_classes)]
         rows.append({"name": name, "n": len(values), "psnr_db": round(fmean(psnr), 2), "ssim": round(fmean(ssim), 4),
-                     "psnr_lower_bound": round(lower_bound(psnr), 2)})  # fmt: skip
+                     "psnr_lower_bound": round(lower_bound(psnr), 2), "psnr_db_by_class": by_class})  # fmt: skip
     data = {"weights_sha256": adapter.weights_sha256, "temperature": adapter.temperature, "rows": rows}
     YARDSTICKS.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", "utf-8")
     print(YARDSTICKS.read_text("utf-8"))

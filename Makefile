@@ -1,0 +1,34 @@
+# Two commands set up everything they need inside .venv:
+#   make demo    tune pocketvar on this CPU, then draw a picture dense and tuned, side by side
+#   make test    lint, types, tests
+PYTHON ?= python3
+PIP_TORCH ?= $(if $(TORCH_CPU_INDEX),--extra-index-url $(TORCH_CPU_INDEX),)
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+demo: .venv/.demo
+	$(BIN)/sparvar-tune --gpu cpu --model pocketvar
+	$(BIN)/sparvar-tune generate --model pocketvar --class cat --out cat.png
+
+test: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt $(PIP_TORCH) torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/.test: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt $(PIP_TORCH) torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,120 @@
+"""The command line: parses, calls, prints. `sparvar-tune --gpu cpu --model pocketvar` tunes; see --help for the rest.
+
+Exit codes: 0 done; 1 a check did not pass; 2 bad input or a bound nothing meets (one line on stderr); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sparvar_tune import __version__
+
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "check")
+DEFAULT_BUDGET = "290s"
+
+
+def duration(text: str) -> float:
+    """Seconds from "90", "90s", "3m" or "1h"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not found or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f'{text!r}: want a time such as "90s", "3m" or "1h"')
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a whole number >= 1")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line and exit code 2, without the usage block."""
+        self.exit(2, f"sparvar-tune: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="sparvar-tune", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Tunes sparse attention of next-scale image models under a picture-level fidelity bound.\n"
+        "`tune` is the default command: sparvar-tune --gpu cpu --model pocketvar",
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"sparvar-tune {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:
+        p: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        p.add_argument("--gpu", default="auto", help="slug of the GPU table, cpu, or auto for this machine (default)")
+        p.add_argument("--model", required=model, help="slug of the model table, such as pocketvar or hart")
+        p.add_argument("--quality", "--preset", dest="preset", choices=("near-lossless", "paper"), default="near-lossless")
+        p.add_argument("--resolution", help="one the model was published at (default: its largest)")
+        p.add_argument("--aspect", help="height / width with three decimals, such as 1.000 (default)")
+        return p
+
+    tune = command("tune", "search a policy, certify it on held-out pictures, write the profile (the default command)")
+    tune.add_argument("--min-psnr", type=float, help="dB the lower confidence bound must reach, instead of the preset's")
+    tune.add_argument("--min-ssim", type=float, help="the same for SSIM")
+    tune.add_argument("--budget", type=duration, default=duration(DEFAULT_BUDGET), help=f"wall time (default {DEFAULT_BUDGET})")
+    tune.add_argument("--pairs", type=positive, default=32, help="held-out (class, seed) pairs (default 32)")
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument("--out", type=Path, help="folder that gets <gpu>/<model>.json (default: this user's profiles)")
+    tune.add_argument("--resume", action="store_true", help="go on after the finished trials of the last run")
+    tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
+
+    generate = command("generate", "draw one picture dense and tuned, side by side, as a PNG")
+    generate.add_argument("--class", dest="label", default="cat", help="class name or number")
+    generate.add_argument("--seed", type=int, default=7)
+    generate.add_argument("--out", type=Path, default=Path("sparvar.png"))
+    generate.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
+
+    show = command("show", "print a profile, or the tables with --gpus and --models", model=False)
+    show.add_argument("--profile", type=Path)
+    show.add_argument("--gpus", action="store_true")
+    show.add_argument("--models", action="store_true")
+    show.add_argument("--trials", action="store_true", help="the trials of the last search, as CSV")
+
+    explain = command("explain", "say what would run on this machine, and why")
+    explain.add_argument("--profile", type=Path)
+
+    verify = command("verify", "re-time a profile and re-check its pictures on this machine")
+    verify.add_argument("--profile", type=Path)
+    verify.add_argument("--pairs", type=positive, default=8)
+    verify.add_argument("--write", action="store_true", help="store the new times as this user's profile")
+
+    check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
+    check.set_defaults(model=None)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version")):
+        words.insert(0, "tune")
+    args = build_parser().parse_args(words)
+    try:
+        from sparvar_tune import commands
+
+        run: Callable[[argparse.Namespace], int] = getattr(commands, args.command)
+        return run(args)
+    except KeyboardInterrupt:
+        print("\nsparvar-tune: interrupted; finished trials are kept, --resume goes on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        print(f"sparvar-tune: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"sparvar-tune: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""What each command does. Everything raised as ValueError or OSError becomes one line and exit code 2 in cli.py."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from sparvar_kernels import AttentionProblem, Policy, ScaleSchedule, SparseAttention, Tile, reference
+from sparvar_kernels.registry import KERNELS
+from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
+from sparvar_tune import profiles, runtime
+from sparvar_tune.adapters import Adapter, load_adapter
+from sparvar_tune.fidelity import Constraint, compare_pictures, lower_bound, relative_l2
+from sparvar_tune.gpus import GPUS, Gpu
+from sparvar_tune.machine import choose_gpu, is_here, silicon, versions
+from sparvar_tune.measure import Stopwatch
+from sparvar_tune.models import MODELS, Model, find_model
+from sparvar_tune.pairs import held_out_pairs
+from sparvar_tune.policies import describe, frames, menu, paper_policy
+
+
+def _status(text: str) -> None:
+    """A line that the next one overwrites; silent when nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text[:150]}", end="", file=sys.stderr, flush=True)
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(text, flush=True)
+
+
+def _target(args: argparse.Namespace) -> tuple[Gpu, Model, str, str]:
+    gpu, model = choose_gpu(args.gpu), find_model(args.model)
+    resolution, aspect = args.resolution or model.default_resolution, args.aspect or model.default_aspect
+    model.schedule(resolution, aspect)
+    return gpu, model, resolution, aspect
+
+
+def _file_name(model: Model, preset: str, resolution: str, aspect: str) -> str:
+    return profiles.profile_name(model.slug, preset, resolution, aspect, (model.default_resolution, model.default_aspect))
+
+
+def scratch_folder(gpu: Gpu, model: Model, preset: str) -> Path:
+    """Where the trials of a search are kept."""
+    return profiles.user_folder().parent / "runs" / f"{gpu.slug}--{model.slug}--{preset}"
+
+
+def tune(args: argparse.Namespace) -> int:
+    gpu, model, resolution, aspect = _target(args)
+    out = (args.out or profiles.user_folder()) / gpu.slug / _file_name(model, args.preset, resolution, aspect)
+    if model.adapter is None or not is_here(gpu):
+        return _predict(args, gpu, model, resolution, aspect, out)
+    from sparvar_tune.tune import Request
+    from sparvar_tune.tune import tune as run
+
+    adapter = load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    psnr_db, ssim = adapter.required(args.preset)
+    for name, value in (("--min-psnr", args.min_psnr), ("--min-ssim", args.min_ssim)):
+        if value is not None and not (math.isfinite(value) and 0 <= value <= (1 if "ssim" in name else 200)):
+            raise ValueError(f"{name} {value:g}: want {'0..1' if 'ssim' in name else '0..200 dB'}")
+    constraint = Constraint(psnr_db if args.min_psnr is None else args.min_psnr, ssim if args.min_ssim is None else args.min_ssim)
+    preset = args.preset if (args.min_psnr, args.min_ssim) == (None, None) else "custom"
+    out = out.with_name(_file_name(model, preset, resolution, aspect))
+    request = Request(
+        model, gpu, preset, constraint, args.budget, args.pairs, args.seed, args.resume, scratch_folder(gpu, model, preset)
+    )  # fmt: skip
+    _say(f"tuning {model.slug} on {gpu.slug} ({silicon(gpu, True).name}, {torch.get_num_threads()} threads)")
+    _say(f"  wanted: lower 95 % bound of PSNR >= {constraint.psnr_db:g} dB and of SSIM >= {constraint.ssim:g}, over "
+         f"{args.pairs} held-out (class, seed) pairs")  # fmt: skip
+    for name, db, similarity in adapter.yardsticks():
+        _say(f"  yardstick: {name}: {db:.2f} dB, SSIM {similarity:.4f}")
+    if args.dry_run:
+        return _dry_run(request.scratch, out, adapter, args)
+    _probe_writable(out)
+    profile = run(request, adapter, _say, _status)
+    profiles.save(profile, out)
+    _say("")
+    _print_profile(profile, out)
+    return 0
+
+
+def _probe_writable(out: Path) -> None:
+    """Fails before the work rather than after it if the profile could not be written."""
+    probe = out.parent / f".{out.name}.probe"
+    profiles.write_atomic(probe, b"")
+    probe.unlink()
+
+
+def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespace) -> int:
+    schedule = adapter.schedule
+    _say("space: every (layer, head, scale) takes one option; prices per scale and a tilt over layers choose among them")
+    for i, frame in enumerate(frames(schedule)):
+        scales = frame.sparse_scales(schedule)
+        _say(f"  frame {i}: decision scale {frame.decision_scale}, query tile {frame.tile}, mass on every {frame.sample}. query; "
+             f"scales {scales[0]}..{scales[-1]}: {', '.join(menu(schedule, frame, scales[-1]))}")  # fmt: skip
+    kernel = KERNELS["cpu" if adapter.device == "cpu" else "triton"]
+    _say(f"  launch: kernel {kernel.name}, " + ", ".join(f"{k} in {list(v)}" for k, v in kernel.config.space().items()))
+    _say(f"  fixed points: paper ({describe(paper_policy(schedule, adapter.model.layers, adapter.model.heads))}); drop last scale")
+    _say("plan: measure every option on a capture; search on 6 pairs (paper's setting, bisection, then TPE); "
+         f"certify on {args.pairs} others; budget {args.budget:.0f} s")  # fmt: skip
+    _say(f"trials go to {scratch}\nprofile goes to {out}")
+    return 0
+
+
+def _predict(args: argparse.Namespace, gpu: Gpu, model: Model, resolution: str, aspect: str, out: Path) -> int:
+    from sparvar_tune.predict import predict_profile
+
+    profile = predict_profile(model, gpu, args.preset, resolution, aspect)
+    here = is_here(gpu)
+    _say(f"{gpu.slug} is {'' if here else 'not '}in this machine and {model.slug} "
+         f"{'has no adapter yet' if model.adapter is None else 'can be run'}: nothing can be measured, so")  # fmt: skip
+    _say("  policy:   the paper's fixed setting, marked unverified")
+    _say("  schedule: predicted by a roofline model from the GPU table, marked predicted")
+    if args.dry_run:
+        _say(f"profile would go to {out}")
+        return 0
+    profiles.save(profile, out)
+    _print_profile(profile, out)
+    _say("to make it real:")
+    if model.adapter is None:
+        _say(f"  the policy: once {model.slug} has an adapter, sparvar-tune --gpu {gpu.slug} --model {model.slug}")
+    else:
+        _say(f"  the policy: sparvar-tune --gpu cpu --model {model.slug} (fidelity does not depend on the GPU)")
+    _say(f"  the times:  sparvar-tune verify --gpu {gpu.slug} --model {model.slug} --write, on a machine with that GPU")
+    return 0
+
+
+def _print_profile(profile: profiles.Profile, path: Path) -> None:
+    w, e, g = profile.workload, profile.evidence, profile.generation
+    _say(f"{path}")
+    _say(f"  {w.model} {w.resolution} ({w.aspect}), {profile.preset}, on {profile.silicon.name}: {profile.state}, "
+         f"policy {profile.policy_state}")  # fmt: skip
+    _say(f"  policy: {describe(profile.policy)}")
+    if e is not None:
+        _say(f"  pictures: PSNR {e.psnr_mean_db:.2f} dB, lower {e.confidence:.1%} bound {e.psnr_lower_db:.2f} (wanted "
+             f"{e.required_psnr_db:.2f}); SSIM {e.ssim_mean:.4f}, lower bound {e.ssim_lower:.4f} (wanted {e.required_ssim:g}); "
+             f"MS-SSIM {e.ms_ssim_mean:.4f}; {e.n} held-out pairs")  # fmt: skip
+        for y in e.yardsticks:
+            _say(f"  yardstick: {y.name}: {y.psnr_db:.2f} dB, SSIM {y.ssim:.4f}")
+    if g is not None:
+        _say(f"  whole picture: {g.dense.p50_ms:.0f} -> {g.tuned.p50_ms:.0f} ms, {g.speedup.median:.2f}x "
+             f"(95 % interval {g.speedup.low:.2f}..{g.speedup.high:.2f}, n={g.speedup.n}) against {g.dense_name}")  # fmt: skip
+    for row in profile.rows:
+        config = ", ".join(f"{k}={v}" for k, v in row.config)
+        if row.tuned and row.dense and row.speedup:
+            cost = f"{row.dense.p50_ms:.2f} -> {row.tuned.p50_ms:.2f} ms a layer, {row.speedup.median:.2f}x"
+        else:
+            cost = f"{row.dense_predicted_ms:.3f} -> {row.tuned_predicted_ms:.3f} ms a layer, predicted"
+        _say(f"  scale {row.scale_index}: {cost} ({row.kernel}: {config})")
+    for note in profile.notes:
+        _say(f"  note: {note}")
+
+
+def generate(args: argparse.Namespace) -> int:
+    from sparvar_tune.sheet import save_png, side_by_side
+
+    gpu, model, _, _ = _target(args)
+    adapter = load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    label = _class_index(args.label, adapter)
+    if not 0 <= args.seed < 1 << 62:
+        raise ValueError(f"--seed {args.seed}: want 0..2**62")
+    tuned = runtime.load_profile(args.model, gpu=args.gpu, preset=args.preset, path=args.profile)
+    attend = tuned.sparse_attention() if tuned.profile else adapter.dense
+    if tuned.profile is None:
+        _say(f"no profile: {'; '.join(tuned.reasons)}; both pictures are dense (tune first)")
+    stopwatch, pictures, times = Stopwatch(adapter.device), {}, {}
+    adapter.finish(adapter.start((label, args.seed), 8), adapter.dense)  # warm-up
+    for name, way in (("dense", adapter.dense), ("tuned", attend)):
+        made: list[torch.Tensor] = []
+        times[name] = stopwatch(lambda: made.append(adapter.finish(adapter.start((label, args.seed), 0), way)))  # noqa: B023
+        pictures[name] = made[0]
+    f = compare_pictures(pictures["tuned"], pictures["dense"])
+    difference = (pictures["tuned"] - pictures["dense"]).abs() * 8
+    ratio = times["dense"] / times["tuned"]
+    image = side_by_side([
+        (pictures["dense"][0], f"dense: {times['dense'] / 1e3:.2f} s", f"{adapter.classes()[label]}, seed {args.seed}"),
+        (pictures["tuned"][0], f"tuned: {times['tuned'] / 1e3:.2f} s, {ratio:.2f}x",
+         f"PSNR {f.psnr_db:.2f} dB, SSIM {f.ssim:.4f} against dense, same noise"),
+        (difference[0], "difference x 8", "black: identical"),
+    ])  # fmt: skip
+    save_png(image, args.out)
+    _say(f"dense {times['dense'] / 1e3:.2f} s, tuned {times['tuned'] / 1e3:.2f} s ({ratio:.2f}x, one run each); "
+         f"PSNR {f.psnr_db:.2f} dB, SSIM {f.ssim:.4f}; wrote {args.out}")  # fmt: skip
+    return 0
+
+
+def _class_index(text: str, adapter: Adapter) -> int:
+    names = list(adapter.classes())
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    raise ValueError(f"--class {text!r}: want 0..{len(names) - 1} or one of {', '.join(names)}")
+
+
+def show(args: argparse.Namespace) -> int:
+    if args.gpus:
+        for gpu in GPUS.values():
+            rates = f"{gpu.sms} SMs, {gpu.memory_gbps:g} GB/s, {gpu.bf16_tflops:g} TFLOP/s bf16" if gpu.sms else "measured, not predicted"
+            _say(f"{gpu.slug:12} {gpu.name:28} {rates}")
+    if args.models:
+        for model in MODELS.values():
+            sizes = ", ".join(f"{r} ({len(a)} aspects)" for r, a in model.resolutions.items())
+            _say(f"{model.slug:14} {model.layers} layers, {model.heads} x {model.head_dim} heads, {model.dtype}; {sizes}")
+    if args.gpus or args.models:
+        return 0
+    if args.trials:
+        return _show_trials(args)
+    if args.profile:
+        _print_profile(profiles.load(args.profile), args.profile)
+        return 0
+    if args.model is None:
+        raise ValueError("show: want --model M, --profile FILE, --gpus or --models")
+    tuned = runtime.load_profile(
+        args.model, gpu=args.gpu, preset=args.preset, resolution=args.resolution, aspect=args.aspect
+    )  # fmt: skip
+    if tuned.profile is None or tuned.path is None:
+        raise ValueError(f"nothing to show: {'; '.join(tuned.reasons)}; run sparvar-tune --gpu {args.gpu} --model {args.model}")
+    _print_profile(tuned.profile, tuned.path)
+    return 0
+
+
+def _show_trials(args: argparse.Namespace) -> int:
+    import pandas
+
+    from sparvar_tune.search import read_trials
+
+    gpu, model, _, _ = _target(args)
+    rows = read_trials(scratch_folder(gpu, model, args.preset))
+    if not rows:
+        raise ValueError(f"no trials of {model.slug} on {gpu.slug} ({args.preset}) yet; run sparvar-tune first")
+    frame = pandas.DataFrame([{"trial": f.number, **dataclasses.asdict(f.knobs), **dataclasses.asdict(f.verdict)} for f in rows])
+    _say(frame.to_csv(index=False, float_format="%.5g").rstrip())
+    return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    tuned = runtime.load_profile(
+        args.model, gpu=args.gpu, preset=args.preset, resolution=args.resolution, aspect=args.aspect, path=args.profile
+    )  # fmt: skip
+    _say(tuned.explain())
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    from sparvar_tune.certify import compare_on, decision_cost, generation, measured_rows
+
+    gpu, model, resolution, aspect = _target(args)
+    if not is_here(gpu):
+        raise ValueError(f"verify: {gpu.slug} is not in this machine; run it where it is")
+    tuned = runtime.load_profile(
+        args.model, gpu=args.gpu, preset=args.preset, resolution=resolution, aspect=aspect, path=args.profile
+    )  # fmt: skip
+    if tuned.profile is None or tuned.path is None:
+        raise ValueError(f"nothing to verify: {'; '.join(tuned.reasons)}")
+    profile, adapter = tuned.profile, load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    if profile.workload.weights_sha256 not in (None, adapter.weights_sha256):
+        raise ValueError(f"{tuned.path}: its policy was certified on other weights; tune again")
+    launches = {row.scale_index: runtime.launch_of(row) for row in profile.rows}
+    trial = compare_on(adapter, profile.policy, launches, held_out_pairs(adapter.num_classes, args.pairs), _status)
+    gain = generation(trial, adapter)
+    psnr = [f.psnr_db for f in trial.found]
+    mean, low = sum(psnr) / len(psnr), lower_bound(psnr)
+    required = profile.evidence.required_psnr_db if profile.evidence else adapter.required(profile.preset)[0]
+    faithful, faster = mean + (mean - low) >= required, gain.speedup.low > 1
+    _say(f"pictures: {'ok' if faithful else 'FAIL'}: PSNR {mean:.2f} dB over {len(psnr)} pairs (90 % interval {low:.2f}.."
+         f"{2 * mean - low:.2f}, certified bound was for {required:.2f})")  # fmt: skip
+    _say(f"time:     {'ok' if faster else 'FAIL'}: {gain.dense.p50_ms:.0f} -> {gain.tuned.p50_ms:.0f} ms, {gain.speedup.median:.2f}x "
+         f"(95 % interval {gain.speedup.low:.2f}..{gain.speedup.high:.2f})")  # fmt: skip
+    if args.write and faithful and faster:
+        configs = {row.scale_index: dict(row.config) for row in profile.rows}
+        new = dataclasses.replace(
+            profile, created=datetime.date.today().isoformat(), silicon=silicon(gpu, True), versions=versions(),
+            kernel_hash=profiles.kernel_hash(), generation=gain, state="measured",
+            rows=measured_rows(trial, adapter, profile.policy, launches, configs),
+            notes=decision_cost(trial, adapter, profile.policy),
+        )  # fmt: skip
+        path = profiles.user_folder() / gpu.slug / _file_name(model, profile.preset, resolution, aspect)
+        profiles.save(new, path)
+        _say(f"wrote {path}")
+    return 0 if faithful and faster else 1
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prints what is here and runs every variant against the oracle on a small odd problem."""
+    v, ok = versions(), True
+    _say(f"sparvar-tune {v.sparvar_tune}, python {v.python}, torch {v.torch}, triton {v.triton or 'not installed'}")
+    gpu = choose_gpu(args.gpu)
+    here = silicon(gpu, is_here(gpu))
+    _say(f"silicon: {gpu.slug} ({here.name}{f', {here.threads} threads' if here.threads else ''})")
+    device = "cuda" if gpu.slug != "cpu" and is_here(gpu) else "cpu"
+    schedule = ScaleSchedule(((1, 1), (2, 3), (4, 5), (7, 6), (9, 11)), prefix=3)
+    tile = Tile(4, 3)
+    variants: list[Variant] = [
+        Dense(), Csla((-1, -1, 3, 3, 5), 2, tile), Csla((-1, -1, 3, 3, 5), 2, tile, decision_scale=3),
+        Cs4a(3, 0.4, tile), Pooled(3, 2), Reuse(3),
+    ]  # fmt: skip
+    for variant in variants:
+        error = _oracle_error(variant, schedule, device)
+        good = error < 1e-4
+        ok &= good
+        _say(f"{'ok  ' if good else 'FAIL'} {variant.kind:7} relative error {error:.1e} against the fp64 oracle ({device}, fp32)")
+    return 0 if ok else 1
+
+
+def _oracle_error(variant: Variant, schedule: ScaleSchedule, device: str) -> float:
+    from sparvar_kernels.variants import at_decision
+
+    decision, last = (AttentionProblem(schedule, s, 1, 2, 32, logit_bound=8.0) for s in (3, 4))
+    before, now = decision.make_inputs(0), last.make_inputs(1)
+    attend = SparseAttention(Policy.uniform(1, 2, {} if isinstance(variant, Dense) else {4: variant}), schedule, logit_bound=8.0)
+    attend(*(t.to(device) for t in before), layer=0, scale_index=3)
+    got = attend(*(t.to(device) for t in now), layer=0, scale_index=4).cpu()
+    tile = getattr(at_decision(variant, schedule, 4), "tile", None)
+    want = reference.reference_attention(variant, *now, last, (decision, *before), tile)
+    return relative_l2(got, want)
