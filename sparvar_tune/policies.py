@@ -65,7 +65,7 @@ class Frame:
 def frames(schedule: ScaleSchedule) -> tuple[Frame, ...]:
     """Every frame a search may use, the default first."""
     n = len(schedule)
-    return (Frame(n - 3, "8x8", 4), Frame(n - 3, "8x16", 4), Frame(n - 4, "8x16", 2))
+    return (Frame(n - 3, "8x16", 4), Frame(n - 3, "8x8", 4))
 
 
 def menu(schedule: ScaleSchedule, frame: Frame, scale_index: int) -> dict[str, Variant]:

@@ -33,7 +33,8 @@ from sparvar_tune.policies import Table, describe, frames
 from sparvar_tune.search import Found, candidates, finished, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
 
-SEARCH_PAIRS, HELD_OUT_PAIRS, FEWEST_PAIRS = 6, 32, 12
+SEARCH_PAIRS, FEWEST_PAIRS = 8, 12
+PAIR_COST, LAUNCHES_S = 1.75, 15.0  # measured on 2 cores: what certification takes, in dense rests a pair
 ATTEMPTS = 3  # candidates that may be certified; attempt j spends 2**-j of the error probability
 
 
@@ -89,12 +90,12 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
             f"on {adapter.model.layers} x {adapter.model.heads} heads")  # fmt: skip
         pairs = search_pairs(adapter.num_classes, SEARCH_PAIRS)
         judge = Judge(adapter, pairs, request.constraint, request.pairs, tables, status)
-        # dense rest + tuned rest + the shared start, per held-out pair; 1.3 leaves room for a second attempt's rests
-        reserve = request.pairs * 2.0 * judge.dense_ms / 1e3
+        # per held-out pair the shared start, the dense and the tuned rest, in terms of the dense rest; and launches
+        reserve = request.pairs * PAIR_COST * judge.dense_ms / 1e3 + LAUNCHES_S
         held_out = request.pairs
         if reserve > 0.7 * left():
             held_out = max(FEWEST_PAIRS, int(request.pairs * 0.6 * max(0.0, left()) / reserve))
-            reserve = held_out * 2.0 * judge.dense_ms / 1e3
+            reserve = held_out * PAIR_COST * judge.dense_ms / 1e3 + LAUNCHES_S
             say(f"[{time.monotonic() - begun:4.0f} s] the budget allows {held_out} held-out pairs instead of {request.pairs}")
             judge.held_out = held_out
         study = open_study(request.scratch, _space(request, adapter), request.seed, request.resume)
