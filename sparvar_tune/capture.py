@@ -23,4 +23,4 @@ class Recorder:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
         if scale_index in self.scales:
             self.calls[layer, scale_index] = (q, k, v)
-        return self.inner(q, k, v, layer, scale_index)  # type: ignore[no-any-return]
+        return self.inner(q, k, v, layer, scale_index)

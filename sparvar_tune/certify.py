@@ -118,11 +118,10 @@ def measured_rows(
 
 def decision_cost(trial: Trial, adapter: Adapter, policy: Policy) -> tuple[str, ...]:
     """Notes on what decision scales pay for ranking keys and keeping residuals; the whole-picture time includes it."""
-    scales = {getattr(r.variant, "decision_scale", None) for r in policy.rules} - {None}
+    decisions = [getattr(r.variant, "decision_scale", None) for r in policy.rules]
+    scales = {s for s in decisions if s is not None}
     notes = []
     for s in sorted(scales - {r.scale_index for r in policy.rules}):
         dense, tuned = (timing([x[s] / adapter.model.layers for x in side]) for side in (trial.dense_scales, trial.tuned_scales))
         notes.append(f"decision scale {s}: {dense.p50_ms:.1f} -> {tuned.p50_ms:.1f} ms a layer for ranking keys and residuals")
     return tuple(notes)
-
-

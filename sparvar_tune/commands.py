@@ -103,8 +103,10 @@ def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespac
              f"scales {scales[0]}..{scales[-1]}: {', '.join(menu(schedule, frame, scales[-1]))}")  # fmt: skip
     kernel = KERNELS["cpu" if adapter.device == "cpu" else "triton"]
     _say(f"  launch: kernel {kernel.name}, " + ", ".join(f"{k} in {list(v)}" for k, v in kernel.config.space().items()))
-    _say(f"  fixed points: paper ({describe(paper_policy(schedule, adapter.model.layers, adapter.model.heads))}); drop last scale")
-    _say("plan: measure every option on a capture; search on 6 pairs (paper's setting, bisection, then TPE); "
+    _say(
+        f"  fixed points: paper ({describe(paper_policy(schedule, adapter.model.layers, adapter.model.heads))}); drop last scale"
+    )
+    _say("plan: measure every option on a capture; search on 8 pairs (paper's setting, bisection, then TPE); "
          f"certify on {args.pairs} others; budget {args.budget:.0f} s")  # fmt: skip
     _say(f"trials go to {scratch}\nprofile goes to {out}")
     return 0
@@ -204,7 +206,11 @@ def _class_index(text: str, adapter: Adapter) -> int:
 def show(args: argparse.Namespace) -> int:
     if args.gpus:
         for gpu in GPUS.values():
-            rates = f"{gpu.sms} SMs, {gpu.memory_gbps:g} GB/s, {gpu.bf16_tflops:g} TFLOP/s bf16" if gpu.sms else "measured, not predicted"
+            rates = (
+                f"{gpu.sms} SMs, {gpu.memory_gbps:g} GB/s, {gpu.bf16_tflops:g} TFLOP/s bf16"
+                if gpu.sms
+                else "measured, not predicted"
+            )
             _say(f"{gpu.slug:12} {gpu.name:28} {rates}")
     if args.models:
         for model in MODELS.values():
@@ -317,8 +323,9 @@ def _oracle_error(variant: Variant, schedule: ScaleSchedule, device: str) -> flo
     decision, last = (AttentionProblem(schedule, s, 1, 2, 32, logit_bound=8.0) for s in (3, 4))
     before, now = decision.make_inputs(0), last.make_inputs(1)
     attend = SparseAttention(Policy.uniform(1, 2, {} if isinstance(variant, Dense) else {4: variant}), schedule, logit_bound=8.0)
-    attend(*(t.to(device) for t in before), layer=0, scale_index=3)
-    got = attend(*(t.to(device) for t in now), layer=0, scale_index=4).cpu()
+    for problem, inputs in ((decision, before), (last, now)):
+        q, k, v = (t.to(device) for t in inputs)
+        got = attend(q, k, v, 0, problem.scale_index).cpu()
     tile = getattr(at_decision(variant, schedule, 4), "tile", None)
     want = reference.reference_attention(variant, *now, last, (decision, *before), tile)
     return relative_l2(got, want)

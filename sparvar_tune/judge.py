@@ -22,7 +22,7 @@ from sparvar_tune.measure import Stopwatch
 from sparvar_tune.policies import Table, assign, frames, paper_policy
 from sparvar_tune.search import Knobs, Verdict
 
-MARGIN_DB = 0.3  # the search pairs are few: what is predicted for the held-out ones must clear the bound by this much
+MARGIN_DB = 0.2  # the search pairs are few: what is predicted for the held-out ones must clear the bound by this much
 RACE_AFTER = 3  # pairs judged before a trial may be given up
 
 
@@ -118,5 +118,7 @@ class Judge:
         """True if the trial is clearly slower than the best that meets the constraint, or clearly short of it."""
         slower = self.best_ms is not None and median(times) > 1.03 * self.best_ms
         psnr = [f.psnr_db for f in found]
-        doubt = 1.5 * stdev(psnr[i] - self.adapter.class_levels()[self.pairs[i][0]] for i in range(len(psnr))) / math.sqrt(len(psnr))
+        doubt = (
+            1.5 * stdev(psnr[i] - self.adapter.class_levels()[self.pairs[i][0]] for i in range(len(psnr))) / math.sqrt(len(psnr))
+        )
         return slower or self.shortfall(psnr, [f.ssim for f in found]) > 0.3 + doubt

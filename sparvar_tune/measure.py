@@ -22,7 +22,8 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 def timing(samples_ms: Sequence[float]) -> Timing:
     """p20, p50, p80 and n of the samples (milliseconds)."""
-    return Timing(*(quantile(samples_ms, q) for q in (0.2, 0.5, 0.8)), n=len(samples_ms))
+    p20, p50, p80 = (quantile(samples_ms, q) for q in (0.2, 0.5, 0.8))
+    return Timing(p20, p50, p80, len(samples_ms))
 
 
 def paired_speedup(dense_ms: Sequence[float], tuned_ms: Sequence[float], resamples: int = 2000) -> Speedup:

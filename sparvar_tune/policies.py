@@ -73,7 +73,7 @@ def menu(schedule: ScaleSchedule, frame: Frame, scale_index: int) -> dict[str, V
     tile = Tile.parse(frame.tile).scaled(schedule.grids[-1], schedule.grids[scale_index])
     sinks, decision = paper_sinks(schedule), frame.decision_scale
     options: dict[str, Variant] = {"dense": Dense()}
-    for share in (0.02, 0.05, 0.1, 0.2):
+    for share in (0.03, 0.06, 0.12):
         options[f"cs4a {share:g}"] = Cs4a(decision, share, tile, sample=frame.sample)
     options["csla"] = Csla(_windows(schedule, PAPER_WINDOWS), sinks, tile, decision_scale=decision)
     options["csla wide"] = Csla(_windows(schedule, WIDE_WINDOWS), sinks, tile, decision_scale=decision)
@@ -99,11 +99,13 @@ class Table:
 def assign(table: Table, schedule: ScaleSchedule, prices: Mapping[int, float], tilt: float) -> Policy:
     """The policy in which every head takes the option of least time + price * error (the Lagrangian of a budget).
 
-    prices[scale]: ms per unit of error. tilt: errors of the last layer weigh exp(tilt), of the first exp(-tilt).
+    prices[scale]: what one unit of error is worth, in dense times of one head at the last scale.
+    tilt: errors of the last layer weigh exp(tilt), of the first exp(-tilt).
     """
     scales = list(table.frame.sparse_scales(schedule))
     layers = len(next(iter(next(iter(table.error.values())).values())))
     options = {s: menu(schedule, table.frame, s) for s in scales}
+    unit = table.time_ms[scales[-1]]["dense"]  # makes prices mean the same on a CPU and on a GPU
     letters: dict[tuple[str, ...], str] = {}
     rows = []
     for layer in range(layers):
@@ -111,7 +113,7 @@ def assign(table: Table, schedule: ScaleSchedule, prices: Mapping[int, float], t
         row = ""
         for head in range(len(table.error[scales[0]]["dense"][layer])):
             choice = tuple(
-                min(options[s], key=lambda o: table.time_ms[s][o] + prices[s] * weight * table.error[s][o][layer][head])
+                min(options[s], key=lambda o: table.time_ms[s][o] + prices[s] * unit * weight * table.error[s][o][layer][head])
                 for s in scales
             )
             row += letters.setdefault(choice, string.ascii_letters[len(letters)])

@@ -20,8 +20,9 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-LOW_PRICE, HIGH_PRICE = 10.0, 1e6  # ms per unit of relative squared error, per head
-BISECTIONS = 6
+LOW_PRICE, HIGH_PRICE = 0.3, 3000.0  # what a unit of relative squared error is worth, in dense times of a head
+FIRST_LOW, FIRST_HIGH = 5.0, 250.0  # where the bisection begins; near-lossless on pocketvar came out at about 40
+BISECTIONS = 4
 DEFAULT_TILT = 0.5  # errors near the logits count more; 0.6 fitted the measured effect of single layers on pocketvar
 CONSTRAINT = "shortfall_db"
 
@@ -35,9 +36,9 @@ class Knobs:
 
     form: str = "priced"
     frame: int = 0
-    price_last: float = 1e3
-    price_second: float = 1e3
-    price_third: float = 1e3
+    price_last: float = 30.0
+    price_second: float = 30.0
+    price_third: float = 30.0
     tilt: float = DEFAULT_TILT
 
     @property
@@ -106,7 +107,9 @@ def finished(study: optuna.Study) -> list[Found]:
     out = []
     for t in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
         if "knobs" in t.user_attrs:
-            out.append(Found(t.number, Knobs(**json.loads(t.user_attrs["knobs"])), Verdict(**json.loads(t.user_attrs["verdict"]))))
+            out.append(
+                Found(t.number, Knobs(**json.loads(t.user_attrs["knobs"])), Verdict(**json.loads(t.user_attrs["verdict"])))
+            )
     return out
 
 
@@ -123,12 +126,11 @@ def read_trials(folder: Path) -> list[Found]:
 
 def _suggest(trial: optuna.trial.Trial, num_frames: int) -> Knobs:
     form = trial.suggest_categorical("form", FORMS)
-    return Knobs(
-        form,
-        trial.suggest_int("frame", 0, num_frames - 1),
-        *(trial.suggest_float(name, LOW_PRICE, HIGH_PRICE, log=True) for name in ("price_last", "price_second", "price_third")),
-        trial.suggest_float("tilt", -2.0, 2.0),
+    frame = trial.suggest_int("frame", 0, num_frames - 1)
+    last, second, third = (
+        trial.suggest_float(name, LOW_PRICE, HIGH_PRICE, log=True) for name in ("price_last", "price_second", "price_third")
     )
+    return Knobs(form, frame, last, second, third, trial.suggest_float("tilt", -2.0, 2.0))
 
 
 def search(
@@ -145,7 +147,7 @@ def search(
                 return
             _run(study, judge, Knobs(form=form), num_frames, tell)
     for frame in range(num_frames):
-        _bisect(study, judge, frame, num_frames, BISECTIONS if frame == 0 else BISECTIONS - 3, until, tell)
+        _bisect(study, judge, frame, num_frames, BISECTIONS if frame == 0 else 2, until, tell)
     seen = {f.knobs for f in finished(study)}
     while not until():
         trial = study.ask()
@@ -163,11 +165,11 @@ def _bisect(
     tell: Callable[[Found], None],
 ) -> None:  # fmt: skip
     """Halves the (log) interval of one price for all scales towards the cheapest that meets the constraint."""
-    low, high = LOW_PRICE * 3, HIGH_PRICE / 3
+    low, high = FIRST_LOW, FIRST_HIGH
     met = [f for f in finished(study) if f.knobs.form == "priced" and f.verdict.shortfall_db <= 0]
     if frame and met:  # other frames need about the same price as the first
         best = min(met, key=lambda f: f.verdict.latency_ms).knobs.price_last
-        low, high = max(low, best / 8), min(high, best * 8)
+        low, high = best / 3, best * 3
     for _ in range(steps):
         price = math.sqrt(low * high)
         knobs = Knobs("priced", frame, price, price, price, DEFAULT_TILT)

@@ -1,6 +1,6 @@
 """One tuning run from end to end: measure options, search policies, tune launches, certify, make the profile.
 
-    capture -> tables -> search (search pairs) -> launches -> certify (held-out pairs) -> profile
+capture -> tables -> search (search pairs) -> launches -> certify (held-out pairs) -> profile
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot keep trials here ({error.strerror}); set SPARVAR_TUNE_HOME to a writable folder") from None
+        raise ValueError(
+            f"{folder}: cannot keep trials here ({error.strerror}); set SPARVAR_TUNE_HOME to a writable folder"
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -93,8 +95,8 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
         # per held-out pair the shared start, the dense and the tuned rest, in terms of the dense rest; and launches
         reserve = request.pairs * PAIR_COST * judge.dense_ms / 1e3 + LAUNCHES_S
         held_out = request.pairs
-        if reserve > 0.7 * left():
-            held_out = max(FEWEST_PAIRS, int(request.pairs * 0.6 * max(0.0, left()) / reserve))
+        if reserve > 0.8 * left():
+            held_out = max(FEWEST_PAIRS, int(request.pairs * 0.7 * max(0.0, left()) / reserve))
             reserve = held_out * PAIR_COST * judge.dense_ms / 1e3 + LAUNCHES_S
             say(f"[{time.monotonic() - begun:4.0f} s] the budget allows {held_out} held-out pairs instead of {request.pairs}")
             judge.held_out = held_out
@@ -133,7 +135,9 @@ def trial_line(found: Found, judge: Judge, search_left: float) -> str:
     """One trial, the best so far, and how long the search goes on."""
     v = found.verdict
     k = found.knobs
-    what = k.form if k.form != "priced" else f"frame {k.frame}, prices {k.price_last:.0f} {k.price_second:.0f}, tilt {k.tilt:+.1f}"
+    what = (
+        k.form if k.form != "priced" else f"frame {k.frame}, prices {k.price_last:.3g} {k.price_second:.3g}, tilt {k.tilt:+.1f}"
+    )
     mark = "meets the bound" if v.shortfall_db <= 0 else f"{v.shortfall_db:.1f} dB short"
     mark += "" if v.complete else ", given up early"
     best = f"best {judge.dense_ms / judge.best_ms:.2f}x" if judge.best_ms else "none meets it yet"
@@ -185,14 +189,15 @@ def tune_launches(
             status(f"launch configurations: {c + 1}/{len(choices)}")
     configs = {}
     for s in scales:
-        best = min(range(len(choices)), key=lambda c: quantile(spent[s, c], 0.5))  # noqa: B023
+        best = min(range(len(choices)), key=lambda c: quantile(spent[s, c], 0.5))
         configs[s] = dict(zip(names, choices[best], strict=True))
     launches = {s: Launch(kernel.name, kernel.config(**configs[s])) for s in scales}
     return launches, configs
 
 
 def _grid(space: dict[str, tuple[int, ...]]) -> tuple[list[str], list[tuple[int, ...]]]:
-    names, points = list(space), [()]
+    names: list[str] = list(space)
+    points: list[tuple[int, ...]] = [()]
     for name in names:
         points = [(*point, value) for point in points for value in space[name]]
     return names, points

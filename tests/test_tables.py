@@ -65,9 +65,7 @@ def test_gpu_order() -> None:
     def column(field: str, *slugs: str) -> list[float]:
         return [getattr(GPUS[slug], field) for slug in slugs]
 
-    gbps = column(
-        "memory_gbps", "l40s", "rtx4090", "a100-40", "rtx5090", "a100-80", "h100-sxm", "h200", "b200"
-    )
+    gbps = column("memory_gbps", "l40s", "rtx4090", "a100-40", "rtx5090", "a100-80", "h100-sxm", "h200", "b200")
     assert gbps == sorted(gbps)
     tflops = column("bf16_tflops", "rtx4090", "rtx5090", "a100-40", "l40s", "h100-pcie", "h100-sxm", "b200")
     assert tflops == sorted(tflops)
@@ -97,9 +95,7 @@ def test_find_gpu_and_aliases() -> None:
 
 
 def test_unknown_gpu_names_the_nearest() -> None:
-    with pytest.raises(
-        ValueError, match=r'^gpu "h10": unknown; nearest: h100-sxm, h100-pcie, h200\. Known: a100-40, '
-    ):
+    with pytest.raises(ValueError, match=r'^gpu "h10": unknown; nearest: h100-sxm, h100-pcie, h200\. Known: a100-40, '):
         find_gpu("h10")
     with pytest.raises(ValueError, match="nearest: rtx4090"):
         find_gpu("RTX-4090")
@@ -174,9 +170,7 @@ def test_detect_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_detect_gpu_says_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_device(monkeypatch, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 16, 9984)
-    with pytest.raises(
-        ValueError, match=r'cuda:0 is "NVIDIA H100 80GB HBM3 MIG 1g.10gb", capability 9.0, 16 SMs, 9.8 GiB'
-    ):
+    with pytest.raises(ValueError, match=r'cuda:0 is "NVIDIA H100 80GB HBM3 MIG 1g.10gb", capability 9.0, 16 SMs, 9.8 GiB'):
         detect_gpu()
 
 
@@ -292,16 +286,12 @@ def test_pocketvar_agrees_with_its_package() -> None:
 
 
 def test_unknown_model_resolution_and_aspect_name_the_nearest() -> None:
-    with pytest.raises(
-        ValueError, match=r'^model "infinity8b": unknown; nearest: infinity-8b, .*Known: infinity-2b, '
-    ):
+    with pytest.raises(ValueError, match=r'^model "infinity8b": unknown; nearest: infinity-8b, .*Known: infinity-2b, '):
         find_model("infinity8b")
     with pytest.raises(ValueError, match=r'^model "var36": unknown; nearest: var-d36, '):
         find_model("var36")
     model = find_model("infinity-2b")
-    with pytest.raises(
-        ValueError, match=r'^infinity-2b resolution "0\.6M": unknown; nearest: 0\.60M, .*Known: 0\.06M, '
-    ):
+    with pytest.raises(ValueError, match=r'^infinity-2b resolution "0\.6M": unknown; nearest: 0\.60M, .*Known: 0\.06M, '):
         model.schedule("0.6M")
     with pytest.raises(ValueError, match=r'^infinity-2b aspect at 1M "1\.33": unknown; nearest: 1\.333, '):
         model.schedule(aspect="1.33")

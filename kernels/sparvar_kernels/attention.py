@@ -20,7 +20,7 @@ from sparvar_kernels.cs4a import cs4a_lists, rank_keys, window_first
 from sparvar_kernels.csla import csla_lists
 from sparvar_kernels.dense import column_mass, dense_heads
 from sparvar_kernels.lists import KeyLists
-from sparvar_kernels.policy import LayerPlan, Policy, Record, plan_layers
+from sparvar_kernels.policy import LayerPlan, Policy, Record, RecordKey, plan_layers
 from sparvar_kernels.pooled import pooled_attention
 from sparvar_kernels.problem import DTYPES, AttentionProblem
 from sparvar_kernels.registry import KERNELS, kernel_for, why_not
@@ -46,9 +46,9 @@ class Launch:
 class Memory:
     """What one layer's decision scales left behind."""
 
-    scale: dict[tuple, int] = field(default_factory=dict)
-    ranked: dict[tuple, Tensor] = field(default_factory=dict)  # [B, h, T, R] int32
-    residual: dict[tuple, Tensor] = field(default_factory=dict)  # [B, h, N_S, D]
+    scale: dict[RecordKey, int] = field(default_factory=dict)
+    ranked: dict[RecordKey, Tensor] = field(default_factory=dict)  # [B, h, T, R] int32
+    residual: dict[RecordKey, Tensor] = field(default_factory=dict)  # [B, h, N_S, D]
 
 
 class SparseAttention:
@@ -68,7 +68,7 @@ class SparseAttention:
         self.plans = plan_layers(policy, schedule)
         self.launches = {s: launch.resolved() for s, launch in (launches or {}).items()}
         self.memories = [Memory() for _ in self.plans]
-        self._legal: set[tuple] = set()
+        self._legal: set[tuple[AttentionProblem, torch.device]] = set()
 
     @property
     def skip_scales(self) -> tuple[int, ...]:
@@ -93,8 +93,8 @@ class SparseAttention:
         launch = self.launches.get(scale_index)
         if launch is None:
             launch = self.launches[scale_index] = Launch(kernel_for(q.device.type)).resolved()
+        problem.check_inputs(q, k, v)
         if (problem, q.device) not in self._legal:
-            problem.check_inputs(q, k, v)
             if problem.heads != len(self.policy.heads[layer]):
                 raise ValueError(f"q: got {problem.heads} heads, want {len(self.policy.heads[layer])} as in the policy")
             capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
@@ -106,9 +106,7 @@ class SparseAttention:
         return attend(q, k, v, problem, self.plans[layer][scale_index], self.memories[layer], launch)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: LayerPlan, memory: Memory, launch: Launch
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: LayerPlan, memory: Memory, launch: Launch) -> Tensor:
     """[B, H, Nq, D] of one layer at one scale; writes what later scales need into `memory`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for variant, heads in plan.groups:
@@ -141,7 +139,7 @@ def key_lists(variant: Variant, problem: AttentionProblem, ranked: Tensor | None
     return cs4a_lists(ranked, problem.schedule, problem.scale_index, variant)
 
 
-def _record_of(variant: Variant, heads: tuple[int, ...], problem: AttentionProblem, memory: Memory) -> tuple | None:
+def _record_of(variant: Variant, heads: tuple[int, ...], problem: AttentionProblem, memory: Memory) -> RecordKey | None:
     decision = getattr(variant, "decision_scale", None)
     if decision is None:
         return None
@@ -156,7 +154,7 @@ def _record(
     launch: Launch, out: Tensor,
 ) -> None:  # fmt: skip
     """Ranks keys and takes dense minus sparse for the heads that later scales will ask about; out holds dense."""
-    masses: dict[tuple, Tensor] = {}
+    masses: dict[tuple[object, ...], Tensor] = {}
     for record in records:
         variant, heads = record.key
         memory.scale[record.key] = problem.scale_index

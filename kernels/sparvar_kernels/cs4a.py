@@ -59,9 +59,7 @@ def _own_window(schedule: ScaleSchedule, scale_index: int, tile: Tile, side: int
 
 
 @lru_cache(maxsize=64)
-def children(
-    schedule: ScaleSchedule, decision_scale: int, scale_index: int, device: str = "cpu"
-) -> tuple[Tensor, Tensor]:
+def children(schedule: ScaleSchedule, decision_scale: int, scale_index: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """The keys at `scale_index` each key of the decision scale stands for: table [Nk_S, W] int32 and counts [Nk_S].
 
     A key of an earlier scale stands for itself; a cell of the decision grid also for every cell of the finer grids

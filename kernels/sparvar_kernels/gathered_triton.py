@@ -19,7 +19,7 @@ from sparvar_kernels.problem import AttentionProblem
 
 
 @triton.jit
-def _gathered_kernel(
+def _gathered_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, counts_ptr, rows_ptr, row_counts_ptr, heads_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_lt, stride_cb, stride_ch,

@@ -25,4 +25,3 @@ class KeyLists:
     def mean_keys(self) -> float:
         """Keys per tile, averaged over tiles, heads and batch."""
         return float(self.keys.shape[-1]) if self.counts is None else float(self.counts.double().mean())
-

@@ -70,6 +70,9 @@ class Policy:
         return None
 
 
+RecordKey = tuple[Variant, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Record:
     """What a decision scale leaves behind for some heads: `variant` is `at_decision`'s form."""
@@ -79,7 +82,7 @@ class Record:
     ranks: int  # best keys to remember; 0: none
 
     @property
-    def key(self) -> tuple[Variant, tuple[int, ...]]:
+    def key(self) -> RecordKey:
         return self.variant, self.heads
 
     @property
@@ -104,7 +107,7 @@ def plan_layers(policy: Policy, schedule: ScaleSchedule) -> tuple[tuple[LayerPla
     out = []
     for layer, letters in enumerate(policy.heads):
         groups = [_group(policy, layer, len(letters), s) for s in range(len(schedule))]
-        records: list[dict[tuple, Record]] = [{} for _ in schedule.grids]
+        records: list[dict[RecordKey, Record]] = [{} for _ in schedule.grids]
         for s, found in enumerate(groups):
             for variant, heads in found:
                 decision = getattr(variant, "decision_scale", None)

@@ -34,9 +34,7 @@ def pooled_attention(
         out[:, part] = F.scaled_dot_product_attention(q[:, part], keys, values, attn_mask=mask, scale=problem.softmax_scale)
 
 
-def pool_keys(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: Pooled
-) -> tuple[Tensor, Tensor, Tensor]:
+def pool_keys(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: Pooled) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [B, H, N', D] in their dtype and the logit bias [B, H, N'] (fp32, fp64 for fp64 inputs)."""
     schedule, factor = problem.schedule, variant.factor
     work = torch.float64 if k.dtype == torch.float64 else torch.float32

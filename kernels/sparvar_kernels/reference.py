@@ -6,6 +6,7 @@ Slow on purpose. Loops over scales, tiles and queries; masks instead of lists; n
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def csla_keys(schedule: ScaleSchedule, scale_index: int, variant: Csla) -> list[
     """The keys of each query tile."""
     out = []
     for queries in tile_lists(schedule.grids[scale_index], variant.tile):
-        keys = set(range(schedule.starts[variant.sinks]))
+        keys = set(range(schedule.starts[min(variant.sinks, scale_index + 1)]))
         for query in queries:
             for s in range(variant.sinks, scale_index + 1):
                 keys |= window_keys(schedule, scale_index, query, s, variant.windows[s])
@@ -101,7 +102,7 @@ def cs4a_keys(ranking: list[int], schedule: ScaleSchedule, scale_index: int, var
     return chosen[:budget]
 
 
-def masked(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, tile: Tile, keys: list) -> Tensor:
+def masked(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, tile: Tile, keys: Sequence[Iterable[int]]) -> Tensor:
     """[B, H, Nq, D] fp64: attention of each tile's queries to its own keys, for every batch and head alike."""
     out = torch.full(q.shape, math.nan, dtype=torch.float64)
     for queries, chosen in zip(tile_lists(problem.grid, tile), keys, strict=True):
@@ -135,6 +136,7 @@ def pooled(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: 
 
 def enlarge(cached: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Bilinear at pixel centres, clamped at the border; [B, H, h*w, D] fp64."""
+
     def axis(n: int, m: int) -> Tensor:
         matrix = torch.zeros(m, n, dtype=torch.float64)
         for i in range(m):

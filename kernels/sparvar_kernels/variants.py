@@ -2,7 +2,8 @@
 
 `Dense`; `Csla` (windows and sinks, paper section 3.3 and the public code's masks); `Cs4a` (keys chosen at a decision
 scale, paper section 3.2); `Reuse` (the enlarged dense output of the decision scale: CS4A at zero keys with its
-residual); `Pooled` (diffuse heads read block means of keys). None of them says how it is run: that is a kernel's launch configuration.
+residual); `Pooled` (diffuse heads read block means of keys). None of them says how it is run: that is a kernel's launch
+configuration.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def at_decision(variant: Variant, schedule: ScaleSchedule, scale_index: int) -> 
     """The same rule with its tile carried to the decision grid: what is run there to make the residual."""
     if isinstance(variant, Dense | Reuse | Pooled) or variant.decision_scale is None:
         return variant
-    if isinstance(variant, Cs4a) and variant.keys == "index" or isinstance(variant, Csla) and variant.form == "block128":
+    if (isinstance(variant, Cs4a) and variant.keys == "index") or (isinstance(variant, Csla) and variant.form == "block128"):
         return variant  # the paper keeps its raster groups at every scale
     tile = variant.tile.scaled(schedule.grids[scale_index], schedule.grids[variant.decision_scale])
     return dataclasses.replace(variant, tile=tile)
@@ -151,8 +152,8 @@ def variant_to_dict(variant: Variant) -> dict[str, Any]:
 
 def variant_from_dict(data: Any, where: str) -> Variant:
     """Variant from JSON values; raises ValueError naming the field under `where` that is missing, unknown or wrong."""
-    if not isinstance(data, dict) or data.get("kind") not in VARIANTS:
-        got = data.get("kind") if isinstance(data, dict) else data
+    got = data.get("kind") if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(got, str) or got not in VARIANTS:
         raise ValueError(f"{where}.kind: got {got!r}, want one of {', '.join(VARIANTS)}")
     cls = VARIANTS[data["kind"]]
     fields = {f.name: f for f in dataclasses.fields(cls)}

@@ -58,7 +58,7 @@ def load_adapter(model: Model, device: str) -> Adapter:
     """The live model behind a row of the model table; raises ValueError if none can be run here."""
     if model.adapter is None:
         raise ValueError(f"model {model.slug}: no adapter yet, so it cannot be run; its shapes can still be tuned by prediction")
-    return importlib.import_module(ADAPTERS[model.adapter]).open_model(model, device)  # type: ignore[no-any-return]
+    return importlib.import_module(ADAPTERS[model.adapter]).open_model(model, device)
 
 
 def apply(model: Any, attend: SparseAttention) -> Any:

@@ -113,12 +113,10 @@ class PocketVAR(nn.Module):
         self.start = nn.Parameter(torch.randn(width) * 0.02)
         self.embed = nn.Linear(c.bits, width)
         self.condition = nn.Linear(width, 6 * width)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(c) for _ in range(c.depth))  # type: ignore[assignment]
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, c.bits)
         self.register_buffer("rotations", _rotations(self.schedule, c.head_dim), persistent=False)
-        for p in self.parameters():
-            p.requires_grad_(True)
         nn.init.zeros_(self.condition.weight)
         nn.init.zeros_(self.condition.bias)
         nn.init.zeros_(self.head_modulation.weight)
@@ -235,8 +233,9 @@ class Generation:
         # everything but attention works on tokens one by one; on a CPU in portions that stay in cache
         portion = CPU_PORTION if x.device.type == "cpu" else end - begin
         parts = [slice(a, min(a + portion, end - begin)) for a in range(0, end - begin, portion)]
-        x, q = x.clone(), x.new_empty(*x.shape[:1], model.config.heads, end - begin, model.config.head_dim)
+        x = x.clone()
         for layer, block in enumerate(model.blocks):
+            q = x.new_empty(x.shape[0], model.config.heads, end - begin, model.config.head_dim)  # fresh: it may be captured
             keys, values = (cache[:, :, :end] for cache in self.cache[layer])
             new_keys, new_values = keys[:, :, begin:], values[:, :, begin:]
             for part in parts:
@@ -285,7 +284,7 @@ def load_pocketvar(path: Path = WEIGHTS, device: str = "cpu", dtype: torch.dtype
     try:
         with safe_open(path, "pt") as file:
             fields = json.loads(file.metadata()["config"])
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a pocketvar weight file ({error}); reinstall the package") from None
     model = PocketVAR(PocketConfig(**{**fields, "sides": tuple(fields["sides"])}))

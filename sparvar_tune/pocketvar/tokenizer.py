@@ -7,6 +7,7 @@ averaging are small matrices, so every size, square or not, is exact, determinis
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -35,7 +36,7 @@ def _grow_matrix(source: int, target: int) -> Tensor:
     return out.float()
 
 
-def _resample(x: Tensor, size: tuple[int, int], matrix) -> Tensor:
+def _resample(x: Tensor, size: tuple[int, int], matrix: Callable[[int, int], Tensor]) -> Tensor:
     h, w = x.shape[-2:]
     if (h, w) == size:
         return x

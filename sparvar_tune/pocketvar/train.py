@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -125,7 +126,14 @@ class TeacherForcing:
 
 
 def train_transformer(
-    model: PocketVAR, encoder: Encoder, crops: Crops, steps: int, batch: int, progress: Progress, compiled: bool, save
+    model: PocketVAR,
+    encoder: Encoder,
+    crops: Crops,
+    steps: int,
+    batch: int,
+    progress: Progress,
+    compiled: bool,
+    save: Callable[[], None],
 ) -> None:
     """Weighted bitwise cross-entropy; scale weights grow with the grid's side (the square root of its tokens)."""
     device = model.start.device
@@ -164,7 +172,8 @@ def train_transformer(
 @torch.no_grad()
 def reconstruct(model: PocketVAR, encoder: Encoder, crops: Crops) -> tuple[Tensor, dict[str, float]]:
     """Twenty crops per class through the tokenizer: a sheet (photo above, reconstruction below) and mean PSNR."""
-    sheet, rows = {}, {}
+    sheet: dict[str, Tensor] = {}
+    rows: dict[str, list[float]] = {}
     while len(rows) < len(CLASSES) or min(len(r) for r in rows.values()) < 20:
         pictures, labels = crops.batch(16)
         with torch.autocast(pictures.device.type, torch.bfloat16):
@@ -217,8 +226,8 @@ def main(argv: list[str] | None = None) -> None:
         config = PocketConfig(classes=len(CLASSES), depth=2, mlp=64, sides=(1, 2, 4, 8, 16, 20, 24, 64))
         args.tokenizer_steps, args.steps, args.tokenizer_batch, args.batch = 3, 3, 4, 2
     model = PocketVAR(config).to(device)
-    encoder = Encoder(config.bits).to(device, memory_format=torch.channels_last)
-    model.decoder.to(memory_format=torch.channels_last)
+    encoder = Encoder(config.bits).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     log: dict[str, object] = {"torch": torch.__version__, "arguments": {k: str(v) for k, v in vars(args).items()}}
     log["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
 

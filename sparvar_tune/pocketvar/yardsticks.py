@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name, values in found.items():
         psnr, ssim = [v.psnr_db for v in values], [v.ssim for v in values]
-        by_class = [round(fmean(x for x, (k, _) in zip(psnr, pairs, strict=True) if k == c), 2) for c in range(adapter.num_classes)]
+        by_class = [
+            round(fmean(x for x, (k, _) in zip(psnr, pairs, strict=True) if k == c), 2) for c in range(adapter.num_classes)
+        ]
         rows.append({"name": name, "n": len(values), "psnr_db": round(fmean(psnr), 2), "ssim": round(fmean(ssim), 4),
                      "psnr_lower_bound": round(lower_bound(psnr), 2), "psnr_db_by_class": by_class})  # fmt: skip
     data = {"weights_sha256": adapter.weights_sha256, "temperature": adapter.temperature, "rows": rows}

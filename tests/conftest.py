@@ -1,0 +1,53 @@
+"""Shared by all tests: two threads, fixed seeds, NaN-poisoned outputs, and `gpu` tests that say why they are skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from sparvar_kernels import attention, dense, gathered_cpu
+
+# The same examples on every run and machine: a failure here is a failure there.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def two_threads_and_a_seed() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the entry point and the kernels allocate starts as NaN, so a row that no kernel writes cannot pass."""
+
+    class Poisoned:
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+        @staticmethod
+        def empty(*args: object, **kwargs: object) -> torch.Tensor:
+            return torch.empty(*args, **kwargs).fill_(float("nan"))  # type: ignore[call-overload]
+
+        @staticmethod
+        def empty_like(t: torch.Tensor) -> torch.Tensor:
+            return torch.empty_like(t).fill_(float("nan"))
+
+    for module in (attention, dense, gathered_cpu):
+        monkeypatch.setattr(module, "torch", Poisoned())
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """An empty home for profiles and runs."""
+    monkeypatch.setenv("SPARVAR_TUNE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

@@ -1,0 +1,87 @@
+"""Metrics, bounds and pairs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sparvar_tune.fidelity import Constraint, compare_pictures, lower_bound, recall_of_mass, relative_l2, t_quantile
+from sparvar_tune.measure import paired_speedup, timing
+from sparvar_tune.pairs import held_out_pairs, search_pairs, yardstick_pairs
+
+
+def test_psnr_by_hand():
+    dense = torch.full((1, 3, 192, 192), 0.5)
+    f = compare_pictures(dense + 0.1, dense)
+    assert f.psnr_db == pytest.approx(20.0, abs=1e-3)
+    same = compare_pictures(dense, dense)
+    assert same.psnr_db == 100 and same.ssim == pytest.approx(1) and same.ms_ssim == pytest.approx(1)
+
+
+def test_metrics_fall_with_damage():
+    torch.manual_seed(0)
+    dense = torch.rand(1, 3, 200, 180)
+    found = [compare_pictures((dense + s * torch.randn_like(dense)).clamp(0, 1), dense) for s in (0.01, 0.05, 0.2)]
+    for a, b in itertools.pairwise(found):
+        assert a.psnr_db > b.psnr_db and a.ssim > b.ssim and a.ms_ssim > b.ms_ssim
+
+
+def test_broken_pictures_are_refused():
+    dense = torch.rand(1, 3, 64, 64)
+    with pytest.raises(ValueError, match="NaN"):
+        compare_pictures(dense * math.nan, dense)
+    with pytest.raises(ValueError, match="the same"):
+        compare_pictures(dense[:, :, :32], dense)
+
+
+@pytest.mark.parametrize(("degrees", "value"), [(5, 2.015), (11, 1.796), (31, 1.6955), (120, 1.658)])
+def test_t_quantile_against_the_table(degrees, value):
+    assert t_quantile(0.95, degrees) == pytest.approx(value, abs=2e-3)
+
+
+def test_lower_bound_by_hand():
+    # mean 3, standard deviation sqrt(2.5), t(0.95, 4) = 2.132
+    assert lower_bound([1, 2, 3, 4, 5]) == pytest.approx(3 - 2.132 * math.sqrt(2.5 / 5), abs=0.02)
+    assert lower_bound([3.0]) == -math.inf
+
+
+def test_lower_bound_covers_as_often_as_it_says():
+    g = torch.Generator().manual_seed(0)
+    draws = (torch.randn(2000, 12, generator=g, dtype=torch.float64) * 3 + 30).tolist()
+    share = sum(lower_bound(d) <= 30 for d in draws) / len(draws)
+    assert 0.93 < share < 0.97
+
+
+def test_constraint_needs_both():
+    good, bad = [40.0, 40.1, 39.9], [20.0, 20.1, 19.9]
+    fine, poor = [0.99, 0.98, 0.99], [0.5, 0.51, 0.5]
+    constraint = Constraint(35.0, 0.9)
+    assert constraint.shortfall(good, fine, 0.95) <= 0
+    assert constraint.shortfall(bad, fine, 0.95) > 10
+    assert constraint.shortfall(good, poor, 0.95) > 30
+
+
+def test_attention_metrics_by_hand():
+    assert relative_l2(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+    q, k = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.log(3), 0.0], [0.0, 5.0]])
+    assert recall_of_mass(q, k, 1.0, torch.tensor([0])) == pytest.approx(0.75)
+
+
+def test_pairs_never_meet():
+    sets = [set(f(10, 500)) for f in (search_pairs, held_out_pairs, yardstick_pairs)]
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+    seeds = [{seed for _, seed in s} for s in sets]
+    assert not seeds[0] & seeds[1] and not seeds[1] & seeds[2]
+    assert {label for label, _ in held_out_pairs(10, 10)} == set(range(10))
+
+
+def test_timing_and_speedup_by_hand():
+    t = timing([float(n) for n in range(1, 12)])
+    assert (t.p20_ms, t.p50_ms, t.p80_ms, t.n) == (3.0, 6.0, 9.0, 11)
+    s = paired_speedup([20.0, 22.0, 24.0, 26.0], [10.0, 11.0, 12.0, 13.0])
+    assert (s.median, s.low, s.high, s.n) == (2.0, 2.0, 2.0, 4)
+    wide = paired_speedup([10.0, 20.0, 30.0, 40.0], [10.0] * 4)
+    assert wide.low < wide.median == 2.5 < wide.high

@@ -1,0 +1,151 @@
+"""The search on a made-up judge whose optimum is known, and what it keeps when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from sparvar_kernels import Policy
+from sparvar_kernels.scales import ScaleSchedule
+from sparvar_tune import search as s
+from sparvar_tune.policies import Frame, Table, assign, describe, frames, menu, paper_policy
+
+LATENCY = {"paper": 60.0, "drop last scale": 40.0}
+
+
+def judge(knobs: s.Knobs) -> s.Verdict:
+    """Cheaper prices are faster and worse; the bound is met from a price of 60 on, so 60 is the best common price."""
+    if knobs.form != "priced":
+        return s.Verdict(LATENCY[knobs.form], 5.0, 29.0, 0.9, True)
+    price = math.sqrt(knobs.price_last * knobs.price_second)
+    latency = 50 + 10 * math.log10(price) + 3 * knobs.frame
+    return s.Verdict(latency, 60.0 / price - 1.0, 35.0, 0.97, True)
+
+
+def run(folder, trials: int, judge=judge, resume=False, seed=0):
+    study = s.open_study(folder, "space", seed, resume)
+    told: list[s.Found] = []
+    before = len(s.finished(study))
+    s.search(study, judge, 2, lambda: len(s.finished(study)) - before >= trials, told.append)
+    return study, told
+
+
+def test_seeds_come_first_and_the_best_is_found(tmp_path):
+    study, told = run(tmp_path, 30)
+    assert [f.knobs.form for f in told[:2]] == ["paper", "drop last scale"]
+    best = s.candidates(s.finished(study))[0]
+    price = math.sqrt(best.knobs.price_last * best.knobs.price_second)
+    assert best.verdict.shortfall_db <= 0 and 60 <= price < 75 and best.knobs.frame == 0
+
+
+def test_what_misses_the_bound_or_was_given_up_is_no_candidate():
+    good = s.Verdict(10.0, -1.0, 36.0, 0.97, True)
+    found = [
+        s.Found(0, s.Knobs(price_last=1.0), s.Verdict(1.0, 0.1, 36.0, 0.97, True)),
+        s.Found(1, s.Knobs(price_last=2.0), s.Verdict(2.0, -1.0, 36.0, 0.97, False)),
+        s.Found(2, s.Knobs(price_last=3.0), good),
+        s.Found(3, s.Knobs(price_last=4.0), s.Verdict(9.0, 0.0, 36.0, 0.97, True)),
+    ]
+    assert [f.number for f in s.candidates(found)] == [3, 2]
+
+
+def test_resume_repeats_nothing_and_fresh_sets_aside(tmp_path):
+    study, _ = run(tmp_path, 5)
+    numbers = [f.number for f in s.finished(study)]
+    study, told = run(tmp_path, 3, resume=True)
+    assert [f.number for f in s.finished(study)][:5] == numbers
+    assert not {f.knobs for f in told} & {f.knobs for f in s.finished(study)[:5]}
+    study, _ = run(tmp_path, 1)
+    assert len(s.finished(study)) == 1 and len(list(tmp_path.glob("trials-*.journal"))) == 1
+
+
+def test_an_interrupt_keeps_finished_trials(tmp_path):
+    calls = 0
+
+    def stopped(knobs):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return judge(knobs)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 10, stopped)
+    study, _ = run(tmp_path, 1, resume=True)
+    assert len(s.finished(study)) == 4
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_a_torn_last_line_is_cut_off(tmp_path, cut):
+    study, _ = run(tmp_path, 4)
+    journal = tmp_path / "trials.journal"
+    raw = journal.read_bytes()
+    journal.write_bytes(raw + raw.splitlines()[-1][:cut])
+    study, _ = run(tmp_path, 2, resume=True)
+    assert len(s.finished(study)) == 6
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
+def test_trials_left_running_by_a_kill_are_closed(tmp_path):
+    study = s.open_study(tmp_path, "space", 0, False)
+    study.ask()
+    study = s.open_study(tmp_path, "space", 0, True)
+    assert [t.state.name for t in study.trials] == ["FAIL"]
+
+
+def test_other_spaces_do_not_mix(tmp_path):
+    run(tmp_path, 3)
+    assert s.finished(s.open_study(tmp_path, "other space", 0, True)) == []
+
+
+SCHEDULE = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16))
+
+
+def table() -> Table:
+    frame = Frame(4, "8x8", 2)
+    names = list(menu(SCHEDULE, frame, 6))
+    time = {s: {n: 1.0 if n == "dense" else 0.1 * (i + 1) / len(names) for i, n in enumerate(names)} for s in (5, 6)}
+    # head 0 of both layers is hurt by everything but cs4a 0.12; head 1 by nothing
+    error = {s: {n: tuple((0.0 if n in ("dense", "cs4a 0.12") else 0.5, 0.0) for _ in range(2)) for n in names} for s in (5, 6)}
+    return Table(frame, error, time)
+
+
+def test_prices_choose_options():
+    cheap, dear = (assign(table(), SCHEDULE, {5: p, 6: p}, 0.0) for p in (1e-6, 1e3))
+    assert describe(cheap).count("dense") == 0
+    names = [type(dear.variant(0, h, 6)).__name__ for h in range(2)]
+    assert names == ["Cs4a", "Cs4a"] and dear.variant(0, 0, 6).top_k == 0.12 and dear.variant(0, 1, 6).top_k == 0.03
+    assert dear.why_not(SCHEDULE, 2, 2) is None
+
+
+def test_tilt_favours_late_layers():
+    policy = assign(table(), SCHEDULE, {5: 0.12, 6: 0.12}, 2.0)
+    assert policy.variant(0, 0, 6) != policy.variant(1, 0, 6)
+    assert policy.variant(1, 0, 6).top_k == 0.12
+
+
+def test_every_option_of_every_frame_is_legal():
+    infinity = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
+    for schedule in (SCHEDULE, infinity, ScaleSchedule(((2, 2), (3, 3), (5, 4), (10, 8), (15, 12), (20, 16)), prefix=300)):
+        for frame in frames(schedule):
+            for scale in frame.sparse_scales(schedule):
+                for variant in menu(schedule, frame, scale).values():
+                    assert Policy.uniform(2, 2, {scale: variant}).why_not(schedule, 2, 2) is None
+
+
+def test_the_papers_policy_on_infinity_8b():
+    """Layers 0..10 CS4A at scales 11 and 12 (decided at 10), the other 29 CSLA at 10, 11 and 12."""
+    infinity = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
+    policy = paper_policy(infinity, 40, 28)
+    assert policy.why_not(infinity, 40, 28) is None
+    kinds = {(layer, s): policy.variant(layer, 0, s).kind for layer in (0, 10, 11, 39) for s in (9, 10, 11, 12)}
+    assert {k for (layer, s), k in kinds.items() if layer <= 10 and s >= 11} == {"cs4a"}
+    assert {k for (layer, s), k in kinds.items() if layer > 10 and s >= 10} == {"csla"}
+    assert {k for (layer, s), k in kinds.items() if s == 9 or (layer <= 10 and s == 10)} == {"dense"}
+    csla, cs4a = policy.variant(39, 0, 12), policy.variant(0, 0, 12)
+    assert csla.windows == (-1,) * 8 + (1, 1, 3, 5, 7) and csla.sinks == 5 and csla.form == "block128"
+    assert cs4a.keys == "index" and cs4a.top_k == 0.2 and cs4a.bands == (7, 9) and str(cs4a.tile) == "raster192"
+    with pytest.raises(ValueError, match="at least 6"):
+        paper_policy(ScaleSchedule.square((1, 2, 3)), 4, 4)

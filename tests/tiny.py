@@ -1,0 +1,61 @@
+"""A pocketvar small enough for tests: random weights, seven scales up to 16x16, two layers of two heads.
+
+`python tiny.py ARGS` is the command line with this model in pocketvar's place, for tests that need a process to kill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+
+import torch
+
+from sparvar_kernels.scales import ScaleSchedule
+from sparvar_tune import adapters, models
+from sparvar_tune.adapters import pocketvar as adapter
+from sparvar_tune.pocketvar.model import PocketConfig, PocketVAR
+
+SIDES = (1, 2, 4, 6, 8, 12, 16)
+DELAY_S = 0.0  # added to every picture, for tests that interrupt
+
+
+def make_model(*_args: object, **_options: object) -> PocketVAR:
+    torch.manual_seed(0)
+    model = PocketVAR(PocketConfig(depth=2, heads=2, head_dim=32, mlp=32, sides=SIDES)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=0.1)
+    return model
+
+
+def install(setattr_=setattr) -> None:
+    """Puts the tiny model in pocketvar's place; `setattr_` may be a monkeypatch's."""
+    row = dataclasses.replace(
+        models.MODELS["pocketvar"], layers=2, heads=2, head_dim=32, width=64,
+        resolutions={"256": {"1.000": ScaleSchedule.square(SIDES)}},
+    )  # fmt: skip
+    setattr_(models, "MODELS", {**models.MODELS, "pocketvar": row})
+    setattr_(adapter, "load_pocketvar", make_model)
+    setattr_(adapter.PocketAdapter, "_yardstick_rows", lambda self: [
+        {"name": adapter.REDRAW, "psnr_db": 20.0, "ssim": 0.5, "psnr_db_by_class": [20.0] * 10}
+    ])  # fmt: skip
+    finish = adapter.PocketAdapter.finish
+
+    def slow(self, state, attend, redraw_from=None):
+        time.sleep(DELAY_S)
+        return finish(self, state, attend, redraw_from)
+
+    setattr_(adapter.PocketAdapter, "finish", slow)
+    assert adapters.ADAPTERS["pocketvar"]
+
+
+if __name__ == "__main__":
+    from sparvar_tune import commands
+    from sparvar_tune.cli import main
+
+    install()
+    commands.MODELS = models.MODELS
+    DELAY_S = float(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))
