@@ -8,22 +8,31 @@ loaded, what is not known is refused, and nothing in it is ever executed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparvar_kernels.policy import Policy
+from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.registry import KERNELS
+from sparvar_kernels.registry import why_not as why_not_launch
 from sparvar_kernels.scales import ScaleSchedule
-from sparvar_tune.gpus import Gpu
+from sparvar_kernels.variants import Variant, variant_to_dict
+from sparvar_tune.gpus import GPUS, Gpu
 from sparvar_tune.json_reader import Reader, ReadError, to_plain
+from sparvar_tune.models import find_model
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20
+MAX_MESSAGE = 400  # characters of a reason; a damaged file may hold a megabyte of text in one field
+MAX_NUMBER = 1 << 20  # no window, tile side or stride of a policy is larger
 DEFAULT_PRESET = "near-lossless"
 PRESETS = (DEFAULT_PRESET, "paper", "custom")
 
@@ -70,6 +79,11 @@ class Yardstick:
     psnr_db: float
     ssim: float
 
+    def why_not(self) -> str | None:
+        if not 0 <= self.psnr_db <= 200 or not -1 <= self.ssim <= 1:
+            return f"got PSNR {self.psnr_db} dB and SSIM {self.ssim}; want 0..200 and -1..1"
+        return None
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -99,9 +113,13 @@ class Evidence:
             return "a lower bound is above its mean"
         if self.psnr_lower_db < self.required_psnr_db or self.ssim_lower < self.required_ssim:
             return "the lower bounds do not reach what was required"
-        if not -1 <= self.ssim_mean <= 1 or not 0 <= self.psnr_mean_db <= 200:
-            return f"got PSNR {self.psnr_mean_db} dB and SSIM {self.ssim_mean}; want 0..200 and -1..1"
-        return None
+        for name, low, high in (
+            ("psnr_mean_db", 0, 200), ("required_psnr_db", 0, 200),
+            ("ssim_mean", -1, 1), ("required_ssim", -1, 1), ("ms_ssim_mean", -1, 1),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                return f"{name}: got {getattr(self, name)}, want {low}..{high}"
+        return _why_not_sha256("data_hash", self.data_hash)
 
 
 @dataclass(frozen=True)
@@ -190,7 +208,7 @@ class Workload:
             return f"dtype: got {self.dtype!r}, want fp32, bf16 or fp16"
         if not 0 < self.softmax_scale < 1e6 or not (self.logit_bound is None or 0 < self.logit_bound < 1e6):
             return "softmax_scale and logit_bound: want > 0"
-        return None
+        return None if self.weights_sha256 is None else _why_not_sha256("weights_sha256", self.weights_sha256)
 
 
 @dataclass(frozen=True)
@@ -200,10 +218,21 @@ class Silicon:
     gpu: str
     family: str
     name: str
-    capability: tuple[int, ...] | None
+    capability: tuple[int, int] | None
     sms: int | None
     memory_bytes: int | None
     threads: int | None
+
+    def why_not(self) -> str | None:
+        if self.gpu in GPUS and self.family != GPUS[self.gpu].family:
+            return f"family: got {self.family!r}, want {GPUS[self.gpu].family!r} for {self.gpu}"
+        if self.capability is not None and min(self.capability) < 0:
+            return f"capability: got {list(self.capability)}, want [major, minor], both >= 0"
+        for name in ("sms", "memory_bytes", "threads"):
+            got = getattr(self, name)
+            if got is not None and got < 1:
+                return f"{name}: got {got}, want >= 1 or null"
+        return None
 
 
 @dataclass(frozen=True)
@@ -248,20 +277,67 @@ class Profile:
             return "evidence: want it exactly when policy_state is measured"
         if (self.state == "measured") != (self.generation is not None):
             return "generation: want it exactly when state is measured"
-        reason = self.policy.why_not(self.workload.schedule, self.workload.layers, self.workload.heads)
+        if not _is_date(self.created):
+            return f'created: got {self.created!r}, want a date such as "2026-11-23"'
+        if self.trials < 0 or self.seed < 0:
+            return f"trials and seed: got {self.trials} and {self.seed}, want >= 0"
+        reason = _why_not_sha256("kernel_hash", self.kernel_hash)
+        if reason:
+            return reason
+        w = self.workload
+        reason = self.policy.why_not(w.schedule, w.layers, w.heads)
         if reason:
             return f"policy.{reason}"
+        for i, rule in enumerate(self.policy.rules):
+            if any(abs(n) > MAX_NUMBER for n in _integers(rule.variant)):
+                return f"policy.rules[{i}].variant: want numbers of at most 2**20"
         want = sorted({r.scale_index for r in self.policy.rules})
         if [r.scale_index for r in self.rows] != want:
             return f"rows: got scales {[r.scale_index for r in self.rows]}, want {want} (those the policy has rules for)"
         if any(r.state != self.state for r in self.rows):
             return f"rows: every row must be {self.state!r} like the profile"
+        for i, row in enumerate(self.rows):
+            reason = row.why_not()
+            if not reason:
+                problem = AttentionProblem(
+                    w.schedule, row.scale_index, w.batch, w.heads, w.head_dim, w.dtype, w.softmax_scale, w.logit_bound
+                )
+                config = KERNELS[row.kernel].config(**dict(row.config))
+                reason = why_not_launch(problem, row.kernel, config, self.silicon.capability)
+            if reason:
+                return f"rows[{i}]: {reason}"
         return None
 
 
+def _why_not_sha256(name: str, got: str) -> str | None:
+    return None if re.fullmatch("[0-9a-f]{64}", got) else f"{name}: got {got!r}, want the 64 hexadecimal digits of a sha256"
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _integers(variant: Variant) -> list[int]:
+    parts = dataclasses.astuple(variant)
+    return [n for part in parts for n in (part if isinstance(part, tuple) else (part,)) if isinstance(n, int)]
+
+
 def to_json(profile: Profile) -> str:
-    """The file's text: sorted keys, floats to 6 digits, one value a line."""
-    return json.dumps(to_plain(profile), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    """The file's text: sorted keys, one value a line, measured floats to 6 digits. Raises ValueError on NaN."""
+    return json.dumps(_plain(profile), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _plain(profile: Profile) -> dict[str, Any]:
+    """JSON values. What decides results keeps every digit: the runtime must do what was certified, on the shape it was."""
+    data: dict[str, Any] = to_plain(profile)
+    for name in ("softmax_scale", "logit_bound"):
+        data["workload"][name] = getattr(profile.workload, name)
+    for plain, rule in zip(data["policy"]["rules"], profile.policy.rules, strict=True):
+        plain["variant"] = variant_to_dict(rule.variant)
+    return data
 
 
 def from_json(text: str, where: str) -> Profile:
@@ -270,17 +346,27 @@ def from_json(text: str, where: str) -> Profile:
         data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ProfileError(f"{where}: not a profile: {reason}; tune again or restore the file") from None
+        raise ProfileError(f"{where}: not a profile: {_one_line(reason)}; tune again or restore the file") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
-        raise ProfileError(f"{where}: schema {schema}, this sparvar-tune reads {SCHEMA}: upgrade sparvar-tune")
+        raise ProfileError(f"{where}: {_one_line(f'schema {schema}')}, this sparvar-tune reads {SCHEMA}: upgrade sparvar-tune")
     try:
-        profile = Reader().read(Profile, data, "")
-    except (ReadError, RecursionError) as error:
-        raise ProfileError(f"{where}: {error}; tune again or restore the file") from None
+        return _read(data)
+    except ReadError as error:
+        raise ProfileError(f"{where}: {_one_line(str(error))}; tune again or restore the file") from None
+
+
+def _read(data: Any) -> Profile:
+    profile = Reader().read(Profile, data, "")
     if profile.schema != SCHEMA:
-        raise ProfileError(f"{where}: schema: got {profile.schema}, want {SCHEMA}; tune again")
+        raise ReadError(f"schema: got {profile.schema}, want {SCHEMA}")
     return profile
+
+
+def _one_line(text: str) -> str:
+    """Printable and short, whatever a damaged file put into it."""
+    shown = text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -310,16 +396,23 @@ def load(path: Path) -> Profile:
 
 
 def save(profile: Profile, path: Path) -> None:
-    """Writes the file in one step (temporary file, then rename); raises ProfileError and leaves the old file alone."""
-    reason = profile.why_not()
-    if reason:
-        raise ProfileError(f"{path}: not written: {reason}")
-    write_atomic(path, to_json(profile).encode("utf-8"))
+    """Writes the file in one step (temporary file, then rename); raises ProfileError and leaves the old file alone.
+
+    Whatever `load` would refuse is not written.
+    """
+    try:
+        _read(_plain(profile))
+    except ReadError as error:
+        raise ProfileError(f"{path}: not written: {_one_line(str(error))}") from None
+    data = to_json(profile).encode("utf-8")
+    if len(data) > MAX_BYTES:
+        raise ProfileError(f"{path}: not written: {len(data)} bytes, want at most {MAX_BYTES}")
+    write_atomic(path, data)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes `data` so that the file is either the old one or the whole new one. Raises ProfileError."""
-    partial: str | None = None
+    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -329,12 +422,14 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
         os.replace(partial, path)
+        partial = None
     except OSError as error:
+        reason = error.strerror or str(error)
+        raise ProfileError(f"{path}: cannot be written ({reason}); give another folder with --out") from None
+    finally:  # also when interrupted
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
-        reason = error.strerror or str(error)
-        raise ProfileError(f"{path}: cannot be written ({reason}); give another folder with --out") from None
 
 
 def profile_name(model: str, preset: str, resolution: str, aspect: str, default: tuple[str, str]) -> str:
@@ -359,8 +454,13 @@ def user_folder() -> Path:
     home = os.environ.get("SPARVAR_TUNE_HOME")
     if home:
         return Path(home) / "profiles"
-    data = os.environ.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path.home() / ".local" / "share") / "sparvar-tune" / "profiles"
+    data = os.environ.get("XDG_DATA_HOME", "")
+    if os.path.isabs(data):  # a relative one is to be ignored, its specification says
+        return Path(data) / "sparvar-tune" / "profiles"
+    try:
+        return Path.home() / ".local" / "share" / "sparvar-tune" / "profiles"
+    except RuntimeError:  # a container's user without a home
+        raise ProfileError("this user has no home folder: set SPARVAR_TUNE_HOME to a folder for profiles") from None
 
 
 @dataclass(frozen=True)
@@ -381,18 +481,65 @@ class Miss:
 
 
 def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> Match | Miss:
-    """The profile `name` for `gpu`: its own first, then one of the same family. Raises ProfileError for a bad file."""
-    for folder in folders:
-        path = folder / gpu.slug / name
-        if path.is_file():
-            return Match(load(path), path, True, f"exact silicon ({gpu.slug})")
-    for relative in relatives:
+    """The profile `name` for `gpu`: its own first, then one of the same family.
+
+    Raises ProfileError for a bad file, and for one that is in another's place: what a file says it was tuned for must
+    be what its folder and name say, or a copied file would pass as exact silicon.
+    """
+    looked = []
+    for silicon in (gpu, *relatives):
         for folder in folders:
-            path = folder / relative.slug / name
-            if path.is_file():
-                return Match(load(path), path, False, f"same family ({relative.slug} for {gpu.slug}, {gpu.family})")
-    looked = " and ".join(str(folder / gpu.slug) for folder in folders)
-    return Miss(f"no {name} for {gpu.slug} or its family ({gpu.family}) in {looked}")
+            path = folder / silicon.slug / name
+            looked.append(str(path.parent))
+            if not _exists(path):
+                continue
+            profile = _load_for(path, silicon)
+            if silicon.slug == gpu.slug:
+                return Match(profile, path, True, f"exact silicon ({gpu.slug})")
+            return Match(profile, path, False, f"same family ({silicon.slug} for {gpu.slug}, {gpu.family})")
+    return Miss(f"no {name} for {gpu.slug} or its family ({gpu.family}); looked in {', '.join(looked)}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ProfileError(f"{path}: {error.strerror or error}") from None
+    return True
+
+
+def _load_for(path: Path, gpu: Gpu) -> Profile:
+    profile = load(path)
+    w = profile.workload
+    if profile.silicon.gpu != gpu.slug:
+        raise ProfileError(f"{path}: tuned for {profile.silicon.gpu}, but in the folder of {gpu.slug}; move it or tune again")
+    try:
+        model = find_model(w.model)
+    except ValueError as error:
+        raise ProfileError(f"{path}: {_one_line(str(error))}") from None
+    name = profile_name(w.model, profile.preset, w.resolution, w.aspect, (model.default_resolution, model.default_aspect))
+    if path.name != name:
+        raise ProfileError(f"{path}: by what it holds its name is {_one_line(name)}; rename it or tune again")
+    return profile
+
+
+def mismatch(
+    profile: Profile, *, gpu: Gpu, versions: Versions, kernel_hash: str, weights_sha256: str | None = None
+) -> list[str]:  # fmt: skip
+    """How this machine differs from the one the profile was tuned on, gravest first; weights None are not compared."""
+    was, out = profile.versions, []
+    if profile.silicon.gpu != gpu.slug:
+        out.append(f"tuned for other silicon ({profile.silicon.gpu}, here {gpu.slug})")
+    if profile.kernel_hash != kernel_hash:
+        out.append("tuned with other kernel sources")
+    if None not in (weights_sha256, profile.workload.weights_sha256) and weights_sha256 != profile.workload.weights_sha256:
+        out.append("certified on other weights of this model")
+    for name, there, here in (("torch", was.torch, versions.torch), ("triton", was.triton, versions.triton)):
+        if there != here:
+            out.append(f"tuned with {name} {there or '(none)'}, here {here or '(none)'}")
+    return out
 
 
 def kernel_hash() -> str:

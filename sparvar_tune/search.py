@@ -21,7 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 LOW_PRICE, HIGH_PRICE = 0.3, 3000.0  # what a unit of relative squared error is worth, in dense times of a head
-FIRST_LOW, FIRST_HIGH = 5.0, 250.0  # where the bisection begins; near-lossless on pocketvar came out at about 40
+FIRST_LOW, FIRST_HIGH = 8.0, 200.0  # where the bisection begins; near-lossless on pocketvar came out at about 40
 BISECTIONS = 4
 DEFAULT_TILT = 0.5  # errors near the logits count more; 0.6 fitted the measured effect of single layers on pocketvar
 CONSTRAINT = "shortfall_db"

@@ -1,0 +1,215 @@
+"""The command line with the tiny model: the whole way to a profile and a picture, and every bad input as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+from sparvar_tune import cli, commands, profiles, search
+
+HERE = Path(__file__).parent
+TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "25s", "--pairs", "12"]
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
+    tiny.install(monkeypatch.setattr)
+    from sparvar_tune import models
+
+    monkeypatch.setattr(commands, "MODELS", models.MODELS)
+    return home
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(list(words))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line a refusal prints; fails unless the exit code is 2 and nothing looks like a traceback."""
+    code, _, err = run(capsys, *words)
+    assert code == 2, (code, err)
+    assert err.startswith("sparvar-tune: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+@pytest.fixture
+def never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the tiny model sparse attention is no faster than dense; let every timed pair say it is, to reach the end."""
+    from sparvar_tune import certify
+
+    measured = certify.compare_on
+
+    def faster(*args, **kwargs):
+        trial = measured(*args, **kwargs)
+        trial.tuned_ms = [ms / 2 for ms in trial.dense_ms]
+        trial.tuned_scales = [{s: ms / 2 for s, ms in spent.items()} for spent in trial.dense_scales]
+        return trial
+
+    monkeypatch.setattr(certify, "compare_on", faster)
+    import sparvar_tune.tune as tune
+
+    monkeypatch.setattr(tune, "compare_on", faster)
+
+
+def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path):
+    code, out, err = run(capsys, *TUNE, "--min-psnr", "12", "--min-ssim", "0.1")
+    assert code == 0, (out, err)
+    path = tiny_model / "profiles" / "cpu" / "pocketvar--custom.json"
+    profile = profiles.load(path)
+    assert profile.evidence.n == 12 and profile.evidence.psnr_lower_db >= 12 and profile.state == "measured"
+    assert "whole picture" in out and "certifying trial" in out
+    code, out, _ = run(capsys, "show", "--profile", str(path))
+    assert code == 0 and "held-out pairs" in out
+    code, out, _ = run(capsys, "explain", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path))
+    assert code == 0 and "file given" in out and "scale 6" in out
+    png = tmp_path / "two.png"
+    code, out, _ = run(capsys, "generate", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path), "--out", str(png), "--class", "3")
+    assert code == 0 and "PSNR" in out and Image.open(png).size[0] > 300
+    assert "other silicon" in refused(capsys, "explain", "--model", "pocketvar", "--gpu", "h200", "--profile", str(path))
+    assert "for model pocketvar" in refused(capsys, "explain", "--model", "hart", "--gpu", "cpu", "--profile", str(path))
+    code, out, _ = run(capsys, "verify", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path), "--pairs", "4")
+    assert code in (0, 1) and "pictures: ok" in out
+
+
+def test_a_bound_nothing_meets_writes_nothing(tiny_model, capsys, tmp_path):
+    said = refused(capsys, *TUNE, "--min-psnr", "99", "--budget", "12s", "--out", str(tmp_path / "out"))
+    assert "the best reached" in said and "nothing written" in said
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_dry_run_only_talks(tiny_model, capsys, tmp_path):
+    code, out, _ = run(capsys, *TUNE, "--dry-run", "--out", str(tmp_path / "out"))
+    assert code == 0 and "frame 0" in out and "cs4a" in out and "plan:" in out
+    assert not (tmp_path / "out").exists() and not tiny_model.exists()
+
+
+def spawn(home: Path, delay: str, *words: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "kernels")])
+    env = {**os.environ, "SPARVAR_TUNE_HOME": str(home), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, str(HERE / "tiny.py"), delay, *words], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_runs_lose_no_finished_trial(tmp_path, how):
+    home = tmp_path / "home"
+    first = spawn(home, "0.02", *TUNE[:4], "--budget", "60s", "--pairs", "12")
+    seen = []
+    for line in first.stdout:
+        if " trial " in line:
+            seen.append(line)
+        if len(seen) == 4:
+            first.send_signal(how)
+            break
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == (130 if how == signal.SIGINT else -9)
+    assert "Traceback" not in err and ("--resume" in err or how == signal.SIGKILL)
+    kept = search.read_trials(home / "runs" / "cpu--pocketvar--near-lossless")
+    assert len(kept) >= 4
+    second = spawn(home, "0", *TUNE[:4], "--budget", "15s", "--pairs", "12", "--resume")
+    out, err = second.communicate(timeout=90)
+    assert f"going on after {len(kept)} finished trials" in out, (out, err)
+    assert search.read_trials(home / "runs" / "cpu--pocketvar--near-lossless")[: len(kept)] == kept
+
+
+def test_two_runs_at_once_are_kept_apart(tmp_path):
+    first = spawn(tmp_path, "0.1", *TUNE)
+    for line in first.stdout:
+        if "measured" in line:
+            break
+    second = spawn(tmp_path, "0", *TUNE)
+    _, err = second.communicate(timeout=60)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2 and "another tuning run" in err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--gpu", "h10", "--model", "hart"], "nearest: h100-sxm"), (["--gpu", "a100", "--model", "hrt"], "nearest: hart"),
+    (["--gpu", "a100"], "--model"), (["--gpu", "a100", "--model", "hart", "--aspect", "1.7"], "aspect"),
+    (["--gpu", "a100", "--model", "infinity-8b", "--resolution", "2M"], "1M"), (["--model", "hart", "--budget", "soon"], "want a time"),
+    (["--model", "hart", "--pairs", "0"], "whole number"), (["tune", "--model", "hart", "--quality", "best"], "near-lossless"),
+    (["--gpu", "cpu", "--model", "hart"], "measure it instead"), (["show"], "want --model"), (["show", "--model", "hart", "--gpu", "b200"], "nothing to show"),
+    (["verify", "--model", "pocketvar", "--gpu", "a100"], "not in this machine"), (["generate", "--model", "hart", "--gpu", "cpu"], "no adapter"),
+    (["--gpu", "cpu", "--model", "pocketvar", "--min-psnr", "nan"], "0..200"),
+])  # fmt: skip
+def test_bad_words_are_one_line(tiny_model, capsys, words, said):
+    assert said in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b'{"schema": 1, "created"', "not a profile"), (b'{"schema": 9}', "upgrade"), (b"\xff\xff", "not UTF-8"),
+    (b'{"schema": 1, "x": NaN}', "NaN"), (b"{}", "missing"), (None, "over 1048576"),
+])  # fmt: skip
+def test_bad_files_are_one_line(tiny_model, capsys, tmp_path, content, said):
+    path = tmp_path / "p.json"
+    with path.open("wb") as file:
+        file.truncate(100 << 20) if content is None else file.write(content)
+    for command in ("show", "explain", "verify", "generate"):
+        assert said in refused(capsys, command, "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path))
+
+
+def test_prediction_is_marked(tiny_model, capsys, tmp_path):
+    code, out, _ = run(capsys, "--gpu", "a100", "--model", "hart", "--out", str(tmp_path))
+    assert code == 0 and "unverified" in out and "predicted" in out and "to make it real" in out
+    profile = profiles.load(tmp_path / "a100-80" / "hart.json")
+    assert (profile.state, profile.policy_state, profile.evidence, profile.generation) == ("predicted", "unverified", None, None)
+    assert [r.scale_index for r in profile.rows] == [10, 11, 12] and profile.workload.prefix == 300
+    for row in profile.rows:
+        assert 0 < row.tuned_predicted_ms < row.dense_predicted_ms
+    code, out, _ = run(capsys, "--gpu", "h100", "--model", "infinity-8b", "--aspect", "1.750", "--out", str(tmp_path))
+    assert code == 0 and (tmp_path / "h100-sxm" / "infinity-8b--1M--1.750.json").is_file()
+
+
+def test_places_that_cannot_be_written(tiny_model, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "--gpu", "a100", "--model", "hart", "--out", str(tmp_path / "file"))
+    begun = time.monotonic()
+    assert "cannot be written" in refused(capsys, *TUNE, "--out", str(tmp_path / "file"))
+    assert time.monotonic() - begun < 10, "found out only after the work"
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert "No space left" in refused(capsys, "--gpu", "a100", "--model", "hart", "--out", str(tmp_path / "new"))
+    assert not [p for p in (tmp_path / "new").rglob("*") if p.is_file()]
+
+
+def test_check_and_tables(tiny_model, capsys):
+    code, out, _ = run(capsys, "check", "--gpu", "cpu")
+    assert code == 0 and out.count("ok  ") == 6
+    code, out, _ = run(capsys, "show", "--gpus", "--models")
+    assert code == 0 and "h100-sxm" in out and "infinity-8b" in out
+
+
+def test_trials_are_shown_as_csv(tiny_model, capsys):
+    assert "no trials" in refused(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
+    folder = commands.scratch_folder(commands.choose_gpu("cpu"), commands.find_model("pocketvar"), "near-lossless")
+    folder.mkdir(parents=True)
+    study = search.open_study(folder, "space", 0, False)
+    verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)
+    search.search(study, lambda knobs: verdict, 1, lambda: len(search.finished(study)) >= 3, lambda found: None)
+    code, out, _ = run(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
+    rows = out.splitlines()
+    assert code == 0 and rows[0].startswith("trial,form,frame") and len(rows) == 4
+
+
+def test_json_stays_small_and_plain():
+    data = json.loads((HERE.parent / "profiles" / "a100-80" / "hart.json").read_text())
+    assert dataclasses.is_dataclass(profiles.Profile) and set(data) == {f.name for f in dataclasses.fields(profiles.Profile)}

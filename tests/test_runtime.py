@@ -1,0 +1,126 @@
+"""Loading and applying profiles: exact, family, dense with the reason; demotion; a live model and single calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import tiny
+import torch
+from test_profiles import example
+
+import sparvar_tune
+from sparvar_kernels import AttentionProblem, Policy, Pooled, Reuse, Rule
+from sparvar_kernels.dense import dense_attention
+from sparvar_kernels.scales import ScaleSchedule
+from sparvar_tune import machine, profiles, runtime
+from sparvar_tune.gpus import find_gpu
+from sparvar_tune.pocketvar.model import DENSE, Generation, draw_noise
+
+GRIDS = tuple((s, s) for s in tiny.SIDES)
+
+
+def profile(**changes) -> profiles.Profile:
+    base = example()
+    base = dataclasses.replace(
+        base, policy=Policy(("AB", "BB"), (Rule(5, "A", Pooled(3, 2)), Rule(6, "A", Reuse(4)), Rule(6, "B", Pooled(3, 2)))),
+        workload=dataclasses.replace(base.workload, grids=GRIDS, layers=2, heads=2, head_dim=32),
+        kernel_hash=profiles.kernel_hash(), silicon=machine.silicon(find_gpu("cpu"), True), versions=machine.versions(),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def stored(tmp_path, made, gpu="cpu"):
+    profiles.save(made, tmp_path / gpu / "pocketvar.json")
+    return runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
+
+
+def test_exact_silicon(tmp_path):
+    tuned = stored(tmp_path, profile())
+    assert tuned.profile == profile() and not tuned.demoted and "exact silicon" in tuned.reasons[0]
+    assert "3.00x measured" in tuned.explain() and "policy has no rule" not in tuned.explain()
+
+
+def test_no_profile_is_dense_with_the_reason(tmp_path):
+    tuned = runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
+    assert tuned.profile is None and "no pocketvar.json for cpu" in tuned.explain() and "everything runs dense" in tuned.explain()
+    problem = AttentionProblem(ScaleSchedule(GRIDS), 6, 1, 2, 32)
+    q, k, v = problem.make_inputs(0)
+    assert torch.equal(tuned.attention(problem)(q, k, v, layer=0), dense_attention(q, k, v, problem))
+    with pytest.raises(ValueError, match="no profile to apply"):
+        sparvar_tune.apply(tiny.make_model(), tuned)
+
+
+def test_family_is_used_and_said(tmp_path):
+    h100 = profile(silicon=dataclasses.replace(profile().silicon, gpu="h100-sxm", family="hopper"))
+    profiles.save(h100, tmp_path / "h100-sxm" / "pocketvar.json")
+    tuned = runtime.load_profile("pocketvar", gpu="h200", folders=(tmp_path,))
+    assert tuned.profile is not None and "same family (h100-sxm for h200" in tuned.reasons[0]
+
+
+def test_other_kernels_mean_dense(tmp_path):
+    tuned = stored(tmp_path, profile(kernel_hash="00" * 32))
+    assert set(tuned.demoted) == {5, 6} and tuned.policy().rules == ()
+    assert "kernels changed" in tuned.explain()
+
+
+def test_an_uncertain_gain_means_dense(tmp_path):
+    rows = profile().rows
+    weak = dataclasses.replace(rows[0], speedup=profiles.Speedup(1.02, 0.97, 1.07, 32))
+    tuned = stored(tmp_path, profile(rows=(weak, rows[1])))
+    assert set(tuned.demoted) == {5} and {r.scale_index for r in tuned.policy().rules} == {6}
+    assert "0.97x" in tuned.explain()
+
+
+def test_predicted_profiles_warn_once(tmp_path):
+    row = profiles.Row(5, "triton", (("block_m", 64), ("block_n", 64), ("num_stages", 3), ("num_warps", 4)), "predicted", "fa2",
+                       tuned_predicted_ms=1.0, dense_predicted_ms=2.0)  # fmt: skip
+    made = profile(state="predicted", policy_state="unverified", evidence=None, generation=None,
+                   rows=(row, dataclasses.replace(row, scale_index=6)))  # fmt: skip
+    with pytest.warns(UserWarning, match="unverified") as caught:
+        tuned = stored(tmp_path, made)
+    assert len(caught) == 1 and "predicted" in tuned.explain()
+
+
+def test_another_processor_is_named(tmp_path):
+    tuned = stored(tmp_path, profile(silicon=dataclasses.replace(profile().silicon, name="Abacus", threads=64)))
+    assert any("measured on Abacus (64 threads)" in reason for reason in tuned.reasons)
+
+
+def test_apply_and_undo(tmp_path):
+    model, tuned = tiny.make_model(), stored(tmp_path, profile())
+    noise = draw_noise(model.schedule, 16, 1)
+    dense = Generation(model, [3], noise, 0.7).run().fhat
+    applied = sparvar_tune.apply(model, tuned)
+    first, second = (Generation(model, [3], noise, 0.7).run().fhat for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, dense)
+    applied.undo()
+    assert model.attend is DENSE and torch.equal(Generation(model, [3], noise, 0.7).run().fhat, dense)
+
+
+def test_a_misfit_is_refused(tmp_path):
+    tuned = stored(tmp_path, profile(policy=Policy(("ABB",) * 2, profile().policy.rules),
+                                     workload=dataclasses.replace(profile().workload, heads=3)))  # fmt: skip
+    with pytest.raises(ValueError, match="does not fit the model"):
+        sparvar_tune.apply(tiny.make_model(), tuned)
+    with pytest.raises(ValueError, match="no adapter knows it"):
+        sparvar_tune.apply(object(), stored(tmp_path, profile()))
+
+
+def test_single_calls(tmp_path):
+    """attention(problem) runs the policy for the profile's shape and dense for any other."""
+    tuned, schedule = stored(tmp_path, profile()), ScaleSchedule(GRIDS)
+    for s in (4, 5, 6):
+        problem = AttentionProblem(schedule, s, 1, 2, 32)
+        q, k, v = problem.make_inputs(s)
+        out = tuned.attention(problem)(q, k, v, layer=1)
+        assert torch.allclose(out, dense_attention(q, k, v, problem), atol=1e-6) == (s != 6)
+    other = dataclasses.replace(problem, softmax_scale=0.5)
+    assert torch.equal(tuned.attention(other)(q, k, v, layer=1), dense_attention(q, k, v, other))
+    assert "softmax_scale is 0.5" in tuned.explain(other)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="nearest"), warnings.catch_warnings():
+        runtime.load_profile("pocketva")
