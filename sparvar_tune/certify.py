@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -20,6 +20,7 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.fidelity import Constraint, PictureFidelity, compare_pictures, hash_pairs, lower_bound
 from sparvar_tune.judge import first_touched, make_attention
+from sparvar_tune.lpips import Lpips
 from sparvar_tune.measure import Stopwatch, paired_speedup, timing
 from sparvar_tune.profiles import Evidence, Generation, Row, Yardstick
 
@@ -39,46 +40,71 @@ class Timed:
         return made[0]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """One picture made one way: whole generation and attention by scale in ms, fidelity against the dense twin."""
+
+    ms: float
+    scales_ms: dict[int, float]
+    fidelity: PictureFidelity
+    lpips: float | None = None
+
+
+def run_pairs(
+    adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None], lpips: Lpips | None = None
+) -> dict[str, list[Outcome]]:
+    """Every pair's picture every way (attention callables by name; "dense" must be one), in rotating order."""
+    stopwatch, begun = Stopwatch(adapter.device), time.monotonic()
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
+    for i, pair in enumerate(pairs):
+        states: list[Any] = []
+        shared = stopwatch(lambda: states.append(adapter.start(pair, first_touched(adapter))))  # noqa: B023
+        made: dict[str, tuple[Tensor, float, dict[int, float]]] = {}
+        names = list(ways)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            if hasattr(ways[name], "reset"):
+                ways[name].reset()
+            attend, pictures = Timed(ways[name], adapter.device), list[Tensor]()
+            ms = stopwatch(lambda: pictures.append(adapter.finish(states[0], attend)))  # noqa: B023
+            made[name] = (pictures[0], shared + ms, attend.spent_ms)
+        for name, (picture, ms, spent) in made.items():
+            dense = made["dense"][0]
+            outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense), lpips(picture, dense) if lpips else None))
+        left = (time.monotonic() - begun) / (i + 1) * (len(pairs) - i - 1)
+        say(f"pair {i + 1}/{len(pairs)}: {_so_far(outcomes)}, {left:.0f} s left")
+    return outcomes
+
+
+def _so_far(outcomes: dict[str, list[Outcome]]) -> str:
+    dense = sum(o.ms for o in outcomes["dense"])
+    return ", ".join(
+        f"{name} {fmean(o.fidelity.psnr_db for o in found):.2f} dB at {dense / sum(o.ms for o in found):.2f}x"
+        for name, found in outcomes.items() if name != "dense"
+    )  # fmt: skip
+
+
 @dataclass
 class Trial:
     """Everything measured on the held-out pairs; lists run over pairs, times are in ms."""
 
-    pairs: list[Pair] = field(default_factory=list)
-    found: list[PictureFidelity] = field(default_factory=list)
-    dense_ms: list[float] = field(default_factory=list)
-    tuned_ms: list[float] = field(default_factory=list)
-    dense_scales: list[dict[int, float]] = field(default_factory=list)
-    tuned_scales: list[dict[int, float]] = field(default_factory=list)
+    pairs: list[Pair]
+    found: list[PictureFidelity]
+    dense_ms: list[float]
+    tuned_ms: list[float]
+    dense_scales: list[dict[int, float]]
+    tuned_scales: list[dict[int, float]]
 
 
 def compare_on(
     adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None]
 ) -> Trial:
     """Dense and tuned pictures of every pair, timed side by side."""
-    trial, stopwatch = Trial(), Stopwatch(adapter.device)
-    sparse = make_attention(adapter, policy, launches)
-    begun = time.monotonic()
-    for i, pair in enumerate(pairs):
-        states: list[Any] = []
-        shared = stopwatch(lambda: states.append(adapter.start(pair, first_touched(adapter))))  # noqa: B023
-        pictures: dict[str, Tensor] = {}
-        for name in ("dense", "tuned") if i % 2 else ("tuned", "dense"):
-            sparse.reset()
-            attend = Timed(adapter.dense if name == "dense" else sparse, adapter.device)
-            made: list[Tensor] = []
-            ms = shared + stopwatch(lambda: made.append(adapter.finish(states[0], attend)))  # noqa: B023
-            pictures[name] = made[0]
-            (trial.dense_ms if name == "dense" else trial.tuned_ms).append(ms)
-            (trial.dense_scales if name == "dense" else trial.tuned_scales).append(attend.spent_ms)
-        trial.pairs.append(pair)
-        trial.found.append(compare_pictures(pictures["tuned"], pictures["dense"]))
-        left = (time.monotonic() - begun) / (i + 1) * (len(pairs) - i - 1)
-        psnr = [f.psnr_db for f in trial.found]
-        say(
-            f"held-out pair {i + 1}/{len(pairs)}: {fmean(psnr):.2f} dB on average (lower bound {lower_bound(psnr):.2f}), "
-            f"{sum(trial.dense_ms) / sum(trial.tuned_ms):.2f}x, {left:.0f} s left"
-        )
-    return trial
+    ways = {"dense": adapter.dense, "tuned": make_attention(adapter, policy, launches)}
+    dense, tuned = run_pairs(adapter, ways, pairs, say).values()
+    return Trial(
+        list(pairs), [o.fidelity for o in tuned], [o.ms for o in dense], [o.ms for o in tuned],
+        [o.scales_ms for o in dense], [o.scales_ms for o in tuned],
+    )  # fmt: skip
 
 
 def evidence(trial: Trial, adapter: Adapter, constraint: Constraint, confidence: float) -> tuple[Evidence, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sparvar_tune import __version__
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "check")
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check")
 DEFAULT_BUDGET = "290s"
 
 
@@ -85,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--profile", type=Path)
     verify.add_argument("--pairs", type=positive, default=8)
     verify.add_argument("--write", action="store_true", help="store the new times as this user's profile")
+
+    compare = command("compare", "dense, the paper's fixed setting and the tuned profiles in one table, interleaved in one run")
+    compare.add_argument("--pairs", type=positive, default=32)
+    compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
+    compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
     check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
     check.set_defaults(model=None)

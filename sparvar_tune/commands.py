@@ -8,6 +8,7 @@ import datetime
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -279,7 +280,8 @@ def verify(args: argparse.Namespace) -> int:
     faithful, faster = mean + (mean - low) >= required, gain.speedup.low > 1
     _say(f"pictures: {'ok' if faithful else 'FAIL'}: PSNR {mean:.2f} dB over {len(psnr)} pairs (90 % interval {low:.2f}.."
          f"{2 * mean - low:.2f}, certified bound was for {required:.2f})")  # fmt: skip
-    _say(f"time:     {'ok' if faster else 'FAIL'}: {gain.dense.p50_ms:.0f} -> {gain.tuned.p50_ms:.0f} ms, {gain.speedup.median:.2f}x "
+    _say(f"time:     {'ok' if faster else 'FAIL'}: {gain.dense.p50_ms:.0f} -> {gain.tuned.p50_ms:.0f} ms, "
+         f"{gain.speedup.median:.2f}x "
          f"(95 % interval {gain.speedup.low:.2f}..{gain.speedup.high:.2f})")  # fmt: skip
     if args.write and faithful and faster:
         configs = {row.scale_index: dict(row.config) for row in profile.rows}
@@ -293,6 +295,35 @@ def verify(args: argparse.Namespace) -> int:
         profiles.save(new, path)
         _say(f"wrote {path}")
     return 0 if faithful and faster else 1
+
+
+def compare(args: argparse.Namespace) -> int:
+    from sparvar_tune.certify import run_pairs
+    from sparvar_tune.judge import make_attention
+    from sparvar_tune.lpips import Lpips
+    from sparvar_tune.report import comparison
+
+    gpu, model, _, _ = _target(args)
+    if not is_here(gpu):
+        raise ValueError(f"compare: {gpu.slug} is not in this machine; run it where it is")
+    adapter = load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    ways: dict[str, Any] = {"dense": adapter.dense}
+    ways["paper's fixed setting"] = make_attention(adapter, paper_policy(adapter.schedule, model.layers, model.heads))
+    for preset in ("paper", "near-lossless"):
+        tuned = runtime.load_profile(args.model, gpu=args.gpu, preset=preset)
+        if tuned.profile is None:
+            _say(f"left out {preset}: {'; '.join(tuned.reasons)}")
+        else:
+            ways[f"tuned, {preset}"] = tuned.sparse_attention()
+    lpips = Lpips(args.lpips) if args.lpips else None
+    outcomes = run_pairs(adapter, ways, held_out_pairs(adapter.num_classes, args.pairs), _status, lpips)
+    text, raw = comparison(outcomes, adapter, silicon(gpu, True), versions())
+    _say(text)
+    if args.out:
+        profiles.write_atomic(args.out, text.encode())
+        profiles.write_atomic(args.out.with_suffix(".json"), raw.encode())
+        _say(f"wrote {args.out} and {args.out.with_suffix('.json')}")
+    return 0
 
 
 def check(args: argparse.Namespace) -> int:

@@ -48,14 +48,6 @@ def compare_pictures(sparse: Tensor, dense: Tensor) -> PictureFidelity:
     return PictureFidelity(min(psnr, PSNR_CAP), float(ssim), float(ms_ssim))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class AttentionFidelity:
-    """One attention output against dense: relative L2 error, and the share of softmax mass on the kept keys."""
-
-    relative_l2: float
-    recall: float | None
-
-
 def relative_l2(sparse: Tensor, dense: Tensor) -> float:
     """||sparse - dense|| / ||dense|| over everything, in fp64."""
     return float((sparse.double() - dense.double()).norm() / dense.double().norm().clamp(min=1e-300))

@@ -22,7 +22,7 @@ from sparvar_tune.measure import Stopwatch
 from sparvar_tune.policies import Table, assign, frames, paper_policy
 from sparvar_tune.search import Knobs, Verdict
 
-MARGIN_DB = 0.2  # the search pairs are few: what is predicted for the held-out ones must clear the bound by this much
+MARGIN_DB = 0.05  # what is predicted for the held-out pairs must clear the bound by this much
 RACE_AFTER = 3  # pairs judged before a trial may be given up
 
 

@@ -279,8 +279,8 @@ class Profile:
             return "generation: want it exactly when state is measured"
         if not _is_date(self.created):
             return f'created: got {self.created!r}, want a date such as "2026-11-23"'
-        if self.trials < 0 or self.seed < 0:
-            return f"trials and seed: got {self.trials} and {self.seed}, want >= 0"
+        if self.trials < 0:
+            return f"trials: got {self.trials}, want >= 0"
         reason = _why_not_sha256("kernel_hash", self.kernel_hash)
         if reason:
             return reason

@@ -78,7 +78,9 @@ def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path):
     code, out, _ = run(capsys, "explain", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path))
     assert code == 0 and "file given" in out and "scale 6" in out
     png = tmp_path / "two.png"
-    code, out, _ = run(capsys, "generate", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path), "--out", str(png), "--class", "3")
+    code, out, _ = run(
+        capsys, "generate", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path), "--out", str(png), "--class", "3"
+    )
     assert code == 0 and "PSNR" in out and Image.open(png).size[0] > 300
     assert "other silicon" in refused(capsys, "explain", "--model", "pocketvar", "--gpu", "h200", "--profile", str(path))
     assert "for model pocketvar" in refused(capsys, "explain", "--model", "hart", "--gpu", "cpu", "--profile", str(path))
@@ -142,10 +144,13 @@ def test_two_runs_at_once_are_kept_apart(tmp_path):
 @pytest.mark.parametrize(("words", "said"), [
     (["--gpu", "h10", "--model", "hart"], "nearest: h100-sxm"), (["--gpu", "a100", "--model", "hrt"], "nearest: hart"),
     (["--gpu", "a100"], "--model"), (["--gpu", "a100", "--model", "hart", "--aspect", "1.7"], "aspect"),
-    (["--gpu", "a100", "--model", "infinity-8b", "--resolution", "2M"], "1M"), (["--model", "hart", "--budget", "soon"], "want a time"),
+    (["--gpu", "a100", "--model", "infinity-8b", "--resolution", "2M"], "1M"),
+    (["--model", "hart", "--budget", "soon"], "want a time"),
     (["--model", "hart", "--pairs", "0"], "whole number"), (["tune", "--model", "hart", "--quality", "best"], "near-lossless"),
-    (["--gpu", "cpu", "--model", "hart"], "measure it instead"), (["show"], "want --model"), (["show", "--model", "hart", "--gpu", "b200"], "nothing to show"),
-    (["verify", "--model", "pocketvar", "--gpu", "a100"], "not in this machine"), (["generate", "--model", "hart", "--gpu", "cpu"], "no adapter"),
+    (["--gpu", "cpu", "--model", "hart"], "measure it instead"), (["show"], "want --model"),
+    (["show", "--model", "hart", "--gpu", "b200"], "nothing to show"),
+    (["verify", "--model", "pocketvar", "--gpu", "a100"], "not in this machine"),
+    (["generate", "--model", "hart", "--gpu", "cpu"], "no adapter"),
     (["--gpu", "cpu", "--model", "pocketvar", "--min-psnr", "nan"], "0..200"),
 ])  # fmt: skip
 def test_bad_words_are_one_line(tiny_model, capsys, words, said):

@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sparvar_tune.fidelity import Constraint, compare_pictures, lower_bound, recall_of_mass, relative_l2, t_quantile
+from sparvar_tune.lpips import Lpips
 from sparvar_tune.measure import paired_speedup, timing
 from sparvar_tune.pairs import held_out_pairs, search_pairs, yardstick_pairs
 
@@ -85,3 +87,30 @@ def test_timing_and_speedup_by_hand():
     assert (s.median, s.low, s.high, s.n) == (2.0, 2.0, 2.0, 4)
     wide = paired_speedup([10.0, 20.0, 30.0, 40.0], [10.0] * 4)
     assert wide.low < wide.median == 2.5 < wide.high
+
+
+def lpips_weights() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    sizes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    made = {}
+    for n, (i, (out, into, side)) in enumerate(sizes.items()):
+        made[f"features.{i}.weight"] = torch.randn(out, into, side, side, generator=g) / (into * side * side) ** 0.5
+        made[f"features.{i}.bias"] = torch.zeros(out)
+        made[f"lin{n}.weight"] = torch.rand(1, out, 1, 1, generator=g)
+    return made
+
+
+def test_lpips_with_the_users_weights(tmp_path):
+    """Random weights: zero for equal pictures, symmetric, grows with the damage; a short file is refused by name."""
+    path = tmp_path / "alex.safetensors"
+    save_file(lpips_weights(), path)
+    lpips, picture = Lpips(path), torch.rand(1, 3, 128, 128)
+    small, large = ((picture + s * torch.randn_like(picture)).clamp(0, 1) for s in (0.02, 0.3))
+    assert lpips(picture, picture) == 0
+    assert lpips(picture, small) == pytest.approx(lpips(small, picture)) and 0 < lpips(picture, small) < lpips(picture, large)
+    save_file({k: v for k, v in lpips_weights().items() if k != "lin3.weight"}, path)
+    with pytest.raises(ValueError, match=r"lin3\.weight is missing"):
+        Lpips(path)
+    path.write_bytes(b"no")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        Lpips(path)

@@ -19,9 +19,9 @@ LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
     {"pooled", "policy"}, {"gathered_cpu", "gathered_triton"}, {"attention"}, {"sparvar_kernels"},
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"profiles"},
-    {"machine", "measure", "fidelity", "pairs", "capture", "policies"},
+    {"machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
-    {"sensitivity", "runtime", "predict"}, {"search"}, {"judge"}, {"certify"}, {"tune"}, {"commands"}, {"cli"},
+    {"sensitivity", "runtime", "predict"}, {"search"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 
