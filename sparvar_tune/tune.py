@@ -34,7 +34,7 @@ from sparvar_tune.search import Found, candidates, finished, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
 
 SEARCH_PAIRS, FEWEST_PAIRS = 8, 12
-PAIR_COST, LAUNCHES_S = 1.75, 15.0  # measured on 2 cores: what certification takes, in dense rests a pair
+PAIR_COST, LAUNCH_COST = 1.75, 5.0  # in dense rests, measured on 2 cores: certifying a pair, tuning the launches
 ATTEMPTS = 3  # candidates that may be certified; attempt j spends 2**-j of the error probability
 
 
@@ -93,11 +93,11 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
         pairs = search_pairs(adapter.num_classes, SEARCH_PAIRS)
         judge = Judge(adapter, pairs, request.constraint, request.pairs, tables, status)
         # per held-out pair the shared start, the dense and the tuned rest, in terms of the dense rest; and launches
-        reserve = request.pairs * PAIR_COST * judge.dense_ms / 1e3 + LAUNCHES_S
+        reserve = (request.pairs * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
         held_out = request.pairs
         if reserve > 0.8 * left():
             held_out = max(FEWEST_PAIRS, int(request.pairs * 0.7 * max(0.0, left()) / reserve))
-            reserve = held_out * PAIR_COST * judge.dense_ms / 1e3 + LAUNCHES_S
+            reserve = (held_out * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
             say(f"[{time.monotonic() - begun:4.0f} s] the budget allows {held_out} held-out pairs instead of {request.pairs}")
             judge.held_out = held_out
         study = open_study(request.scratch, _space(request, adapter), request.seed, request.resume)
