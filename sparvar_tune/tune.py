@@ -112,10 +112,11 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
         ranked = candidates(done)
         attempt, needed = 0, 0.0
         for candidate in ranked:
-            if candidate.verdict.shortfall_db > -needed or attempt == ATTEMPTS:
+            policy = build_policy(candidate.knobs, adapter, tables)
+            nothing = not policy.rules and not policy.skip_scales  # dense everywhere is no result
+            if candidate.verdict.shortfall_db > -needed or attempt == ATTEMPTS or nothing:
                 continue
             attempt += 1
-            policy = build_policy(candidate.knobs, adapter, tables)
             say(f"[{time.monotonic() - begun:4.0f} s] certifying trial {candidate.number}: {describe(policy)}")
             launches, configs = tune_launches(adapter, policy, judge, status)
             trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, held_out), status)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
+import math
 import os
 import random
+import re
+import tempfile
+from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparvar_kernels import Cs4a, Csla, Policy, Pooled, Reuse, Rule, Tile
+import sparvar_kernels
+from sparvar_kernels import Cs4a, Csla, Policy, Pooled, Reuse, Rule, SparseAttention, Tile
 from sparvar_tune import profiles
 from sparvar_tune.gpus import GPUS, find_gpu
 from sparvar_tune.profiles import ProfileError
@@ -78,23 +85,30 @@ def put(path, change):
     return json.dumps(data)
 
 
+HUGE = 10**400
+WRONG = ({"x": 1}, True, "\x00", [[[]]], None, "x", -1, -1.5, HUGE, 1e300, float("nan"), float("inf"))
+
+
 @pytest.mark.parametrize("path", FIELDS, ids=lambda p: ".".join(map(str, p)))
 def test_every_field_is_needed_and_typed(path):
-    """Deleting a field, or giving it another type, is refused; list items may go only where the whole stays sound."""
+    """Without a field, with one too many, or with another value: refused in one line, or it means what the text says."""
 
     def drop(at, key):
         del at[key]
 
-    in_list = isinstance(path[-1], int)
-    for wrong in (drop, *(lambda at, key, v=v: at.__setitem__(key, v) for v in ({"x": 1}, True, "\x00", [[[]]]))):
+    def add(at, key):
+        at[key] = {**at[key], "surplus": 1} if isinstance(at[key], dict) else [at[key], at[key]]
+
+    for wrong in (drop, add, *(lambda at, key, v=v: at.__setitem__(key, v) for v in WRONG)):
         text = put(path, wrong)
         try:
             loaded = profiles.from_json(text, "f")
         except ProfileError as error:
-            assert str(error).startswith("f: ") and "\n" not in str(error)
-        else:  # a shorter list of notes or windows may still be a sound profile; it must then say what the text says
-            config_or_list = in_list or "config" in path or isinstance(json.loads(text), dict)
-            assert config_or_list and json.loads(profiles.to_json(loaded)) == json.loads(text)
+            assert str(error).startswith("f: ") and "\n" not in str(error) and len(str(error)) < 500
+            continue
+        # a field of an object is never dispensable; a shorter list of notes or windows may still make a sound profile
+        assert wrong is not drop or isinstance(path[-1], int)
+        assert json.loads(profiles.to_json(loaded)) == json.loads(text)
 
 
 @pytest.mark.parametrize(("path", "value", "said"), [
@@ -110,11 +124,43 @@ def test_every_field_is_needed_and_typed(path):
     (("workload", "heads"), 4, "class letters"), (("preset",), "best", "preset"),
     (("workload", "extra"), 1, "workload.extra: unknown"),
     (("notes", 0), "x" * 501, "notes[0]"), (("rows", 0, "tuned", "n"), 0, "want >= 1"), (("seed",), 1 << 70, "seed"),
+    (("created",), "20261123", "want a date"), (("kernel_hash",), "EF" * 32, "64 hexadecimal"), (("trials",), -1, "trials"),
+    (("workload", "weights_sha256"), "cd", "64 hexadecimal"), (("evidence", "data_hash"), "", "64 hexadecimal"),
+    (("evidence", "yardsticks", 0, "ssim"), 1.5, "evidence.yardsticks[0]"), (("evidence", "ms_ssim_mean"), 2.0, "ms_ssim_mean"),
+    (("silicon", "threads"), 0, "silicon: threads"), (("silicon", "family"), "ada", "want 'cpu' for cpu"),
+    (("silicon", "capability"), [9], "want 2"), (("policy", "rules", 0, "variant", "sample"), 1 << 40, "rules[0].variant"),
+    (("policy", "rules", 0, "variant", "tile"), "8x99999999999", "rules[0].variant"),
+    (("workload", "head_dim"), 1025, "head_dim"),
+    (("evidence", "required_psnr_db"), -1.0, "required_psnr_db"), (("workload", "layers"), "2", "want an integer"),
 ])  # fmt: skip
 def test_wrong_values_are_named(path, value, said):
     with pytest.raises(ProfileError) as caught:
         profiles.from_json(put(path, lambda at, key: at.__setitem__(key, value)), "f.json")
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_illegal_launches_are_refused():
+    """What the registry would refuse at the first attention call is refused when the file is read."""
+    data = json.loads(TEXT)
+    config = {"block_m": 64, "block_n": 64, "num_stages": 3, "num_warps": 4}
+    for row in data["rows"]:
+        row.update(kernel="triton", config=config)
+    assert profiles.from_json(json.dumps(data), "f").rows[0].kernel == "triton"
+    data["rows"][1]["config"] = {**config, "block_n": 3}
+    with pytest.raises(ProfileError, match=r"rows\[1\]: block_n=3: want 16"):
+        profiles.from_json(json.dumps(data), "f")
+    data["rows"][1]["config"] = config
+    data["silicon"].update(gpu="v100", family="volta", capability=[7, 0])
+    with pytest.raises(ProfileError, match="capability 7"):
+        profiles.from_json(json.dumps(data), "f")
+
+
+def test_messages_are_short_and_printable():
+    """Text from a damaged file cannot flood or steer a terminal."""
+    for variant in ({"kind": "dense", "a\nb\x1b[31m": 1}, {"kind": "x" * 100_000}, {"kind": "csla", "\u202e": 1}):
+        with pytest.raises(ProfileError) as caught:
+            profiles.from_json(put(("policy", "rules", 0, "variant"), lambda at, key, v=variant: at.__setitem__(key, v)), "f")
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("cut", range(0, len(TEXT) - 2, 37))
@@ -156,6 +202,82 @@ def test_any_value_anywhere_is_refused_or_kept(path, value):
     assert again == pytest.approx(value, rel=1e-5) if isinstance(value, float) else again == value
 
 
+positive = st.floats(1e-6, 1e5)
+sorted_3 = st.lists(positive, min_size=3, max_size=3).map(sorted)
+timings = st.builds(lambda t, n: profiles.Timing(*t, n), sorted_3, st.integers(1, 10**6))
+speedups = st.builds(lambda t, n: profiles.Speedup(t[1], t[0], t[2], n), sorted_3, st.integers(1, 10**6))
+names = st.text(st.characters(categories=("L", "N", "P", "S")), max_size=40).filter(str.isprintable)
+hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
+
+
+@st.composite
+def sound_profiles(draw):
+    """Profiles of a random shape, measured or predicted, with floats of more digits than a file keeps."""
+    sides = draw(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64)), min_size=2, max_size=14))
+    layers, heads, n = draw(st.integers(1, 4)), draw(st.integers(1, 4)), len(sides)
+    letters = tuple(draw(st.text("AB", min_size=heads, max_size=heads)) for _ in range(layers))
+    tiles = st.builds(Tile, st.integers(0, 32), st.integers(1, 32))
+    decision = draw(st.integers(0, n - 2))
+    variants = st.one_of(
+        st.builds(Pooled, st.integers(0, decision), st.integers(2, 8)), st.just(Reuse(decision)),
+        st.builds(Csla, st.tuples(*[st.integers(0, 9)] * n), st.integers(0, n), tiles, decision_scale=st.just(decision)),
+        st.builds(Cs4a, st.just(decision), st.floats(1e-6, 1), tiles, residual=st.booleans(), sample=st.integers(1, 9)),
+    )  # fmt: skip
+    places = [(s, c) for s in range(decision + 1, n) for c in sorted(set("".join(letters)))]
+    used = sorted(draw(st.sets(st.sampled_from(places))))
+    policy = Policy(letters, tuple(Rule(s, c, draw(variants)) for s, c in used))
+    measured, verified = draw(st.booleans()), draw(st.booleans())
+    rows = []
+    for s in sorted({s for s, _ in used}):
+        config = (("score_elements", draw(st.integers(1, 1 << 30))),)
+        if measured:
+            rows.append(profiles.Row(s, "cpu", config, "measured", draw(names), draw(timings), draw(timings), draw(speedups)))
+        else:
+            predicted = {"tuned_predicted_ms": draw(positive), "dense_predicted_ms": draw(positive)}
+            rows.append(profiles.Row(s, "cpu", config, "predicted", draw(names), **predicted))
+    capability, optional = st.sampled_from((None, (9, 0))), st.none() | st.integers(1, 1 << 40)
+    workload = profiles.Workload(
+        draw(names), draw(names), draw(names), tuple(sides), draw(st.integers(0, 999)), layers, heads,
+        draw(st.sampled_from((16, 64, 128))), draw(st.sampled_from(("fp32", "bf16", "fp16"))), draw(st.integers(1, 8)),
+        draw(positive), draw(st.none() | positive), draw(st.none() | hashes),
+    )  # fmt: skip
+    return dataclasses.replace(
+        example(), policy=policy, workload=workload, rows=tuple(rows), notes=tuple(draw(st.lists(names, max_size=3))),
+        state="measured" if measured else "predicted", policy_state="measured" if verified else "unverified",
+        evidence=example().evidence if verified else None, kernel_hash=draw(hashes), seed=draw(st.integers(0, 1 << 62)),
+        generation=profiles.Generation(draw(names), draw(timings), draw(timings), draw(speedups)) if measured else None,
+        silicon=profiles.Silicon("own", "own", draw(names), draw(capability), *(draw(optional) for _ in range(3))),
+    )  # fmt: skip
+
+
+@given(sound_profiles())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_sound_profile_round_trips(made):
+    assert made.why_not() is None
+    text = profiles.to_json(made)
+    loaded = profiles.from_json(text, "f")
+    assert profiles.to_json(loaded) == text  # times lose digits once, then no more
+    assert (loaded.policy, loaded.workload, loaded.silicon) == (made.policy, made.workload, made.silicon)
+    for got, want in zip(loaded.rows, made.rows, strict=True):
+        assert (got.scale_index, got.kernel, got.config, got.state) == (want.scale_index, want.kernel, want.config, want.state)
+        for a, b in ((got.tuned, want.tuned), (got.dense, want.dense), (got.speedup, want.speedup)):
+            assert (a is None) == (b is None)
+            assert a is None or dataclasses.astuple(a) == pytest.approx(dataclasses.astuple(b), rel=1e-5)
+    SparseAttention(loaded.policy, loaded.workload.schedule)  # what loads can be planned
+
+
+def test_settings_keep_every_digit():
+    """A softmax scale of 1/sqrt(128) cut to 6 digits would be another problem, and the runtime would go dense."""
+    made = example()
+    rules = (dataclasses.replace(made.policy.rules[0], variant=Cs4a(4, 1 / 3, Tile(8, 8))), *made.policy.rules[1:])
+    made = dataclasses.replace(
+        made, policy=dataclasses.replace(made.policy, rules=rules),
+        workload=dataclasses.replace(made.workload, softmax_scale=128**-0.5, logit_bound=2**0.5 * 10),
+    )  # fmt: skip
+    loaded = profiles.from_json(profiles.to_json(made), "f")
+    assert loaded == made and loaded.workload.softmax_scale == 128**-0.5
+
+
 def test_unreadable_files(tmp_path):
     path = tmp_path / "p.json"
     with pytest.raises(ProfileError, match="No such file"):
@@ -171,51 +293,176 @@ def test_unreadable_files(tmp_path):
         ("[" * 100_000, "nested"),
         ('{"schema": 1, "schema": 1}', "twice"),
         ('{"a": NaN}', "NaN"),
+        (TEXT.replace('"trials": 12', '"trials": 1e999'), "trials"),
+        (TEXT.replace('"confidence": 0.95', '"confidence": 1e999'), "confidence: got inf"),
+        (TEXT.replace('"trials": 12', f'"trials": {"9" * 5000}'), "digits"),
+        (TEXT + "{}", "Extra data"),
+        ("\ufeff" + TEXT, "BOM"),
+        ("", "Expecting value"),
         ("[]", "want an object"),
     ):
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         with pytest.raises(ProfileError, match=said):
             profiles.load(path)
+    with pytest.raises(ProfileError, match="Is a directory"):
+        profiles.load(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["replace", "fsync"])
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
+class FullFile(io.FileIO):
+    """A file on a disk with room for ten bytes."""
+
+    def write(self, data):
+        super().write(bytes(data)[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def fails(error):
+    def call(*_args, **_kwargs):
+        raise error
+
+    return call
+
+
+FULL, READ_ONLY = OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(("module", "call", "with_"), [
+    (os, "replace", fails(FULL)), (os, "fsync", fails(FULL)), (os, "fdopen", lambda handle, _mode: FullFile(handle, "wb")),
+    (tempfile, "mkstemp", fails(READ_ONLY)), (os, "replace", fails(KeyboardInterrupt())),
+    (os, "fsync", fails(KeyboardInterrupt())),
+], ids=["replace", "fsync", "write", "read-only", "interrupted-replace", "interrupted-fsync"])  # fmt: skip
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, module, call, with_):
     path = tmp_path / "p.json"
     profiles.save(example(), path)
-
-    def full(*_args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, call, full)
-    with pytest.raises(ProfileError, match="No space left on device"):
-        profiles.save(dataclasses.replace(example(), seed=1), path)
-    monkeypatch.undo()
-    assert profiles.load(path) == example() and len(list(tmp_path.iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, with_)
+        with pytest.raises((ProfileError, KeyboardInterrupt)) as caught:
+            profiles.save(dataclasses.replace(example(), seed=1), path)
+    if caught.type is ProfileError:
+        assert re.search(r"p\.json: cannot be written \((No space left on device|Permission denied)\)", str(caught.value))
+    assert profiles.load(path) == example() and [p.name for p in tmp_path.iterdir()] == ["p.json"]
 
 
 def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ProfileError, match="cannot be written"):
         profiles.save(example(), tmp_path / "file" / "p.json")
+    (tmp_path / "p.json").mkdir()
+    with pytest.raises(ProfileError, match="cannot be written"):
+        profiles.save(example(), tmp_path / "p.json")
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "p.json"}
 
 
-def test_unsound_profiles_are_not_written(tmp_path):
-    with pytest.raises(ProfileError, match="not written"):
-        profiles.save(dataclasses.replace(example(), evidence=None), tmp_path / "p.json")
-    assert not (tmp_path / "p.json").exists()
+def changed(part, **changes):
+    return dataclasses.replace(example(), **{part: dataclasses.replace(getattr(example(), part), **changes)})
+
+
+@pytest.mark.parametrize(("made", "said"), [
+    (dataclasses.replace(example(), evidence=None), "evidence: want it exactly"),
+    (dataclasses.replace(example(), notes=("x" * 501,)), "notes[0]: got"),
+    (dataclasses.replace(example(), notes=("\ud800",)), "notes[0]: got"),
+    (dataclasses.replace(example(), notes=("y" * 500,) * 2500), "bytes, want at most 1048576"),
+    (dataclasses.replace(example(), schema=2), "schema: got 2"),
+    (changed("generation", dense=profiles.Timing(1.0, math.nan, 2.0, 3)), "generation.dense.p50_ms: got nan"),
+    (changed("generation", dense=profiles.Timing(3.0, 2.0, 1.0, 3)), "generation.dense: got p20 3.0"),
+    (changed("evidence", confidence=0.99999999), "confidence: got 1.0"),  # six digits would make it a certainty
+], ids=range(8))  # fmt: skip
+def test_what_would_not_load_is_not_written(tmp_path, made, said):
+    with pytest.raises(ProfileError) as caught:
+        profiles.save(made, tmp_path / "p.json")
+    assert "p.json: not written: " in str(caught.value) and said in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def on(gpu, **workload):
+    """The example as if tuned on a GPU, for another workload."""
+    made = changed("silicon", gpu=gpu, family=GPUS[gpu].family, name=GPUS[gpu].name)
+    return dataclasses.replace(made, workload=dataclasses.replace(made.workload, **workload))
+
+
+H200 = find_gpu("h200")
+RELATIVES = tuple(g for g in GPUS.values() if g.family == "hopper" and g.slug != "h200")
 
 
 def test_lookup_exact_then_family_then_miss(tmp_path):
-    relatives = tuple(g for g in GPUS.values() if g.family == "hopper" and g.slug != "h200")
-    h200 = find_gpu("h200")
-    found = profiles.find("m.json", h200, relatives, (tmp_path,))
-    assert isinstance(found, profiles.Miss) and "h200" in found.reason and str(tmp_path) in found.reason
-    profiles.save(example(), tmp_path / "h100-sxm" / "m.json")
-    found = profiles.find("m.json", h200, relatives, (tmp_path,))
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, profiles.Miss)
+    for part in ("pocketvar.json", *(str(f / g) for f in (mine, theirs) for g in ("h200", "h100-sxm", "h100-pcie"))):
+        assert part in found.reason
+    profiles.save(on("h100-sxm"), theirs / "h100-sxm" / "pocketvar.json")
+    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
     assert isinstance(found, profiles.Match) and not found.exact and "h100-sxm for h200" in found.reason
-    profiles.save(example(), tmp_path / "h200" / "m.json")
-    found = profiles.find("m.json", h200, relatives, (tmp_path,))
-    assert isinstance(found, profiles.Match) and found.exact
+    profiles.save(on("h200"), theirs / "h200" / "pocketvar.json")
+    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, profiles.Match) and found.exact and found.path.is_relative_to(theirs)
+    profiles.save(on("h200"), mine / "h200" / "pocketvar.json")
+    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, profiles.Match) and found.path.is_relative_to(mine)
+
+
+@pytest.mark.parametrize(("made", "name", "said"), [
+    (on("h100-sxm"), "pocketvar.json", "tuned for h100-sxm, but in the folder of h200"),
+    (on("cpu"), "pocketvar.json", "tuned for cpu, but in the folder of h200"),
+    (on("h200"), "hart.json", "its name is pocketvar.json"),
+    (on("h200", resolution="512"), "pocketvar.json", "its name is pocketvar--512--1.000.json"),
+    (on("h200", aspect="2.000"), "pocketvar.json", "its name is pocketvar--256--2.000.json"),
+    (dataclasses.replace(on("h200"), preset="paper"), "pocketvar.json", "its name is pocketvar--paper.json"),
+    (on("h200", model="pocketva"), "pocketvar.json", 'model "pocketva": unknown'),
+], ids=range(7))  # fmt: skip
+def test_a_file_in_anothers_place_is_refused(tmp_path, made, name, said):
+    """A copied or renamed file must not pass for another GPU, model, resolution, aspect or preset."""
+    profiles.save(made, tmp_path / "h200" / name)
+    with pytest.raises(ProfileError, match=re.escape(said)):
+        profiles.find(name, H200, RELATIVES, (tmp_path,))
+
+
+def test_a_folder_that_cannot_be_looked_into_is_said(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fails(READ_ONLY))
+        with pytest.raises(ProfileError, match="Permission denied"):
+            profiles.find("pocketvar.json", H200, RELATIVES, (tmp_path,))
+
+
+def test_mismatch_names_every_difference_gravest_first():
+    made = example()
+    same = {"gpu": find_gpu("cpu"), "versions": made.versions, "kernel_hash": made.kernel_hash}
+    assert profiles.mismatch(made, **same) == []
+    assert profiles.mismatch(made, **same, weights_sha256="cd" * 32) == []
+    other = {"gpu": H200, "versions": dataclasses.replace(made.versions, torch="2.14.0", triton="3.5"), "kernel_hash": "00" * 32}
+    assert profiles.mismatch(made, **other, weights_sha256="00" * 32) == [
+        "tuned for other silicon (cpu, here h200)", "tuned with other kernel sources", "certified on other weights of this model",
+        "tuned with torch 2.13.0, here 2.14.0", "tuned with triton (none), here 3.5",
+    ]  # fmt: skip
+
+
+def test_kernel_hash_sees_every_source(tmp_path, monkeypatch):
+    package = Path(sparvar_kernels.__file__).parent
+    for path in package.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = profiles.kernel_hash()
+    monkeypatch.setattr(sparvar_kernels, "__file__", str(tmp_path / "__init__.py"))
+    assert profiles.kernel_hash() == before and len(before) == 64
+    seen = {before}
+    for path in sorted(tmp_path.glob("*.py")):
+        path.write_bytes(path.read_bytes() + b"#")
+        seen.add(profiles.kernel_hash())
+    (tmp_path / "csla.py").rename(tmp_path / "csla2.py")
+    seen.add(profiles.kernel_hash())
+    assert len(seen) == len(list(tmp_path.iterdir())) + 2
+
+
+def test_folders(monkeypatch):
+    for name, value in (("SPARVAR_TUNE_HOME", "/a"), ("XDG_DATA_HOME", "/b"), ("HOME", "/c")):
+        monkeypatch.setenv(name, value)
+    assert profiles.user_folder() == Path("/a/profiles")
+    monkeypatch.delenv("SPARVAR_TUNE_HOME")
+    assert profiles.user_folder() == Path("/b/sparvar-tune/profiles")
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    assert profiles.user_folder() == Path("/c/.local/share/sparvar-tune/profiles")
+    monkeypatch.setattr(Path, "home", fails(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(ProfileError, match="set SPARVAR_TUNE_HOME"):
+        profiles.user_folder()
 
 
 def test_names():
