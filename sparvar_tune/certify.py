@@ -22,7 +22,7 @@ from sparvar_tune.fidelity import Constraint, PictureFidelity, compare_pictures,
 from sparvar_tune.judge import first_touched, make_attention
 from sparvar_tune.lpips import Lpips
 from sparvar_tune.measure import Stopwatch, paired_speedup, timing
-from sparvar_tune.profiles import Evidence, Generation, Row, Yardstick
+from sparvar_tune.schema import Evidence, Generation, Row, Yardstick
 
 
 class Timed:

@@ -32,6 +32,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    if not text.isdigit() or int(text) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a whole number, 0..2**31")
+    return int(text)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line and exit code 2, without the usage block."""
@@ -61,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--min-ssim", type=float, help="the same for SSIM")
     tune.add_argument("--budget", type=duration, default=duration(DEFAULT_BUDGET), help=f"wall time (default {DEFAULT_BUDGET})")
     tune.add_argument("--pairs", type=positive, default=32, help="held-out (class, seed) pairs (default 32)")
-    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument("--seed", type=whole, default=0, help="of the search; 0..2**31")
     tune.add_argument("--out", type=Path, help="folder that gets <gpu>/<model>.json (default: this user's profiles)")
     tune.add_argument("--resume", action="store_true", help="go on after the finished trials of the last run")
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")

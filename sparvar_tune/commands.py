@@ -15,7 +15,7 @@ import torch
 from sparvar_kernels import AttentionProblem, Policy, ScaleSchedule, SparseAttention, Tile, reference
 from sparvar_kernels.registry import KERNELS
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
-from sparvar_tune import profiles, runtime
+from sparvar_tune import profiles, runtime, schema
 from sparvar_tune.adapters import Adapter, load_adapter
 from sparvar_tune.fidelity import Constraint, compare_pictures, lower_bound, relative_l2
 from sparvar_tune.gpus import GPUS, Gpu
@@ -63,6 +63,9 @@ def tune(args: argparse.Namespace) -> int:
     from sparvar_tune.tune import tune as run
 
     adapter = load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    if adapter.schedule != model.schedule(resolution, aspect):
+        raise ValueError(f"{model.slug}: its adapter draws {model.default_resolution} ({model.default_aspect}) only; leave out "
+                         "--resolution and --aspect")  # fmt: skip
     psnr_db, ssim = adapter.required(args.preset)
     for name, value in (("--min-psnr", args.min_psnr), ("--min-ssim", args.min_ssim)):
         if value is not None and not (math.isfinite(value) and 0 <= value <= (1 if "ssim" in name else 200)):
@@ -71,7 +74,8 @@ def tune(args: argparse.Namespace) -> int:
     preset = args.preset if (args.min_psnr, args.min_ssim) == (None, None) else "custom"
     out = out.with_name(_file_name(model, preset, resolution, aspect))
     request = Request(
-        model, gpu, preset, constraint, args.budget, args.pairs, args.seed, args.resume, scratch_folder(gpu, model, preset)
+        model, resolution, aspect, gpu, preset, constraint, args.budget, args.pairs, args.seed, args.resume,
+        scratch_folder(gpu, model, preset),
     )  # fmt: skip
     _say(f"tuning {model.slug} on {gpu.slug} ({silicon(gpu, True).name}, {torch.get_num_threads()} threads)")
     _say(f"  wanted: lower 95 % bound of PSNR >= {constraint.psnr_db:g} dB and of SSIM >= {constraint.ssim:g}, over "
@@ -136,7 +140,7 @@ def _predict(args: argparse.Namespace, gpu: Gpu, model: Model, resolution: str, 
     return 0
 
 
-def _print_profile(profile: profiles.Profile, path: Path) -> None:
+def _print_profile(profile: schema.Profile, path: Path) -> None:
     w, e, g = profile.workload, profile.evidence, profile.generation
     _say(f"{path}")
     _say(f"  {w.model} {w.resolution} ({w.aspect}), {profile.preset}, on {profile.silicon.name}: {profile.state}, "

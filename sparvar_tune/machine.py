@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparvar_tune.gpus import Gpu, detect_gpu, find_gpu
-from sparvar_tune.profiles import Silicon, Versions
+from sparvar_tune.schema import Silicon, Versions
 
 
 def choose_gpu(slug: str) -> Gpu:

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from sparvar_tune.profiles import Speedup, Timing
+from sparvar_tune.schema import Speedup, Timing
 
 
 def quantile(values: Sequence[float], q: float) -> float:

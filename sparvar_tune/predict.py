@@ -7,7 +7,7 @@ import datetime
 from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.registry import KERNELS
 from sparvar_kernels.variants import Dense
-from sparvar_tune import profiles
+from sparvar_tune import profiles, schema
 from sparvar_tune.costmodel import predict_layer_ms, predict_ms
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.machine import is_here, silicon, versions
@@ -17,7 +17,7 @@ from sparvar_tune.policies import paper_policy
 DENSE_NAME = "FlashAttention-2, predicted"
 
 
-def predict_profile(model: Model, gpu: Gpu, preset: str, resolution: str, aspect: str) -> profiles.Profile:
+def predict_profile(model: Model, gpu: Gpu, preset: str, resolution: str, aspect: str) -> schema.Profile:
     """The profile; raises ValueError where a roofline says nothing (the CPU) or the schedule is too short."""
     schedule = model.schedule(resolution, aspect)
     policy = paper_policy(schedule, model.layers, model.heads)
@@ -27,17 +27,17 @@ def predict_profile(model: Model, gpu: Gpu, preset: str, resolution: str, aspect
         problem = AttentionProblem(
             schedule, s, model.guidance_batch, model.heads, model.head_dim, model.dtype, model.softmax_scale, model.logit_bound
         )  # fmt: skip
-        rows.append(profiles.Row(
+        rows.append(schema.Row(
             s, "triton", tuple(sorted(vars(config).items())), "predicted", DENSE_NAME,
             tuned_predicted_ms=predict_layer_ms(policy, problem, gpu),
             dense_predicted_ms=predict_ms(Dense(), problem, gpu, model.heads),
         ))  # fmt: skip
     why = "this GPU is not in this machine" if not is_here(gpu) else "the model cannot be run here"
-    return profiles.Profile(
-        schema=profiles.SCHEMA, created=datetime.date.today().isoformat(), preset=preset, state="predicted", policy=policy,
+    return schema.Profile(
+        schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=preset, state="predicted", policy=policy,
         policy_state="unverified", policy_source="the paper's fixed setting (arXiv 2602.04361), carried to this schedule",
         evidence=None,
-        workload=profiles.Workload(
+        workload=schema.Workload(
             model.slug, resolution, aspect, schedule.grids, schedule.prefix, model.layers, model.heads, model.head_dim,
             model.dtype, model.guidance_batch, model.softmax_scale, model.logit_bound, None,
         ),

@@ -12,7 +12,7 @@ from sparvar_tune.adapters import Adapter
 from sparvar_tune.certify import Outcome
 from sparvar_tune.fidelity import lower_bound
 from sparvar_tune.measure import paired_speedup, timing
-from sparvar_tune.profiles import Silicon, Versions
+from sparvar_tune.schema import Silicon, Versions
 
 
 def comparison(

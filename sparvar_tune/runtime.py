@@ -29,18 +29,16 @@ from sparvar_tune.machine import choose_gpu, silicon, versions
 from sparvar_tune.models import find_model
 from sparvar_tune.policies import describe
 from sparvar_tune.profiles import (
-    DEFAULT_PRESET,
     Miss,
-    Profile,
-    ProfileError,
-    Row,
     find,
     kernel_hash,
     load,
+    mismatch,
     profile_name,
     shipped_folder,
     user_folder,
 )
+from sparvar_tune.schema import DEFAULT_PRESET, Profile, ProfileError, Row
 
 
 @dataclass
@@ -161,8 +159,9 @@ def prepare(profile: Profile, path: Path, gpu: Gpu, reasons: list[str]) -> Tuned
     """Holds a profile against this machine and demotes what may not win here."""
     reasons = [*reasons, f"from {path}"]
     demoted: dict[int, str] = {}
-    if profile.kernel_hash != kernel_hash():
-        reasons.append("tuned with other kernel sources")
+    now_hash = kernel_hash()
+    reasons += mismatch(profile, gpu=gpu, versions=versions(), kernel_hash=now_hash)
+    if profile.kernel_hash != now_hash:
         demoted = {r.scale_index: "the kernels changed since it was tuned; run sparvar-tune verify --write" for r in profile.rows}
     for r in profile.rows:
         if r.speedup is not None and r.speedup.low <= 1:
@@ -170,9 +169,6 @@ def prepare(profile: Profile, path: Path, gpu: Gpu, reasons: list[str]) -> Tuned
     here, there = silicon(gpu, profile.silicon.gpu == gpu.slug), profile.silicon
     if (here.name, here.threads) != (there.name, there.threads) and profile.state == "measured":
         reasons.append(f"measured on {there.name} ({there.threads} threads), here {here.name} ({here.threads})")
-    now = versions()
-    if now.torch != profile.versions.torch:
-        reasons.append(f"tuned with torch {profile.versions.torch}, here {now.torch}")
     if profile.state == "predicted":
         reasons.append("times are predicted, not measured; run sparvar-tune verify --write on this GPU")
     if profile.policy_state == "unverified":

@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,6 +84,8 @@ def open_study(folder: Path, space: str, seed: int, resume: bool) -> optuna.Stud
         journal.replace(folder / f"trials-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}.journal")
     if journal.exists():
         cut_torn_tail(journal)
+    # The caller holds the folder, so a lock still here is a killed run's; the journal would wait half a minute for it.
+    journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(str(journal)))
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=0)
     study = optuna.create_study(
@@ -91,6 +96,22 @@ def open_study(folder: Path, space: str, seed: int, resume: bool) -> optuna.Stud
     if len(study.get_trials(deepcopy=False)):
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), multivariate=True, n_startup_trials=0)
     return study
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Puts a Ctrl-C off until the journal is whole again and its lock released; the writes inside take milliseconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def cut_torn_tail(journal: Path) -> None:
@@ -150,8 +171,9 @@ def search(
         _bisect(study, judge, frame, num_frames, BISECTIONS if frame == 0 else 2, until, tell)
     seen = {f.knobs for f in finished(study)}
     while not until():
-        trial = study.ask()
-        knobs = _suggest(trial, num_frames)
+        with unbroken():
+            trial = study.ask()
+            knobs = _suggest(trial, num_frames)
         if knobs.form != "priced" or knobs in seen:  # the fixed points are known; do not pay for them again
             known = [f for f in finished(study) if f.knobs.form == knobs.form and (knobs.form != "priced" or f.knobs == knobs)]
             _tell(study, trial, knobs, known[-1].verdict)
@@ -183,9 +205,10 @@ def _bisect(
 def _run(
     study: optuna.Study, judge: Callable[[Knobs], Verdict], knobs: Knobs, num_frames: int, tell: Callable[[Found], None]
 ) -> Verdict:
-    study.enqueue_trial(asdict(knobs))
-    trial = study.ask()
-    assert _suggest(trial, num_frames) == knobs, "an enqueued trial came back changed"
+    with unbroken():
+        study.enqueue_trial(asdict(knobs))
+        trial = study.ask()
+        assert _suggest(trial, num_frames) == knobs, "an enqueued trial came back changed"
     return _judge_trial(study, trial, judge, knobs, tell)
 
 
@@ -196,9 +219,10 @@ def _judge_trial(
     try:
         verdict = judge(knobs)
     except BaseException:
-        # the constraint first: a trial without one would count as feasible
-        trial.set_constraint(CONSTRAINT, 1e3)
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        with unbroken():
+            # the constraint first: a trial without one would count as feasible
+            trial.set_constraint(CONSTRAINT, 1e3)
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
         raise
     _tell(study, trial, knobs, verdict)
     tell(Found(trial.number, knobs, verdict))
@@ -206,10 +230,11 @@ def _judge_trial(
 
 
 def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict: Verdict) -> None:
-    trial.set_constraint(CONSTRAINT, verdict.shortfall_db)
-    trial.set_user_attr("knobs", json.dumps(asdict(knobs)))
-    trial.set_user_attr("verdict", json.dumps(asdict(verdict)))
-    study.tell(trial, verdict.latency_ms)
+    with unbroken():
+        trial.set_constraint(CONSTRAINT, verdict.shortfall_db)
+        trial.set_user_attr("knobs", json.dumps(asdict(knobs)))
+        trial.set_user_attr("verdict", json.dumps(asdict(verdict)))
+        study.tell(trial, verdict.latency_ms)
 
 
 def candidates(found: Sequence[Found]) -> list[Found]:

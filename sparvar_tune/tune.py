@@ -18,7 +18,7 @@ from pathlib import Path
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.registry import KERNELS, kernel_for
-from sparvar_tune import profiles
+from sparvar_tune import profiles, schema
 from sparvar_tune.adapters import Adapter
 from sparvar_tune.capture import Recorder
 from sparvar_tune.certify import Trial, compare_on, decision_cost, evidence, generation, measured_rows
@@ -47,6 +47,8 @@ class Request:
     """What to tune. `budget_s` is wall time from here to the profile; `scratch` keeps the trials."""
 
     model: Model
+    resolution: str
+    aspect: str
     gpu: Gpu
     preset: str
     constraint: Constraint
@@ -76,7 +78,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None]) -> profiles.Profile:
+def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None]) -> schema.Profile:
     """The certified profile. `say` prints a line to keep, `status` one to overwrite.
 
     Raises NothingMeetsTheBound, ValueError (folder busy or unwritable), KeyboardInterrupt (finished trials are kept).
@@ -226,23 +228,24 @@ def _best_reachable(done: list[Found], request: Request, judge: Judge) -> str:
 
 
 def make_profile(
-    request: Request, adapter: Adapter, policy: Policy, trial: Trial, proof: profiles.Evidence,
+    request: Request, adapter: Adapter, policy: Policy, trial: Trial, proof: schema.Evidence,
     launches: dict[int, Launch], configs: dict[int, dict[str, int]], trials: int,
-) -> profiles.Profile:  # fmt: skip
+) -> schema.Profile:  # fmt: skip
     """The profile of a certified policy."""
-    return profiles.Profile(
-        schema=profiles.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
+    return schema.Profile(
+        schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
         policy=policy, policy_state="measured", policy_source="searched on this machine under a picture-level constraint",
-        evidence=proof, workload=workload(request.model, adapter), silicon=silicon(request.gpu, True), versions=versions(),
+        evidence=proof, workload=workload(request, adapter), silicon=silicon(request.gpu, True), versions=versions(),
         kernel_hash=profiles.kernel_hash(), generation=generation(trial, adapter),
         rows=measured_rows(trial, adapter, policy, launches, configs), seed=request.seed, trials=trials,
         notes=decision_cost(trial, adapter, policy),
     )  # fmt: skip
 
 
-def workload(model: Model, adapter: Adapter) -> profiles.Workload:
-    return profiles.Workload(
-        model.slug, model.default_resolution, model.default_aspect, adapter.schedule.grids, adapter.schedule.prefix,
+def workload(request: Request, adapter: Adapter) -> schema.Workload:
+    model = request.model
+    return schema.Workload(
+        model.slug, request.resolution, request.aspect, adapter.schedule.grids, adapter.schedule.prefix,
         model.layers, model.heads, model.head_dim, model.dtype, model.guidance_batch, adapter.softmax_scale,
         adapter.logit_bound, adapter.weights_sha256,
     )  # fmt: skip

@@ -15,10 +15,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from sparvar_tune import cli, commands, profiles, search
+from sparvar_tune import cli, commands, profiles, schema, search
 
 HERE = Path(__file__).parent
-TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "25s", "--pairs", "12"]
+TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "45s", "--pairs", "12"]
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def spawn(home: Path, delay: str, *words: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_runs_lose_no_finished_trial(tmp_path, how):
     home = tmp_path / "home"
-    first = spawn(home, "0.02", *TUNE[:4], "--budget", "60s", "--pairs", "12")
+    first = spawn(home, "0.02", *TUNE[:4], "--budget", "900s", "--pairs", "12")
     seen = []
     for line in first.stdout:
         if " trial " in line:
@@ -129,7 +129,7 @@ def test_stopped_runs_lose_no_finished_trial(tmp_path, how):
             first.send_signal(how)
             break
     _, err = first.communicate(timeout=60)
-    assert first.returncode == (130 if how == signal.SIGINT else -9)
+    assert len(seen) == 4 and first.returncode == (130 if how == signal.SIGINT else -9), err
     assert "Traceback" not in err and ("--resume" in err or how == signal.SIGKILL)
     kept = search.read_trials(home / "runs" / "cpu--pocketvar--near-lossless")
     assert len(kept) >= 4
@@ -156,7 +156,8 @@ def test_two_runs_at_once_are_kept_apart(tmp_path):
     (["--gpu", "a100"], "--model"), (["--gpu", "a100", "--model", "hart", "--aspect", "1.7"], "aspect"),
     (["--gpu", "a100", "--model", "infinity-8b", "--resolution", "2M"], "1M"),
     (["--model", "hart", "--budget", "soon"], "want a time"),
-    (["--model", "hart", "--pairs", "0"], "whole number"), (["tune", "--model", "hart", "--quality", "best"], "near-lossless"),
+    (["--model", "hart", "--pairs", "0"], "whole number"), (["--model", "hart", "--seed", "-1"], "0..2**31"),
+    (["tune", "--model", "hart", "--quality", "best"], "near-lossless"),
     (["--gpu", "cpu", "--model", "hart"], "measure it instead"), (["show"], "want --model"),
     (["show", "--model", "hart", "--gpu", "b200"], "nothing to show"),
     (["verify", "--model", "pocketvar", "--gpu", "a100"], "not in this machine"),
@@ -227,4 +228,4 @@ def test_trials_are_shown_as_csv(tiny_model, capsys):
 
 def test_json_stays_small_and_plain():
     data = json.loads((HERE.parent / "profiles" / "a100-80" / "hart.json").read_text())
-    assert dataclasses.is_dataclass(profiles.Profile) and set(data) == {f.name for f in dataclasses.fields(profiles.Profile)}
+    assert dataclasses.is_dataclass(schema.Profile) and set(data) == {f.name for f in dataclasses.fields(schema.Profile)}

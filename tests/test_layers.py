@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparvar_tune import profiles
+from sparvar_tune import profiles, schema
 from sparvar_tune.gpus import GPUS
 from sparvar_tune.models import MODELS
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
     {"pooled", "policy"}, {"gathered_cpu", "gathered_triton"}, {"attention"}, {"sparvar_kernels"},
-    {"names"}, {"gpus", "models"}, {"json_reader"}, {"profiles"},
+    {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"},
     {"machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "predict"}, {"search"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
@@ -98,5 +98,5 @@ def test_shipped_profiles_are_sound_and_current(path):
     assert profile.silicon.gpu == path.parent.name and path.parent.name in GPUS
     model = MODELS[profile.workload.model]
     assert profile.workload.schedule == model.schedule(profile.workload.resolution, profile.workload.aspect)
-    assert profiles.to_json(profile) == path.read_text()
+    assert schema.to_json(profile) == path.read_text()
     assert profile.kernel_hash == profiles.kernel_hash(), "the kernels changed: tune this profile again"

@@ -19,38 +19,38 @@ from hypothesis import strategies as st
 
 import sparvar_kernels
 from sparvar_kernels import Cs4a, Csla, Policy, Pooled, Reuse, Rule, SparseAttention, Tile
-from sparvar_tune import profiles
+from sparvar_tune import profiles, schema
 from sparvar_tune.gpus import GPUS, find_gpu
-from sparvar_tune.profiles import ProfileError
+from sparvar_tune.schema import ProfileError
 
 
-def timing(ms: float) -> profiles.Timing:
-    return profiles.Timing(ms / 2, ms, ms * 2, 32)
+def timing(ms: float) -> schema.Timing:
+    return schema.Timing(ms / 2, ms, ms * 2, 32)
 
 
-def example() -> profiles.Profile:
-    yardstick = profiles.Yardstick("redraw", 34.5, 0.95)
+def example() -> schema.Profile:
+    yardstick = schema.Yardstick("redraw", 34.5, 0.95)
     grids = ((1, 1), (2, 2), (4, 4), (6, 6), (8, 8), (12, 12), (16, 16))
     rules = (
         Rule(5, "A", Cs4a(4, 0.1, Tile(8, 8))), Rule(5, "B", Csla((-1, -1, -1, 1, 3, 5, 7), 3, Tile(8, 16), "exact", 4)),
         Rule(6, "A", Pooled(3, 2)), Rule(6, "B", Reuse(4)),
     )  # fmt: skip
-    row = profiles.Row(
-        5, "cpu", (("score_elements", 4096),), "measured", "sdpa", timing(1.0), timing(3.0), profiles.Speedup(3.0, 2.9, 3.1, 32)
+    row = schema.Row(
+        5, "cpu", (("score_elements", 4096),), "measured", "sdpa", timing(1.0), timing(3.0), schema.Speedup(3.0, 2.9, 3.1, 32)
     )
-    return profiles.Profile(
+    return schema.Profile(
         schema=1, created="2026-11-23", preset="near-lossless", state="measured",
         policy=Policy(("ABC", "BBA"), rules), policy_state="measured", policy_source="a test",
-        evidence=profiles.Evidence(32, 0.95, 36.0, 35.0, 34.5, 0.97, 0.96, 0.93, 0.99, "ab" * 32, (yardstick,)),
-        workload=profiles.Workload("pocketvar", "256", "1.000", grids, 0, 2, 3, 64, "fp32", 1, 1.0, 20.0, "cd" * 32),
-        silicon=profiles.Silicon("cpu", "cpu", "A Processor", None, None, None, 2),
-        versions=profiles.Versions("0.1.0", "3.11.7", "2.13.0", None), kernel_hash="ef" * 32,
-        generation=profiles.Generation("sdpa", timing(3000.0), timing(1500.0), profiles.Speedup(2.0, 1.9, 2.1, 32)),
+        evidence=schema.Evidence(32, 0.95, 36.0, 35.0, 34.5, 0.97, 0.96, 0.93, 0.99, "ab" * 32, (yardstick,)),
+        workload=schema.Workload("pocketvar", "256", "1.000", grids, 0, 2, 3, 64, "fp32", 1, 1.0, 20.0, "cd" * 32),
+        silicon=schema.Silicon("cpu", "cpu", "A Processor", None, None, None, 2),
+        versions=schema.Versions("0.1.0", "3.11.7", "2.13.0", None), kernel_hash="ef" * 32,
+        generation=schema.Generation("sdpa", timing(3000.0), timing(1500.0), schema.Speedup(2.0, 1.9, 2.1, 32)),
         rows=(row, dataclasses.replace(row, scale_index=6)), seed=0, trials=12, notes=("a note",),
     )  # fmt: skip
 
 
-TEXT = profiles.to_json(example())
+TEXT = schema.to_json(example())
 
 
 def test_round_trip(tmp_path):
@@ -102,13 +102,13 @@ def test_every_field_is_needed_and_typed(path):
     for wrong in (drop, add, *(lambda at, key, v=v: at.__setitem__(key, v) for v in WRONG)):
         text = put(path, wrong)
         try:
-            loaded = profiles.from_json(text, "f")
+            loaded = schema.from_json(text, "f")
         except ProfileError as error:
             assert str(error).startswith("f: ") and "\n" not in str(error) and len(str(error)) < 500
             continue
         # a field of an object is never dispensable; a shorter list of notes or windows may still make a sound profile
         assert wrong is not drop or isinstance(path[-1], int)
-        assert json.loads(profiles.to_json(loaded)) == json.loads(text)
+        assert json.loads(schema.to_json(loaded)) == json.loads(text)
 
 
 @pytest.mark.parametrize(("path", "value", "said"), [
@@ -135,7 +135,7 @@ def test_every_field_is_needed_and_typed(path):
 ])  # fmt: skip
 def test_wrong_values_are_named(path, value, said):
     with pytest.raises(ProfileError) as caught:
-        profiles.from_json(put(path, lambda at, key: at.__setitem__(key, value)), "f.json")
+        schema.from_json(put(path, lambda at, key: at.__setitem__(key, value)), "f.json")
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -145,28 +145,28 @@ def test_illegal_launches_are_refused():
     config = {"block_m": 64, "block_n": 64, "num_stages": 3, "num_warps": 4}
     for row in data["rows"]:
         row.update(kernel="triton", config=config)
-    assert profiles.from_json(json.dumps(data), "f").rows[0].kernel == "triton"
+    assert schema.from_json(json.dumps(data), "f").rows[0].kernel == "triton"
     data["rows"][1]["config"] = {**config, "block_n": 3}
     with pytest.raises(ProfileError, match=r"rows\[1\]: block_n=3: want 16"):
-        profiles.from_json(json.dumps(data), "f")
+        schema.from_json(json.dumps(data), "f")
     data["rows"][1]["config"] = config
     data["silicon"].update(gpu="v100", family="volta", capability=[7, 0])
     with pytest.raises(ProfileError, match="capability 7"):
-        profiles.from_json(json.dumps(data), "f")
+        schema.from_json(json.dumps(data), "f")
 
 
 def test_messages_are_short_and_printable():
     """Text from a damaged file cannot flood or steer a terminal."""
     for variant in ({"kind": "dense", "a\nb\x1b[31m": 1}, {"kind": "x" * 100_000}, {"kind": "csla", "\u202e": 1}):
         with pytest.raises(ProfileError) as caught:
-            profiles.from_json(put(("policy", "rules", 0, "variant"), lambda at, key, v=variant: at.__setitem__(key, v)), "f")
+            schema.from_json(put(("policy", "rules", 0, "variant"), lambda at, key, v=variant: at.__setitem__(key, v)), "f")
         assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("cut", range(0, len(TEXT) - 2, 37))
 def test_cut_files_are_refused(cut):
     with pytest.raises(ProfileError):
-        profiles.from_json(TEXT[:cut], "f")
+        schema.from_json(TEXT[:cut], "f")
 
 
 def test_random_byte_flips_never_crash():
@@ -176,10 +176,10 @@ def test_random_byte_flips_never_crash():
         for _ in range(rng.choice((1, 1, 2, 8))):
             broken[rng.randrange(len(raw))] = rng.randrange(256)
         try:
-            loaded = profiles.from_json(broken.decode("utf-8"), "f")
+            loaded = schema.from_json(broken.decode("utf-8"), "f")
         except (ProfileError, UnicodeDecodeError):
             continue
-        assert loaded.why_not() is None and profiles.from_json(profiles.to_json(loaded), "f") == loaded
+        assert loaded.why_not() is None and schema.from_json(schema.to_json(loaded), "f") == loaded
 
 
 json_values = st.recursive(
@@ -193,10 +193,10 @@ json_values = st.recursive(
 def test_any_value_anywhere_is_refused_or_kept(path, value):
     text = put(path, lambda at, key: at.__setitem__(key, value))
     try:
-        loaded = profiles.from_json(text, "f")
+        loaded = schema.from_json(text, "f")
     except ProfileError:
         return
-    again = json.loads(profiles.to_json(loaded))
+    again = json.loads(schema.to_json(loaded))
     for step in path:
         again = again[step]
     assert again == pytest.approx(value, rel=1e-5) if isinstance(value, float) else again == value
@@ -204,8 +204,8 @@ def test_any_value_anywhere_is_refused_or_kept(path, value):
 
 positive = st.floats(1e-6, 1e5)
 sorted_3 = st.lists(positive, min_size=3, max_size=3).map(sorted)
-timings = st.builds(lambda t, n: profiles.Timing(*t, n), sorted_3, st.integers(1, 10**6))
-speedups = st.builds(lambda t, n: profiles.Speedup(t[1], t[0], t[2], n), sorted_3, st.integers(1, 10**6))
+timings = st.builds(lambda t, n: schema.Timing(*t, n), sorted_3, st.integers(1, 10**6))
+speedups = st.builds(lambda t, n: schema.Speedup(t[1], t[0], t[2], n), sorted_3, st.integers(1, 10**6))
 names = st.text(st.characters(categories=("L", "N", "P", "S")), max_size=40).filter(str.isprintable)
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
 
@@ -231,12 +231,12 @@ def sound_profiles(draw):
     for s in sorted({s for s, _ in used}):
         config = (("score_elements", draw(st.integers(1, 1 << 30))),)
         if measured:
-            rows.append(profiles.Row(s, "cpu", config, "measured", draw(names), draw(timings), draw(timings), draw(speedups)))
+            rows.append(schema.Row(s, "cpu", config, "measured", draw(names), draw(timings), draw(timings), draw(speedups)))
         else:
             predicted = {"tuned_predicted_ms": draw(positive), "dense_predicted_ms": draw(positive)}
-            rows.append(profiles.Row(s, "cpu", config, "predicted", draw(names), **predicted))
+            rows.append(schema.Row(s, "cpu", config, "predicted", draw(names), **predicted))
     capability, optional = st.sampled_from((None, (9, 0))), st.none() | st.integers(1, 1 << 40)
-    workload = profiles.Workload(
+    workload = schema.Workload(
         draw(names), draw(names), draw(names), tuple(sides), draw(st.integers(0, 999)), layers, heads,
         draw(st.sampled_from((16, 64, 128))), draw(st.sampled_from(("fp32", "bf16", "fp16"))), draw(st.integers(1, 8)),
         draw(positive), draw(st.none() | positive), draw(st.none() | hashes),
@@ -245,8 +245,8 @@ def sound_profiles(draw):
         example(), policy=policy, workload=workload, rows=tuple(rows), notes=tuple(draw(st.lists(names, max_size=3))),
         state="measured" if measured else "predicted", policy_state="measured" if verified else "unverified",
         evidence=example().evidence if verified else None, kernel_hash=draw(hashes), seed=draw(st.integers(0, 1 << 62)),
-        generation=profiles.Generation(draw(names), draw(timings), draw(timings), draw(speedups)) if measured else None,
-        silicon=profiles.Silicon("own", "own", draw(names), draw(capability), *(draw(optional) for _ in range(3))),
+        generation=schema.Generation(draw(names), draw(timings), draw(timings), draw(speedups)) if measured else None,
+        silicon=schema.Silicon("own", "own", draw(names), draw(capability), *(draw(optional) for _ in range(3))),
     )  # fmt: skip
 
 
@@ -254,9 +254,9 @@ def sound_profiles(draw):
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_sound_profile_round_trips(made):
     assert made.why_not() is None
-    text = profiles.to_json(made)
-    loaded = profiles.from_json(text, "f")
-    assert profiles.to_json(loaded) == text  # times lose digits once, then no more
+    text = schema.to_json(made)
+    loaded = schema.from_json(text, "f")
+    assert schema.to_json(loaded) == text  # times lose digits once, then no more
     assert (loaded.policy, loaded.workload, loaded.silicon) == (made.policy, made.workload, made.silicon)
     for got, want in zip(loaded.rows, made.rows, strict=True):
         assert (got.scale_index, got.kernel, got.config, got.state) == (want.scale_index, want.kernel, want.config, want.state)
@@ -274,7 +274,7 @@ def test_settings_keep_every_digit():
         made, policy=dataclasses.replace(made.policy, rules=rules),
         workload=dataclasses.replace(made.workload, softmax_scale=128**-0.5, logit_bound=2**0.5 * 10),
     )  # fmt: skip
-    loaded = profiles.from_json(profiles.to_json(made), "f")
+    loaded = schema.from_json(schema.to_json(made), "f")
     assert loaded == made and loaded.workload.softmax_scale == 128**-0.5
 
 
@@ -363,8 +363,8 @@ def changed(part, **changes):
     (dataclasses.replace(example(), notes=("\ud800",)), "notes[0]: got"),
     (dataclasses.replace(example(), notes=("y" * 500,) * 2500), "bytes, want at most 1048576"),
     (dataclasses.replace(example(), schema=2), "schema: got 2"),
-    (changed("generation", dense=profiles.Timing(1.0, math.nan, 2.0, 3)), "generation.dense.p50_ms: got nan"),
-    (changed("generation", dense=profiles.Timing(3.0, 2.0, 1.0, 3)), "generation.dense: got p20 3.0"),
+    (changed("generation", dense=schema.Timing(1.0, math.nan, 2.0, 3)), "generation.dense.p50_ms: got nan"),
+    (changed("generation", dense=schema.Timing(3.0, 2.0, 1.0, 3)), "generation.dense: got p20 3.0"),
     (changed("evidence", confidence=0.99999999), "confidence: got 1.0"),  # six digits would make it a certainty
 ], ids=range(8))  # fmt: skip
 def test_what_would_not_load_is_not_written(tmp_path, made, said):

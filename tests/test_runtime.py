@@ -14,14 +14,14 @@ import sparvar_tune
 from sparvar_kernels import AttentionProblem, Policy, Pooled, Reuse, Rule
 from sparvar_kernels.dense import dense_attention
 from sparvar_kernels.scales import ScaleSchedule
-from sparvar_tune import machine, profiles, runtime
+from sparvar_tune import machine, profiles, runtime, schema
 from sparvar_tune.gpus import find_gpu
 from sparvar_tune.pocketvar.model import DENSE, Generation, draw_noise
 
 GRIDS = tuple((s, s) for s in tiny.SIDES)
 
 
-def profile(**changes) -> profiles.Profile:
+def profile(**changes) -> schema.Profile:
     base = example()
     base = dataclasses.replace(
         base, policy=Policy(("AB", "BB"), (Rule(5, "A", Pooled(3, 2)), Rule(6, "A", Reuse(4)), Rule(6, "B", Pooled(3, 2)))),
@@ -67,14 +67,14 @@ def test_other_kernels_mean_dense(tmp_path):
 
 def test_an_uncertain_gain_means_dense(tmp_path):
     rows = profile().rows
-    weak = dataclasses.replace(rows[0], speedup=profiles.Speedup(1.02, 0.97, 1.07, 32))
+    weak = dataclasses.replace(rows[0], speedup=schema.Speedup(1.02, 0.97, 1.07, 32))
     tuned = stored(tmp_path, profile(rows=(weak, rows[1])))
     assert set(tuned.demoted) == {5} and {r.scale_index for r in tuned.policy().rules} == {6}
     assert "0.97x" in tuned.explain()
 
 
 def test_predicted_profiles_warn_once(tmp_path):
-    row = profiles.Row(5, "triton", (("block_m", 64), ("block_n", 64), ("num_stages", 3), ("num_warps", 4)), "predicted", "fa2",
+    row = schema.Row(5, "triton", (("block_m", 64), ("block_n", 64), ("num_stages", 3), ("num_warps", 4)), "predicted", "fa2",
                        tuned_predicted_ms=1.0, dense_predicted_ms=2.0)  # fmt: skip
     made = profile(state="predicted", policy_state="unverified", evidence=None, generation=None,
                    rows=(row, dataclasses.replace(row, scale_index=6)))  # fmt: skip
