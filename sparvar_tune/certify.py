@@ -51,9 +51,13 @@ class Outcome:
 
 
 def run_pairs(
-    adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None], lpips: Lpips | None = None
-) -> dict[str, list[Outcome]]:
-    """Every pair's picture every way (attention callables by name; "dense" must be one), in rotating order."""
+    adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None], lpips: Lpips | None = None,
+    give_up: Callable[[dict[str, list[Outcome]]], bool] = lambda outcomes: False,
+) -> dict[str, list[Outcome]]:  # fmt: skip
+    """Every pair's picture every way (attention callables by name; "dense" must be one), in rotating order.
+
+    Ends early once `give_up` says so after a pair.
+    """
     stopwatch, begun = Stopwatch(adapter.device), time.monotonic()
     outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
     for i, pair in enumerate(pairs):
@@ -70,6 +74,8 @@ def run_pairs(
         for name, (picture, ms, spent) in made.items():
             dense = made["dense"][0]
             outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense), lpips(picture, dense) if lpips else None))
+        if give_up(outcomes):
+            break
         left = (time.monotonic() - begun) / (i + 1) * (len(pairs) - i - 1)
         say(f"pair {i + 1}/{len(pairs)}: {_so_far(outcomes)}, {left:.0f} s left")
     return outcomes
@@ -96,13 +102,16 @@ class Trial:
 
 
 def compare_on(
-    adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None]
-) -> Trial:
-    """Dense and tuned pictures of every pair, timed side by side."""
+    adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None],
+    doomed: Callable[[Sequence[PictureFidelity], Sequence[Pair]], bool] = lambda found, pairs: False,
+) -> Trial:  # fmt: skip
+    """Dense and tuned pictures of every pair, timed side by side; of the first pairs only once `doomed` says so."""
     ways = {"dense": adapter.dense, "tuned": make_attention(adapter, policy, launches)}
-    dense, tuned = run_pairs(adapter, ways, pairs, say).values()
+    dense, tuned = run_pairs(
+        adapter, ways, pairs, say, give_up=lambda outcomes: doomed([o.fidelity for o in outcomes["tuned"]], pairs)
+    ).values()
     return Trial(
-        list(pairs), [o.fidelity for o in tuned], [o.ms for o in dense], [o.ms for o in tuned],
+        list(pairs[: len(tuned)]), [o.fidelity for o in tuned], [o.ms for o in dense], [o.ms for o in tuned],
         [o.scales_ms for o in dense], [o.scales_ms for o in tuned],
     )  # fmt: skip
 

@@ -111,7 +111,9 @@ def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespac
     _say(
         f"  fixed points: paper ({describe(paper_policy(schedule, adapter.model.layers, adapter.model.heads))}); drop last scale"
     )
-    _say("plan: measure every option on a capture; search on 8 pairs (paper's setting, bisection, then TPE); "
+    from sparvar_tune.tune import SEARCH_PAIRS
+
+    _say(f"plan: measure every option on a capture; search on {SEARCH_PAIRS} pairs (paper's setting, bisection, then TPE); "
          f"certify on {args.pairs} others; budget {args.budget:.0f} s")  # fmt: skip
     _say(f"trials go to {scratch}\nprofile goes to {out}")
     return 0

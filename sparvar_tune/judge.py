@@ -22,7 +22,7 @@ from sparvar_tune.measure import Stopwatch
 from sparvar_tune.policies import Table, assign, frames, paper_policy
 from sparvar_tune.search import Knobs, Verdict
 
-MARGIN_DB = 0.05  # what is predicted for the held-out pairs must clear the bound by this much
+MARGIN_DB = 0.25  # predictions from 8 pairs that were also searched on are optimistic: two of three runs missed with 0.05
 RACE_AFTER = 3  # pairs judged before a trial may be given up
 
 
@@ -79,12 +79,15 @@ class Judge:
     def dense_ms(self) -> float:
         return median(r.dense_ms for r in self.references)
 
-    def predicted(self, values: Sequence[float], levels: Sequence[float]) -> float:
-        """The lower bound of the mean that balanced held-out pairs would give, from the search pairs seen so far.
+    def predicted(self, values: Sequence[float], levels: Sequence[float], pairs: Sequence[Pair]) -> float:
+        """The lower bound of the mean that balanced held-out pairs would give, from the first of `pairs`.
 
-        levels[class] say beforehand how the classes differ; only what a policy does on top of them is estimated.
+        levels[class] say beforehand how the classes differ; as long as some class was not seen, only what a policy does on
+        top of them is estimated.
         """
-        above = [value - levels[label] for value, (label, _) in zip(values, self.pairs, strict=False)]
+        if len(values) > 2 and {label for label, _ in pairs[: len(values)]} == set(range(len(levels))):
+            return fmean(values) - t_quantile(CONFIDENCE, self.held_out - 1) * stdev(values) / math.sqrt(self.held_out)
+        above = [value - levels[label] for value, (label, _) in zip(values, pairs, strict=False)]
         variance = pvariance(levels) + (stdev(above) ** 2 if len(above) > 1 else 0.0)
         spread = t_quantile(CONFIDENCE, self.held_out - 1) * math.sqrt(variance / self.held_out)
         return fmean(levels) + fmean(above) - spread
@@ -92,10 +95,19 @@ class Judge:
     def shortfall(self, psnr: Sequence[float], ssim: Sequence[float]) -> float:
         flat = (0.0,) * self.adapter.num_classes
         missing = (
-            self.constraint.psnr_db - self.predicted(psnr, self.adapter.class_levels()),
-            100 * (self.constraint.ssim - self.predicted(ssim, flat)),
+            self.constraint.psnr_db - self.predicted(psnr, self.adapter.class_levels(), self.pairs),
+            100 * (self.constraint.ssim - self.predicted(ssim, flat, self.pairs)),
         )
         return max(missing) + MARGIN_DB
+
+    def doomed(self, found: Sequence[PictureFidelity], pairs: Sequence[Pair]) -> bool:
+        """True if held-out pairs seen so far leave little hope for PSNR. Giving up early can only refuse, never certify."""
+        if len(found) < RACE_AFTER:
+            return False
+        psnr = [f.psnr_db for f in found]
+        above = [p - self.adapter.class_levels()[label] for p, (label, _) in zip(psnr, pairs, strict=False)]
+        doubt = 1.5 * stdev(above) / math.sqrt(len(above))
+        return self.predicted(psnr, self.adapter.class_levels(), pairs) + doubt < self.constraint.psnr_db
 
     def __call__(self, knobs: Knobs) -> Verdict:
         attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.tables))
