@@ -101,8 +101,9 @@ def open_study(folder: Path, space: str, seed: int, resume: bool) -> optuna.Stud
 @contextmanager
 def unbroken() -> Iterator[None]:
     """Puts a Ctrl-C off until the journal is whole again and its lock released; the writes inside take milliseconds."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
+    deaf = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # a shell's background job must not hear it
+    if deaf or threading.current_thread() is not threading.main_thread():  # and only the main thread gets signals
+        yield
         return
     came: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))

@@ -113,8 +113,10 @@ def test_dry_run_only_talks(tiny_model, capsys, tmp_path):
 def spawn(home: Path, delay: str, *words: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "kernels")])
     env = {**os.environ, "SPARVAR_TUNE_HOME": str(home), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # where the tests themselves run in the background of a shell, SIGINT is ignored and children inherit that
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     return subprocess.Popen([sys.executable, str(HERE / "tiny.py"), delay, *words], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear)  # fmt: skip
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
