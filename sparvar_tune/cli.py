@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sparvar_tune import __version__
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check")
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "bench")
 DEFAULT_BUDGET = "290s"
 
 
@@ -96,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--pairs", type=positive, default=32)
     compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
+
+    bench = command("bench", "time the kernels on this machine's GPU against dense attention and the paper's form", model=False)
+    bench.add_argument("--out", type=Path, required=True, help="Markdown file; the raw numbers go beside it as JSON")
+    bench.add_argument("--from", dest="source", type=Path, help="write the table again from this JSON instead of measuring")
+    bench.add_argument("--only", default="", help="cases whose name contains this")
 
     check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
     check.set_defaults(model=None)

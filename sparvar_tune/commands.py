@@ -57,6 +57,8 @@ def scratch_folder(gpu: Gpu, model: Model, preset: str) -> Path:
 def tune(args: argparse.Namespace) -> int:
     gpu, model, resolution, aspect = _target(args)
     out = (args.out or profiles.user_folder()) / gpu.slug / _file_name(model, args.preset, resolution, aspect)
+    if model.adapter is None and gpu.slug != "cpu" and is_here(gpu):
+        return _time_schedule(args, gpu, model, resolution, aspect, out)
     if model.adapter is None or not is_here(gpu):
         return _predict(args, gpu, model, resolution, aspect, out)
     from sparvar_tune.tune import Request
@@ -116,6 +118,53 @@ def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespac
     _say(f"plan: measure every option on a capture; search on {SEARCH_PAIRS} pairs (paper's setting, bisection, then TPE); "
          f"certify on {args.pairs} others; budget {args.budget:.0f} s")  # fmt: skip
     _say(f"trials go to {scratch}\nprofile goes to {out}")
+    return 0
+
+
+def _time_schedule(args: argparse.Namespace, gpu: Gpu, model: Model, resolution: str, aspect: str, out: Path) -> int:
+    """The GPU is here, the model is not: time the paper's policy on random inputs."""
+    from sparvar_tune.schedule import measured_profile
+
+    policy = paper_policy(model.schedule(resolution, aspect), model.layers, model.heads)
+    _say(f"{model.slug} has no adapter yet, so its pictures cannot be compared: the paper's fixed setting, marked unverified, "
+         f"is timed on {silicon(gpu, True).name}")  # fmt: skip
+    if args.dry_run:
+        _say(f"policy: {describe(policy)}\nprofile would go to {out}")
+        return 0
+    _probe_writable(out)
+    profile = measured_profile(model, gpu, args.preset, resolution, aspect, policy, 1, args.seed, _say, _status)
+    profiles.save(profile, out)
+    _print_profile(profile, out)
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """The kernel table: measured here, or again from the raw numbers of a run."""
+    import json
+
+    from sparvar_tune import kernel_bench
+
+    out = args.out.with_suffix(".md")
+    if args.source is not None:
+        try:
+            raw = json.loads(args.source.read_text("utf-8"))
+            text = kernel_bench.render(raw)
+        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{args.source}: not the raw numbers of a bench run ({type(error).__name__}: {error})") from None
+        profiles.write_atomic(out, text.encode())
+        _say(f"wrote {out}")
+        return 0
+    gpu = choose_gpu(args.gpu)
+    if gpu.slug == "cpu" or not is_here(gpu):
+        raise ValueError(f"bench: {gpu.slug} is no GPU of this machine; run it where one is, or give --from FILE.json")
+    _probe_writable(out)
+
+    def keep(raw: dict[str, Any]) -> None:
+        profiles.write_atomic(out.with_suffix(".json"), (json.dumps(raw, indent=1) + "\n").encode())
+        profiles.write_atomic(out, kernel_bench.render(raw).encode())
+
+    kernel_bench.measure_all(_say, keep, args.only)
+    _say(f"wrote {out} and {out.with_suffix('.json')}")
     return 0
 
 

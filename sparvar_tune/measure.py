@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -34,6 +34,29 @@ def paired_speedup(dense_ms: Sequence[float], tuned_ms: Sequence[float], resampl
     low, high = (float(medians.quantile(q)) for q in (0.025, 0.975))
     middle = median(ratios.tolist())
     return Speedup(middle, min(low, middle), max(high, middle), len(ratios))
+
+
+def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Milliseconds of each way on the current GPU, by events, one call of each a round in rotating order.
+
+    The clock starts and stops on the device, so host work counts only where it makes the device wait. Inputs larger than
+    the L2 cache flush it for one another; smaller ones are timed warm, as a model's next call finds them.
+    """
+    names = list(ways)
+    for _ in range(warmup):
+        for way in ways.values():
+            way()
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
+    torch.cuda.synchronize()
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            ways[name]()
+            end.record()
+            marks[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in marks.items()}
 
 
 class Stopwatch:

@@ -140,8 +140,8 @@ class Row:
         known = KERNELS[self.kernel].fields
         if {name for name, _ in self.config} != set(known):
             return f"config: got {sorted(n for n, _ in self.config)}, want exactly {sorted(known)}"
-        if any(not 1 <= value <= 1 << 30 for _, value in self.config):
-            return f"config: got {dict(self.config)}, want values 1..2**30"
+        if any(not 0 <= value <= 1 << 30 for _, value in self.config):
+            return f"config: got {dict(self.config)}, want values 0..2**30"
         measured = (self.tuned, self.dense, self.speedup)
         predicted = (self.tuned_predicted_ms, self.dense_predicted_ms)
         if self.state == "measured":
@@ -268,8 +268,8 @@ class Profile:
             return f'policy_state: got {self.policy_state!r}, want "measured" or "unverified"'
         if (self.policy_state == "measured") != (self.evidence is not None):
             return "evidence: want it exactly when policy_state is measured"
-        if (self.state == "measured") != (self.generation is not None):
-            return "generation: want it exactly when state is measured"
+        if (self.state == self.policy_state == "measured") != (self.generation is not None):
+            return "generation: want it exactly when state and policy_state are measured"
         if not _is_date(self.created):
             return f'created: got {self.created!r}, want a date such as "2026-11-23"'
         if self.trials < 0:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from sparvar_kernels import attention, dense, gathered_cpu
+from sparvar_kernels import dense, gathered_cpu, layer_cpu
 
 # The same examples on every run and machine: a failure here is a failure there.
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -44,7 +44,7 @@ def poisoned_outputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         def empty_like(t: torch.Tensor) -> torch.Tensor:
             return torch.empty_like(t).fill_(float("nan"))
 
-    for module in (attention, dense, gathered_cpu):
+    for module in (layer_cpu, dense, gathered_cpu):
         monkeypatch.setattr(module, "torch", Poisoned())
 
 

@@ -17,11 +17,13 @@ ROOT = Path(__file__).parent.parent
 # Every module may import only modules of lines above its own (or its own line, where that is one package).
 LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
-    {"pooled", "policy"}, {"gathered_cpu", "gathered_triton"}, {"attention"}, {"sparvar_kernels"},
+    {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton", "selecting_triton"},
+    {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"},
     {"machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
-    {"sensitivity", "runtime", "predict"}, {"search"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
+    {"sensitivity", "runtime", "predict", "schedule"}, {"kernel_bench"},
+    {"search"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -142,7 +142,7 @@ def test_wrong_values_are_named(path, value, said):
 def test_illegal_launches_are_refused():
     """What the registry would refuse at the first attention call is refused when the file is read."""
     data = json.loads(TEXT)
-    config = {"block_m": 64, "block_n": 64, "num_stages": 3, "num_warps": 4}
+    config = {"block_m": 64, "block_n": 64, "num_stages": 3, "num_warps": 4, "maxnreg": 0}
     for row in data["rows"]:
         row.update(kernel="triton", config=config)
     assert schema.from_json(json.dumps(data), "f").rows[0].kernel == "triton"

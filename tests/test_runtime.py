@@ -74,7 +74,8 @@ def test_an_uncertain_gain_means_dense(tmp_path):
 
 
 def test_predicted_profiles_warn_once(tmp_path):
-    row = schema.Row(5, "triton", (("block_m", 64), ("block_n", 64), ("num_stages", 3), ("num_warps", 4)), "predicted", "fa2",
+    config = (("block_m", 64), ("block_n", 64), ("maxnreg", 0), ("num_stages", 3), ("num_warps", 4))
+    row = schema.Row(5, "triton", config, "predicted", "fa2",
                        tuned_predicted_ms=1.0, dense_predicted_ms=2.0)  # fmt: skip
     made = profile(state="predicted", policy_state="unverified", evidence=None, generation=None,
                    rows=(row, dataclasses.replace(row, scale_index=6)))  # fmt: skip

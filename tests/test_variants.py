@@ -10,9 +10,10 @@ from tolerances import MASS_TOLERANCE, TOLERANCES
 
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Dense, Policy, Pooled, Reuse, Rule, ScaleSchedule, SparseAttention, Tile
 from sparvar_kernels import reference as oracle
-from sparvar_kernels.attention import Launch, key_lists
+from sparvar_kernels.attention import Launch
 from sparvar_kernels.configs import CpuConfig
 from sparvar_kernels.dense import column_mass
+from sparvar_kernels.layer_cpu import key_lists
 from sparvar_kernels.residual import enlarge
 from sparvar_kernels.scales import partition
 from sparvar_kernels.variants import at_decision, variant_from_dict, variant_to_dict, why_not_variant

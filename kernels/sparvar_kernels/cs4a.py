@@ -133,6 +133,16 @@ def _band(schedule: ScaleSchedule, scale_index: int, variant: Cs4a, device: str 
     return (schedule.starts[scale_index] + begin[:, None] + torch.arange(length)).int().to(device)
 
 
+@lru_cache(maxsize=64)
+def band_lists(schedule: ScaleSchedule, scale_index: int, variant: Cs4a) -> Tensor:
+    """[T, L] int32 on the CPU: the paper's bands of every scale after the decision scale, carried along group by group."""
+    keys = torch.zeros(len(partition(schedule.grids[variant.decision_scale], variant.tile).counts), 0, dtype=torch.int32)
+    for s in range(variant.decision_scale + 1, scale_index + 1):
+        group = _nearest_group(len(partition(schedule.grids[s], variant.tile).counts), len(keys))
+        keys = torch.cat([keys[group], _band(schedule, s, variant)], -1)
+    return keys
+
+
 def cs4a_lists(ranked: Tensor, schedule: ScaleSchedule, scale_index: int, variant: Cs4a) -> KeyLists:
     """Key lists at `scale_index` from ranked [B, H, T_S, R] int32 (see `rank_keys`, R >= `ranks_needed`).
 
@@ -144,13 +154,9 @@ def cs4a_lists(ranked: Tensor, schedule: ScaleSchedule, scale_index: int, varian
     if scale_index == variant.decision_scale:
         return KeyLists(tiles, ranked[..., :kept])
     ranked = ranked[..., : ranks_needed(variant, schedule, scale_index)]
-    if variant.keys == "index":
-        keys = ranked
-        for s in range(variant.decision_scale + 1, scale_index + 1):
-            group = _nearest_group(len(partition(schedule.grids[s], variant.tile).counts), keys.shape[2]).to(keys.device)
-            band = _band(schedule, s, variant, device)
-            keys = torch.cat([keys[:, :, group], band.expand(*keys.shape[:2], -1, -1)], -1)
-        return KeyLists(tiles, keys)
     ranked = ranked[:, :, source_tiles(schedule, scale_index, variant, device)]
+    if variant.keys == "index":
+        bands = band_lists(schedule, scale_index, variant).to(device)
+        return KeyLists(tiles, torch.cat([ranked, bands.expand(*ranked.shape[:2], -1, -1)], -1))
     table, counts = children(schedule, variant.decision_scale, scale_index, device)
     return KeyLists(tiles, expand(ranked, table, counts, kept))

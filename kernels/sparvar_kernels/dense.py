@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,43 @@ SCORE_ELEMENTS = 1 << 18  # scores held at once on a CPU: 1 MiB of fp32; best of
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Tensor:
-    """PyTorch's scaled_dot_product_attention (its own choice of backend): [B, H, Nq, D]."""
+    """The fastest dense attention PyTorch has here: cuDNN where it runs, else its own choice of backend. [B, H, Nq, D]."""
+    if q.is_cuda and _cudnn_runs(q):
+        return _cudnn(q, k, v, problem.softmax_scale, False)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=problem.softmax_scale)
+
+
+def _cudnn_runs(q: Tensor) -> bool:
+    """cuDNN's attention: half precision, head_dim a multiple of 8 up to 128, 8.0 and newer."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _cudnn_here(q.device.index or 0)
+
+
+@lru_cache(maxsize=16)
+def _cudnn_here(device: int) -> bool:
+    usable = torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
+    return usable and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor]:
+    out, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, lse, 0.0, False, False, scale=scale)[:2]
+    return out, sums
+
+
+def dense_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention [B, H, Nq, D] and the natural log of each row's sum of exponentials [B, H, Nq] (fp32)."""
+    if not q.is_cuda:  # Triton's interpreter
+        scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+        lse = torch.logsumexp(scores, -1)
+        return (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype), lse
+    if _cudnn_runs(q):
+        out, lse = _cudnn(q, k, v, scale, True)
+        return out, lse.reshape(q.shape[:3])
+    if q.dtype == torch.float32:
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)[:2]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+    return out, lse[..., : q.shape[2]]
 
 
 def dense_heads(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, heads: Sequence[int], out: Tensor) -> None:

@@ -1,111 +1,118 @@
-"""Gathered attention in Triton: one program per (query tile, batch and head), online softmax over its listed keys.
+"""Gathered attention in Triton: programs of one table, each a block of query rows against one list of key rows.
 
-Rows of K and V are fetched by an int32 list, so a list may hold any keys in any order. Correct first; the fast
-variants of this kernel are measured separately. Runs on any NVIDIA GPU Triton supports and in Triton's interpreter.
+The table (see work.py) mixes heads of any variant in one launch. Rows of K and V are fetched by an int32 list, so a list
+may hold any keys in any order. Correct on any NVIDIA GPU Triton supports, and in Triton's interpreter.
+
+Softmax: online (running maximum), or, where the problem bounds its logits, plain exponentials and one division at the
+end. reports/kernel-notes.md says what else was tried and lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from sparvar_kernels.configs import TritonConfig
-from sparvar_kernels.lists import KeyLists
-from sparvar_kernels.problem import AttentionProblem
+LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _gathered_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, counts_ptr, rows_ptr, row_counts_ptr, heads_ptr,
+def _load_rows(base, listed, stride, offs_d, in_d, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = base + listed[:, None] * stride + offs_d[None, :]
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=in_d[None, :], other=0.0)
+
+
+@triton.jit
+def _dot(a, b, acc, IEEE: tl.constexpr):  # type: ignore[no-untyped-def]
+    if IEEE:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def gathered_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, table_ptr, extra_ptr, bias_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_lt, stride_cb, stride_ch,
-    num_heads, rows_per_tile, width, scale_log2e,
-    HAS_COUNTS: tl.constexpr, IEEE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_ob, stride_oh, stride_on, stride_eb, stride_eh, stride_en, stride_bb, stride_bh,
+    grid_width, source_height, source_width, step_y, step_x, scale_log2e,
+    FIELDS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
+    IEEE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_part, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b = (i_bh // num_heads).to(tl.int64)
-    i_list = (i_bh % num_heads).to(tl.int64)
-    i_h = tl.load(heads_ptr + i_list).to(tl.int64)
-    offs_m = i_part * BLOCK_M + tl.arange(0, BLOCK_M)
+    """EPILOGUE 0: out = attention. 1: plus extra (a residual on a coarser grid), enlarged. 2: extra minus attention."""
+    WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D
+    BLOCK_C: tl.constexpr = 16  # cells a step; 32 take so many registers that fewer programs fit
+    entry = table_ptr + tl.program_id(0) * FIELDS
+    i_b = tl.program_id(1).to(tl.int64)
+    i_head = tl.load(entry).to(tl.int64)
+    origin, tile_width = tl.load(entry + 1), tl.load(entry + 2)
+    first_row, end_row = tl.load(entry + 3), tl.load(entry + 4)
+    list_at, list_step, count = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
+    slot, i_out = tl.load(entry + 8), tl.load(entry + 9).to(tl.int64)
+
+    offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     in_d = offs_d < HEAD_DIM
-    in_m = offs_m < tl.load(row_counts_ptr + i_tile)
-    rows = tl.load(rows_ptr + i_tile * rows_per_tile + offs_m, mask=in_m, other=0).to(tl.int64)  # [BLOCK_M]
-    q_at = q_ptr + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qn + offs_d[None, :]
-    q = tl.load(q_at, mask=in_m[:, None] & in_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
-    k_base = k_ptr + i_b * stride_kb + i_h * stride_kh
-    v_base = v_ptr + i_b * stride_vb + i_h * stride_vh
-    list_base = keys_ptr + i_b * stride_lb + i_list * stride_lh + i_tile.to(tl.int64) * stride_lt
-    count = width
-    if HAS_COUNTS:
-        count = tl.load(counts_ptr + i_b * stride_cb + i_list * stride_ch + i_tile)
+    in_m = offs_m < end_row
+    rows = tl.where(in_m, origin + offs_m // tile_width * grid_width + offs_m % tile_width, origin)  # [BLOCK_M]
+    q = _load_rows(q_ptr + i_b * stride_qb + i_head * stride_qh, rows, stride_qn, offs_d, in_d, WHOLE)
+    k_base = k_ptr + i_b * stride_kb + i_head * stride_kh
+    v_base = v_ptr + i_b * stride_vb + i_head * stride_vh
+    bias_base = bias_ptr + i_b * stride_bb + i_head * stride_bh
+    list_base = keys_ptr + i_b * list_step + list_at
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    top = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a program without keys must come out as 0, not NaN
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    none = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for begin in range(0, count, BLOCK_N):
-        in_n = begin + offs_n < count
-        listed = tl.load(list_base + begin + offs_n, mask=in_n, other=0).to(tl.int64)  # [BLOCK_N]
-        in_nd = in_n[:, None] & in_d[None, :]
-        k = tl.load(k_base + listed[:, None] * stride_kn + offs_d[None, :], mask=in_nd, other=0.0)
-        if IEEE:
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        listed = tl.load(list_base + begin + offs_n)
+        keys = tl.trans(_load_rows(k_base, listed, stride_kn, offs_d, in_d, WHOLE))
+        s = _dot(q, keys, none, IEEE)
+        if HAS_BIAS:
+            s += (tl.load(bias_base + listed) / scale_log2e)[None, :]
+        if MASKED:
+            s += tl.where(begin + offs_n < count, 0.0, float("-inf"))[None, :]
+        if BOUNDED:
+            p = tl.exp2(s * scale_log2e)
         else:
-            s = tl.dot(q, tl.trans(k))
-        s = tl.where(in_n[None, :], s * scale_log2e, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        v = tl.load(v_base + listed[:, None] * stride_vn + offs_d[None, :], mask=in_nd, other=0.0)
-        if IEEE:
-            acc = acc * shrink[:, None] + tl.dot(p, v, input_precision="ieee")
-        else:
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-        top = new_top
+            new_top = tl.maximum(top, tl.max(s, 1) * scale_log2e)
+            p = tl.exp2(s * scale_log2e - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total *= shrink
+            acc *= shrink[:, None]
+            top = new_top
+        total += tl.sum(p, 1)
+        v = _load_rows(v_base, listed, stride_vn, offs_d, in_d, WHOLE)
+        acc = _dot(p.to(v.dtype), v, acc, IEEE)
 
-    out = acc / total[:, None]
-    out_at = out_ptr + i_b * stride_ob + i_h * stride_oh + rows[:, None] * stride_on + offs_d[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_d[None, :])
-
-
-def gathered_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: KeyLists, heads: Sequence[int], out: Tensor,
-    problem: AttentionProblem, config: TritonConfig,
-) -> None:  # fmt: skip
-    """Writes out[:, heads] of out [B, H, Nq, D]; q [B, H, Nq, D], k, v [B, H, Nk, D] with unit stride along D."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    num_tiles, rows_per_tile = lists.tiles.rows.shape
-    keys = lists.keys if lists.keys.stride(-1) == 1 else lists.keys.contiguous()
-    counts = keys if lists.counts is None else lists.counts.contiguous()
-    table = _head_table(tuple(heads), str(q.device))
-
-    def shared(t: Tensor, axis: int) -> int:
-        return 0 if t.shape[axis] == 1 else t.stride(axis)
-
-    grid = (num_tiles, triton.cdiv(rows_per_tile, config.block_m), q.shape[0] * len(heads))
-    _gathered_kernel[grid](
-        q, k, v, out, keys, counts, lists.tiles.rows, lists.tiles.counts, table,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        shared(keys, 0), shared(keys, 1), keys.stride(2), shared(counts, 0), shared(counts, 1),
-        len(heads), rows_per_tile, keys.shape[-1], problem.softmax_scale * 1.4426950408889634,
-        HAS_COUNTS=lists.counts is not None, IEEE=q.dtype == torch.float32, HEAD_DIM=q.shape[-1],
-        BLOCK_D=max(16, triton.next_power_of_2(q.shape[-1])), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
-_HEAD_TABLES: dict[tuple[tuple[int, ...], str], Tensor] = {}
-
-
-def _head_table(heads: tuple[int, ...], device: str) -> Tensor:
-    """The head numbers on the device, made once: a copy to the device at every call would stall the launch."""
-    if (heads, device) not in _HEAD_TABLES:
-        _HEAD_TABLES[heads, device] = torch.tensor(heads, dtype=torch.int32, device=device)
-    return _HEAD_TABLES[heads, device]
+    acc *= (1 / tl.where(total == 0, 1.0, total))[:, None]
+    keep = in_m[:, None] & in_d[None, :]
+    if EPILOGUE == 1:
+        if slot >= 0:
+            # Enlarging is a product with the tent weights of the source cells under these rows: a few more "keys".
+            # Four gathered corners a row need no weights but so many registers that half as many programs fit.
+            base = extra_ptr + i_b * stride_eb + slot.to(tl.int64) * stride_eh
+            y = tl.minimum(tl.maximum((rows // grid_width + 0.5) * step_y - 0.5, 0.0), source_height - 1.0)
+            x = tl.minimum(tl.maximum((rows % grid_width + 0.5) * step_x - 0.5, 0.0), source_width - 1.0)
+            low_y, low_x = tl.min(y, 0).to(tl.int32), tl.min(x, 0).to(tl.int32)
+            high_y = tl.minimum(tl.max(y, 0).to(tl.int32) + 1, source_height - 1)
+            columns = tl.minimum(tl.max(x, 0).to(tl.int32) + 1, source_width - 1) - low_x + 1
+            cells = (high_y - low_y + 1) * columns
+            for begin in tl.range(0, cells, BLOCK_C, num_stages=3):
+                cell = begin + tl.arange(0, BLOCK_C)
+                cell_y, cell_x = low_y + cell // columns, low_x + cell % columns
+                at = tl.minimum(cell_y, source_height - 1) * source_width + cell_x
+                near_y = tl.maximum(1 - tl.abs(y[:, None] - cell_y[None, :]), 0.0)
+                near_x = tl.maximum(1 - tl.abs(x[:, None] - cell_x[None, :]), 0.0)
+                part = _load_rows(base, at, stride_en, offs_d, in_d, WHOLE)
+                weight = tl.where(cell[None, :] < cells, near_y * near_x, 0.0)
+                acc = _dot(weight.to(part.dtype), part, acc, IEEE)
+    out = acc
+    if EPILOGUE == 2:
+        extra = extra_ptr + i_b * stride_eb + i_head * stride_eh + rows[:, None] * stride_en + offs_d[None, :]
+        out = tl.load(extra, mask=keep, other=0.0).to(tl.float32) - out
+    out_at = out_ptr + i_b * stride_ob + i_out * stride_oh + rows[:, None] * stride_on + offs_d[None, :]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=keep)

@@ -1,4 +1,4 @@
-"""The kernels that run key lists: one literal dict. A new kernel is one file, one configuration and one row here."""
+"""The kernels that run a layer: one literal dict. A new one is a module with a `Layer`, a configuration and a row here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparvar_kernels.problem import AttentionProblem
 
 @dataclass(frozen=True)
 class Kernel:
-    """A module with `gathered_attention`, loaded on first use (Triton is optional on a CPU), and its configuration."""
+    """A module with a class `Layer`, loaded on first use (Triton is optional on a CPU), and its configuration."""
 
     name: str
     module: str
@@ -32,8 +32,8 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("cpu", "sparvar_kernels.gathered_cpu", CpuConfig),
-    "triton": Kernel("triton", "sparvar_kernels.gathered_triton", TritonConfig),
+    "cpu": Kernel("cpu", "sparvar_kernels.layer_cpu", CpuConfig),
+    "triton": Kernel("triton", "sparvar_kernels.layer_triton", TritonConfig),
 }
 
 

@@ -6,6 +6,7 @@ raster order. Everything here is plain integers or index tensors; nothing runs a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -82,15 +83,10 @@ class Tile:
     @classmethod
     def parse(cls, text: str) -> Tile:
         """Tile from "8x16" or "raster128"; raises ValueError naming what was got."""
-        try:
-            if text.startswith("raster"):
-                return cls(0, int(text.removeprefix("raster")))
-            h, w = text.split("x")
-            if int(h) < 1:
-                raise ValueError
-            return cls(int(h), int(w))
-        except (ValueError, AttributeError):
-            raise ValueError(f'tile {text!r}: want "HEIGHTxWIDTH" such as "8x16", or "rasterN" such as "raster128"') from None
+        found = re.fullmatch(r"raster([1-9][0-9]{0,8})|([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
+        if not found:
+            raise ValueError(f'tile {text!r}: want "HEIGHTxWIDTH" such as "8x16", or "rasterN" such as "raster128"')
+        return cls(int(found[2] or 0), int(found[1] or found[3]))
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}" if self.height else f"raster{self.width}"

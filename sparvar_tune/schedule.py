@@ -1,0 +1,251 @@
+"""The schedule of one GPU: for each sparse scale of a policy the launch configuration that runs it fastest there.
+
+Inputs are random (times of these kernels do not depend on values), shapes and policy are the model's. Binaries are
+made first, by processes that never touch the GPU; then every configuration is timed a little, and the best few again in
+alternation with dense attention. Equal binaries are timed once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from sparvar_kernels.attention import Launch, SparseAttention
+from sparvar_kernels.configs import TritonConfig
+from sparvar_kernels.dense import dense_attention
+from sparvar_kernels.policy import Policy
+from sparvar_kernels.problem import DTYPES, AttentionProblem
+from sparvar_kernels.registry import why_not
+from sparvar_kernels.variants import Cs4a, Variant
+from sparvar_tune.gpus import Gpu
+from sparvar_tune.machine import silicon, versions
+from sparvar_tune.measure import interleaved, paired_speedup, timing
+from sparvar_tune.models import Model
+from sparvar_tune.profiles import kernel_hash
+from sparvar_tune.schema import SCHEMA, Profile, Row, Workload
+
+DENSE_NAME = "cuDNN through torch"
+SCREENED, FINALISTS, ROUNDS = 8, 4, 30  # calls of the first look; who gets a second; rounds of that
+
+
+def random_inputs(problem: AttentionProblem, seed: int = 0, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, Nq, D], k, v [B, H, Nk, D] made on the device; logits within `logit_bound` where there is one."""
+    g = torch.Generator(device).manual_seed(seed)
+    shape = (problem.batch, problem.heads, problem.num_keys, problem.head_dim)
+    k, v = (torch.randn(shape, device=device, generator=g, dtype=torch.float32) for _ in range(2))
+    q = torch.randn(*shape[:2], problem.num_queries, problem.head_dim, device=device, generator=g, dtype=torch.float32)
+    if problem.logit_bound is not None:
+        k = torch.nn.functional.normalize(k, dim=-1)
+        q = torch.nn.functional.normalize(q, dim=-1) * (0.99 * problem.logit_bound / problem.softmax_scale)
+    dtype = DTYPES[problem.dtype]
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def space(problem: AttentionProblem, capability: tuple[int, int] | None) -> list[TritonConfig]:
+    """Every legal configuration worth trying.
+
+    Eight warps want 128 rows (a warp group of four works on 64), and only they gain from a register limit: two programs
+    then fit on a multiprocessor.
+    """
+    names = list(TritonConfig.space())
+    made = (TritonConfig(**dict(zip(names, values, strict=True))) for values in itertools.product(*TritonConfig.space().values()))
+    return [c for c in made if not why_not(problem, "triton", c, capability) and c.num_warps * 16 <= c.block_m
+            and (c.num_warps == 8 or not c.maxnreg)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What has to be compiled: everything the gathered kernel is specialised on."""
+
+    problem: AttentionProblem
+    config: TritonConfig
+    epilogue: int
+    masked: bool
+    capability: tuple[int, int]
+
+
+def compile_binary(job: Binary) -> tuple[int, int, int] | str:
+    """(registers, shared bytes, spilled bytes) of the binary, now in Triton's cache; the compiler's error otherwise."""
+    from sparvar_kernels.binary import compile_for, resources, source
+    from sparvar_kernels.gathered_triton import gathered_kernel
+    from sparvar_kernels.layer_triton import gathered_constants, gathered_types
+
+    constants = gathered_constants(job.problem, job.config, epilogue=job.epilogue, bias=False, masked=job.masked)
+    try:
+        made = source(gathered_kernel, gathered_types(DTYPES[job.problem.dtype]), constants, True)
+        found = resources(compile_for(made, job.capability, job.config.options))
+    except Exception as error:  # whatever the compiler does is data
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return found.registers, found.shared_bytes, found.spill_bytes
+
+
+def compile_all(jobs: list[Binary], processes: int, say: Callable[[str], None]) -> dict[Binary, tuple[int, int, int] | str]:
+    """Every distinct binary, compiled by `processes` processes that see no GPU."""
+    distinct = list(dict.fromkeys(jobs))
+    found = {}
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for i, (job, result) in enumerate(zip(distinct, pool.map(compile_binary, distinct), strict=True)):
+            found[job] = result
+            say(f"compiling: {i + 1}/{len(distinct)}")
+    return found
+
+
+class Bench:
+    """One layer of a policy at one scale, on random inputs; `run(config)` is the attention of that scale.
+
+    Scales that leave something behind (decision scales) are run once before.
+    """
+
+    def __init__(self, policy: Policy, problems: Mapping[int, AttentionProblem], layer: int, scale_index: int) -> None:
+        self.policy, self.problems, self.layer, self.scale_index = policy, problems, layer, scale_index
+        self.problem = problems[scale_index]
+        self.q, self.k, self.v = random_inputs(self.problem)
+
+    def attention(self, config: TritonConfig) -> SparseAttention:
+        """Ready to be called at the scale; raises whatever a launch raises."""
+        p = self.problem
+        launches = {s: Launch("triton", config) for s in range(len(p.schedule))}
+        attend = SparseAttention(
+            self.policy, p.schedule, softmax_scale=p.softmax_scale, logit_bound=p.logit_bound, launches=launches
+        )  # fmt: skip
+        for s in decision_scales(self.policy, self.layer, self.scale_index):
+            d = self.problems[s]
+            attend(self.q[:, :, : d.num_queries], self.k[:, :, : d.num_keys], self.v[:, :, : d.num_keys], self.layer, s)
+        return attend
+
+    def call(self, attend: SparseAttention) -> Tensor:
+        return attend(self.q, self.k, self.v, self.layer, self.scale_index)
+
+    def dense(self) -> Tensor:
+        return dense_attention(self.q, self.k, self.v, self.problem)
+
+
+def variants_of(policy: Policy, layer: int, scale_index: int) -> set[Variant]:
+    return {policy.variant(layer, h, scale_index) for h in range(len(policy.heads[layer]))}
+
+
+def decision_scales(policy: Policy, layer: int, scale_index: int) -> list[int]:
+    """Scales that must run before `scale_index` in this layer."""
+    decisions = (getattr(v, "decision_scale", None) for v in variants_of(policy, layer, scale_index))
+    return sorted({s for s in decisions if s is not None})
+
+
+def distinct_layers(policy: Policy, scale_index: int) -> dict[int, int]:
+    """First layer of each kind -> how many layers are like it, at one scale."""
+    kinds: dict[tuple[Variant, ...], int] = {}
+    counts: dict[int, int] = {}
+    for layer, letters in enumerate(policy.heads):
+        kind = tuple(policy.variant(layer, h, scale_index) for h in range(len(letters)))
+        first = kinds.setdefault(kind, layer)
+        counts[first] = counts.get(first, 0) + 1
+    return counts
+
+
+def binaries(
+    problem: AttentionProblem, variants: set[Variant], configs: list[TritonConfig], capability: tuple[int, int]
+) -> list[Binary]:
+    """What timing `configs` on these variants needs; the residual adds an epilogue, lists of odd lengths a mask."""
+    residual = any(getattr(v, "decision_scale", None) is not None and getattr(v, "residual", True) for v in variants)
+    masked = any(not isinstance(v, Cs4a) for v in variants)
+    return [Binary(problem, c, int(residual), masked, capability) for c in configs]
+
+
+def tune_scale(
+    workload: Workload, policy: Policy, scale_index: int, say: Callable[[str], None], configs: list[TritonConfig], dense_name: str
+) -> tuple[Row, list[tuple[TritonConfig, float | str]]]:
+    """The row of one scale, and the screening time (ms, mean over layers) or failure of every configuration."""
+    problems = {
+        s: AttentionProblem(workload.schedule, s, workload.batch, workload.heads, workload.head_dim, workload.dtype,
+                            workload.softmax_scale, workload.logit_bound)
+        for s in range(len(workload.schedule))
+    }  # fmt: skip
+    layers = distinct_layers(policy, scale_index)
+    benches = {layer: Bench(policy, problems, layer, scale_index) for layer in layers}
+    screened: list[tuple[TritonConfig, float | str]] = []
+    for i, config in enumerate(configs):
+        try:
+            total = 0.0
+            for layer, count in layers.items():
+                attend = benches[layer].attention(config)
+                spent = interleaved({"this": lambda: benches[layer].call(attend)}, SCREENED)["this"]  # noqa: B023
+                total += median(spent) * count
+            screened.append((config, total / len(policy.heads)))
+        except Exception as error:  # out of shared memory or registers: data, not the end
+            screened.append((config, f"{type(error).__name__}: {error}"[:200]))
+        best = min((ms for _, ms in screened if isinstance(ms, float)), default=float("nan"))
+        say(f"scale {scale_index}: configuration {i + 1}/{len(configs)}, best {best:.4f} ms a layer")
+    ranked = sorted(((ms, i) for i, (_, ms) in enumerate(screened) if isinstance(ms, float)), key=lambda at: at[0])
+    if not ranked:
+        raise ValueError(f"scale {scale_index}: no configuration ran; the first said {screened[0][1]}")
+    names = [screened[i][0] for _, i in ranked[:FINALISTS]]
+    sums: dict[str, list[float]] = {}
+    for layer, count in layers.items():
+        ways: dict[str, Callable[[], object]] = {"dense": benches[layer].dense}
+        for j, config in enumerate(names):
+            attend = benches[layer].attention(config)
+            ways[str(j)] = lambda attend=attend, bench=benches[layer]: bench.call(attend)  # type: ignore[misc]
+        for name, spent in interleaved(ways, ROUNDS).items():
+            share = [ms * count / len(policy.heads) for ms in spent]
+            sums[name] = [a + b for a, b in zip(sums[name], share, strict=True)] if name in sums else share
+    won = min(range(len(names)), key=lambda j: median(sums[str(j)]))
+    tuned, dense = sums[str(won)], sums["dense"]
+    row = Row(
+        scale_index, "triton", tuple(sorted(vars(names[won]).items())), "measured", dense_name,
+        timing(tuned), timing(dense), paired_speedup(dense, tuned),
+    )  # fmt: skip
+    return row, screened
+
+
+def measured_profile(
+    model: Model, gpu: Gpu, preset: str, resolution: str, aspect: str, policy: Policy, images: int, seed: int,
+    say: Callable[[str], None], status: Callable[[str], None],
+) -> Profile:  # fmt: skip
+    """The profile of a policy nobody verified on this model, with every sparse scale timed on this machine's GPU.
+
+    images: how many at once. Raises ValueError when no configuration runs.
+    """
+    schedule = model.schedule(resolution, aspect)
+    workload = Workload(
+        model.slug, resolution, aspect, schedule.grids, schedule.prefix, model.layers, model.heads, model.head_dim, model.dtype,
+        model.guidance_batch * images, model.softmax_scale, model.logit_bound, None,
+    )  # fmt: skip
+    capability = torch.cuda.get_device_capability()
+    scales = sorted({r.scale_index for r in policy.rules})
+    configs: dict[int, list[TritonConfig]] = {}
+    jobs: list[Binary] = []
+    for s in scales:
+        problem = AttentionProblem(schedule, s, workload.batch, model.heads, model.head_dim, model.dtype, model.softmax_scale,
+                                   model.logit_bound)  # fmt: skip
+        configs[s] = [c for c in space(problem, capability) if c.num_stages >= 5]  # shallower pipelines never won on Hopper
+        for layer in distinct_layers(policy, s):
+            jobs += binaries(problem, variants_of(policy, layer, s), configs[s], capability)
+    begun = time.monotonic()
+    compile_all(jobs, os.cpu_count() or 2, status)
+    say(f"[{time.monotonic() - begun:4.0f} s] {len(set(jobs))} binaries compiled")
+    rows = []
+    for s in scales:
+        row, screened = tune_scale(workload, policy, s, status, configs[s], DENSE_NAME)
+        rows.append(row)
+        failed = sum(isinstance(ms, str) for _, ms in screened)
+        assert row.tuned and row.dense and row.speedup
+        say(f"[{time.monotonic() - begun:4.0f} s] scale {s}: {row.dense.p50_ms:.3f} -> {row.tuned.p50_ms:.3f} ms a layer, "
+            f"{row.speedup.median:.2f}x ({row.speedup.low:.2f}..{row.speedup.high:.2f}), {len(screened)} configurations, "
+            f"{failed} failed")  # fmt: skip
+    return Profile(
+        schema=SCHEMA, created=datetime.date.today().isoformat(), preset=preset, state="measured", policy=policy,
+        policy_state="unverified", policy_source="the paper's fixed setting (arXiv 2602.04361), carried to this schedule",
+        evidence=None, workload=workload, silicon=silicon(gpu, True), versions=versions(), kernel_hash=kernel_hash(),
+        generation=None, rows=tuple(rows), seed=seed, trials=sum(len(c) for c in configs.values()),
+        notes=("the policy's fidelity on this model was not measured: no activations of it were at hand",
+               "times are of eager calls on random inputs, planning done, events on the device"),
+    )  # fmt: skip
