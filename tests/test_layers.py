@@ -19,7 +19,7 @@ LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
     {"pooled", "policy"}, {"gathered_cpu", "gathered_triton"}, {"attention"}, {"sparvar_kernels"},
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"},
-    {"machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
+    {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "predict"}, {"search"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
 ]  # fmt: skip
