@@ -20,7 +20,7 @@ LAYERS = [
     {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton", "selecting_triton"},
     {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"},
-    {"machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
+    {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "predict", "schedule"}, {"kernel_bench"},
     {"search"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
