@@ -85,8 +85,13 @@ class Judge:
         levels[class] say beforehand how the classes differ; as long as some class was not seen, only what a policy does on
         top of them is estimated.
         """
-        if len(values) > 2 and {label for label, _ in pairs[: len(values)]} == set(range(len(levels))):
-            return fmean(values) - t_quantile(CONFIDENCE, self.held_out - 1) * stdev(values) / math.sqrt(self.held_out)
+        by_class: dict[int, list[float]] = {}
+        for value, (label, _) in zip(values, pairs, strict=False):
+            by_class.setdefault(label, []).append(value)
+        if len(values) > 2 and len(by_class) == len(levels):
+            # class by class, because the pairs may have begun another round
+            middle = fmean(fmean(found) for found in by_class.values())
+            return middle - t_quantile(CONFIDENCE, self.held_out - 1) * stdev(values) / math.sqrt(self.held_out)
         above = [value - levels[label] for value, (label, _) in zip(values, pairs, strict=False)]
         variance = pvariance(levels) + (stdev(above) ** 2 if len(above) > 1 else 0.0)
         spread = t_quantile(CONFIDENCE, self.held_out - 1) * math.sqrt(variance / self.held_out)

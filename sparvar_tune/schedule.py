@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from sparvar_kernels.dense import dense_attention
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.problem import DTYPES, AttentionProblem
 from sparvar_kernels.registry import why_not
+from sparvar_kernels.scales import ScaleSchedule
 from sparvar_kernels.variants import Cs4a, Variant
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.machine import silicon, versions
@@ -33,8 +34,10 @@ from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import Model
 from sparvar_tune.profiles import kernel_hash
 from sparvar_tune.schema import SCHEMA, Profile, Row, Workload
+from sparvar_tune.workers import Job, Pool
 
 DENSE_NAME = "cuDNN through torch"
+COMPILE_S = 180.0  # no kernel of ours takes a tenth of it
 SCREENED, FINALISTS, ROUNDS = 8, 4, 30  # calls of the first look; who gets a second; rounds of that
 
 
@@ -65,38 +68,50 @@ def space(problem: AttentionProblem, capability: tuple[int, int] | None) -> list
 
 @dataclass(frozen=True)
 class Binary:
-    """What has to be compiled: everything the gathered kernel is specialised on."""
+    """Everything the gathered kernel is specialised on; scales and models that agree on it share the binary."""
 
-    problem: AttentionProblem
+    head_dim: int
+    dtype: str
+    logit_bound: float | None
     config: TritonConfig
     epilogue: int
     masked: bool
     capability: tuple[int, int]
 
+    @property
+    def problem(self) -> AttentionProblem:
+        """The smallest problem that needs it."""
+        return AttentionProblem(ScaleSchedule(((1, 1),)), 0, 1, 1, self.head_dim, self.dtype, 1.0, self.logit_bound)
 
-def compile_binary(job: Binary) -> tuple[int, int, int] | str:
-    """(registers, shared bytes, spilled bytes) of the binary, now in Triton's cache; the compiler's error otherwise."""
+
+def compile_binary(job: Binary) -> tuple[int, int, int]:
+    """(registers, shared bytes, spilled bytes) of the binary, which is then in Triton's cache on disk."""
     from sparvar_kernels.binary import compile_for, resources, source
     from sparvar_kernels.gathered_triton import gathered_kernel
     from sparvar_kernels.layer_triton import gathered_constants, gathered_types
 
     constants = gathered_constants(job.problem, job.config, epilogue=job.epilogue, bias=False, masked=job.masked)
-    try:
-        made = source(gathered_kernel, gathered_types(DTYPES[job.problem.dtype]), constants, True)
-        found = resources(compile_for(made, job.capability, job.config.options))
-    except Exception as error:  # whatever the compiler does is data
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    made = source(gathered_kernel, gathered_types(DTYPES[job.dtype]), constants, True)
+    found = resources(compile_for(made, job.capability, job.config.options))
     return found.registers, found.shared_bytes, found.spill_bytes
 
 
-def compile_all(jobs: list[Binary], processes: int, say: Callable[[str], None]) -> dict[Binary, tuple[int, int, int] | str]:
-    """Every distinct binary, compiled by `processes` processes that see no GPU."""
-    distinct = list(dict.fromkeys(jobs))
-    found = {}
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for i, (job, result) in enumerate(zip(distinct, pool.map(compile_binary, distinct), strict=True)):
-            found[job] = result
-            say(f"compiling: {i + 1}/{len(distinct)}")
+def compile_payload(payload: dict[str, Any]) -> tuple[int, int, int]:
+    """`compile_binary` of a binary as JSON values: what a worker process is asked."""
+    config, capability = TritonConfig(**payload["config"]), tuple(payload["capability"])
+    return compile_binary(Binary(**{**payload, "config": config, "capability": capability}))
+
+
+def compile_all(jobs: Sequence[Binary], processes: int, say: Callable[[str], None]) -> dict[Binary, tuple[int, int, int] | str]:
+    """Every distinct binary, compiled by processes that see no GPU; a compiler that raises, hangs or crashes is a text."""
+    distinct = {str(i): job for i, job in enumerate(dict.fromkeys(jobs))}
+    found: dict[Binary, tuple[int, int, int] | str] = {}
+    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with Pool(f"{__name__}:compile_payload", [environment] * min(processes, len(distinct))) as pool:
+        for outcome in pool.run(Job(key, asdict(job), COMPILE_S) for key, job in distinct.items()):
+            job = distinct[outcome.key]
+            found[job] = f"{outcome.failure}: {outcome.detail}" if outcome.failure else tuple(outcome.value)  # type: ignore
+            say(f"compiling: {len(found)}/{len(distinct)}")
     return found
 
 
@@ -157,7 +172,8 @@ def binaries(
     """What timing `configs` on these variants needs; the residual adds an epilogue, lists of odd lengths a mask."""
     residual = any(getattr(v, "decision_scale", None) is not None and getattr(v, "residual", True) for v in variants)
     masked = any(not isinstance(v, Cs4a) for v in variants)
-    return [Binary(problem, c, int(residual), masked, capability) for c in configs]
+    p = problem
+    return [Binary(p.head_dim, p.dtype, p.logit_bound, c, int(residual), masked, capability) for c in configs]
 
 
 def tune_scale(
