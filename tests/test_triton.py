@@ -229,7 +229,7 @@ def test_shipped_configurations_fit_every_target():
         registers, shared, spilled = result
         assert registers <= 255 and spilled <= 1024, (job, result)
         assert shared <= SHARED_LIMIT[job.capability], (job, result)
-        assert shared <= job.config.shared_bytes(job.problem) + 256, (job, result)  # barriers: 32 bytes more on sm_100
+        assert shared <= job.config.shared_bytes(job.problem) + 512, (job, result)  # sm_100 takes 32 to 288 bytes more
     for capability in TARGETS:
         assert max(compile_selection(capability)) <= 1024, capability
     for gpu in GPUS.values():
