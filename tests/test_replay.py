@@ -144,6 +144,7 @@ def test_numbers_are_not_booleans():
     assert numbers([1, 2.5]) == [1, 2.5] and numbers([True, False]) == numbers(["a"]) == []
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # gp warns when it is told an infinite time
 @pytest.mark.parametrize("sampler", r.SAMPLERS)
 def test_curves_are_sound(spaces, sampler):
     budget = 12 if sampler == "gp" else 20  # it is slow, and learns from the eleventh on
