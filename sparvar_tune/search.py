@@ -1,4 +1,4 @@
-"""The search over policies: Optuna proposes knobs, a judge times and looks at pictures. The only file that imports it.
+"""The search over policies: Optuna proposes knobs, a judge times and looks at pictures. Beside `replay` its only user.
 
 Objective: milliseconds of the part of a generation that attention can change. Constraint: predicted shortfall of the
 certified bound, <= 0 when met. Every finished trial is on disk before the next begins (Optuna's journal file), so
