@@ -23,6 +23,14 @@ class ReadError(ValueError):
     """What was got, what was wanted, at which field."""
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(..., object_pairs_hook=)`: raises ReadError where an object names a key twice."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ReadError("a key stands twice in one object")
+    return out
+
+
 class Reader:
     """Turns JSON values into dataclasses; see the module docstring."""
 

@@ -92,7 +92,7 @@ class Judge:
             # class by class, because the pairs may have begun another round
             middle = fmean(fmean(found) for found in by_class.values())
             return middle - t_quantile(CONFIDENCE, self.held_out - 1) * stdev(values) / math.sqrt(self.held_out)
-        above = [value - levels[label] for value, (label, _) in zip(values, pairs, strict=False)]
+        above = _above(values, levels, pairs)
         variance = pvariance(levels) + (stdev(above) ** 2 if len(above) > 1 else 0.0)
         spread = t_quantile(CONFIDENCE, self.held_out - 1) * math.sqrt(variance / self.held_out)
         return fmean(levels) + fmean(above) - spread
@@ -110,9 +110,11 @@ class Judge:
         if len(found) < RACE_AFTER:
             return False
         psnr = [f.psnr_db for f in found]
-        above = [p - self.adapter.class_levels()[label] for p, (label, _) in zip(psnr, pairs, strict=False)]
-        doubt = 1.5 * stdev(above) / math.sqrt(len(above))
-        return self.predicted(psnr, self.adapter.class_levels(), pairs) + doubt < self.constraint.psnr_db
+        return self.predicted(psnr, self.adapter.class_levels(), pairs) + self._doubt(psnr, pairs) < self.constraint.psnr_db
+
+    def _doubt(self, psnr: Sequence[float], pairs: Sequence[Pair]) -> float:
+        """How far (dB) a mean over so few pairs may yet move."""
+        return 1.5 * stdev(_above(psnr, self.adapter.class_levels(), pairs)) / math.sqrt(len(psnr))
 
     def __call__(self, knobs: Knobs) -> Verdict:
         attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.tables))
@@ -135,7 +137,9 @@ class Judge:
         """True if the trial is clearly slower than the best that meets the constraint, or clearly short of it."""
         slower = self.best_ms is not None and median(times) > 1.03 * self.best_ms
         psnr = [f.psnr_db for f in found]
-        doubt = (
-            1.5 * stdev(psnr[i] - self.adapter.class_levels()[self.pairs[i][0]] for i in range(len(psnr))) / math.sqrt(len(psnr))
-        )
-        return slower or self.shortfall(psnr, [f.ssim for f in found]) > 0.3 + doubt
+        return slower or self.shortfall(psnr, [f.ssim for f in found]) > 0.3 + self._doubt(psnr, self.pairs)
+
+
+def _above(values: Sequence[float], levels: Sequence[float], pairs: Sequence[Pair]) -> list[float]:
+    """What each value is above the level of its pair's class; `pairs` may go on longer."""
+    return [value - levels[label] for value, (label, _) in zip(values, pairs, strict=False)]

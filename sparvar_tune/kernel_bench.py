@@ -12,7 +12,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +30,7 @@ from sparvar_kernels.variants import Cs4a, Csla, Reuse, Variant
 from sparvar_tune.machine import version_of
 from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import MODELS
+from sparvar_tune.policies import paper_windows
 from sparvar_tune.schedule import Bench, binaries, compile_all, space, variants_of
 from sparvar_tune.schema import Speedup
 
@@ -54,13 +55,16 @@ class Case:
     flex: bool = False
     decision: bool = False  # time the decision scale itself
 
-
-def _windows(schedule: ScaleSchedule) -> tuple[int, ...]:
-    return (-1,) * (len(schedule) - 5) + (1, 1, 3, 5, 7)
+    def problem(self, scale_index: int) -> AttentionProblem:
+        """Its attention call at a scale: one image's two guidance halves, cosine attention where there is a bound."""
+        scale = 1.0 if self.logit_bound else self.head_dim**-0.5
+        return AttentionProblem(
+            self.schedule, scale_index, 2, self.heads, self.head_dim, self.dtype, scale, self.logit_bound
+        )  # fmt: skip
 
 
 def _csla(schedule: ScaleSchedule, tile: Tile, decision: int | None = None, sinks: int = 5) -> Csla:
-    return Csla(_windows(schedule), sinks, tile, decision_scale=decision)
+    return Csla(paper_windows(schedule), sinks, tile, decision_scale=decision)
 
 
 def _one(name: str, variant: Variant, goal: str, scale: int = 12, flex: bool = False, bound: float | None = 20.0) -> Case:
@@ -171,7 +175,7 @@ def _flex(case: Case, bench: Bench) -> Callable[[], object]:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     p = bench.problem
-    lists = csla_lists(p.schedule, p.scale_index, Csla(_windows(p.schedule), 5, Tile(0, 128), "block128"))
+    lists = csla_lists(p.schedule, p.scale_index, Csla(paper_windows(p.schedule), 5, Tile(0, 128), "block128"))
     blocks = -(-p.num_keys // 128)
     touched = torch.zeros(lists.keys.shape[2], blocks, dtype=torch.bool)
     touched.scatter_(1, (lists.keys[0, 0] // 128).long(), True)
@@ -186,11 +190,7 @@ def _flex(case: Case, bench: Bench) -> Callable[[], object]:
 
 def measure_case(case: Case) -> dict[str, Any]:
     """One row's raw numbers; "error" names what went wrong instead."""
-    problems = {
-        s: AttentionProblem(case.schedule, s, 2, case.heads, case.head_dim, case.dtype, 1.0 if case.logit_bound else
-                            case.head_dim**-0.5, case.logit_bound)
-        for s in range(len(case.schedule))
-    }  # fmt: skip
+    problems = {s: case.problem(s) for s in range(len(case.schedule))}
     bench = Bench(case.policy, problems, 0, case.scale_index)
     configs = case_space(case, bench.problem)
     screened = []
@@ -224,12 +224,9 @@ def _parts(case: Case, bench: Bench, config: TritonConfig) -> Callable[[], objec
         heads = [i for i, x in enumerate(letters) if x == letter]
         part = slice(heads[0], heads[-1] + 1)
         rule = {r.scale_index: r.variant for r in case.policy.rules if r.head_class == letter}
-        problems = {s: AttentionProblem(p.schedule, s, p.batch, len(heads), p.head_dim, p.dtype, p.softmax_scale, p.logit_bound)
-                    for s, p in bench.problems.items()}  # fmt: skip
-        one = Bench.__new__(Bench)
-        one.policy, one.problems, one.layer, one.scale_index = Policy.uniform(1, len(heads), rule), problems, 0, case.scale_index
-        one.problem = problems[case.scale_index]
-        one.q, one.k, one.v = (t[:, part] for t in (bench.q, bench.k, bench.v))
+        problems = {s: replace(p, heads=len(heads)) for s, p in bench.problems.items()}
+        inputs = (bench.q[:, part], bench.k[:, part], bench.v[:, part])
+        one = Bench(Policy.uniform(1, len(heads), rule), problems, 0, case.scale_index, inputs)
         attend = one.attention(config)
         calls.append(lambda one=one, attend=attend: one.call(attend))  # type: ignore[misc]
     return lambda: [call() for call in calls]
@@ -295,11 +292,11 @@ def host_costs() -> dict[str, Any]:
 
 
 def case_space(case: Case, problem: AttentionProblem) -> list[TritonConfig]:
-    """Configurations worth trying: with deep pipelines (others never won), and no program larger than a query tile."""
+    """Configurations worth trying: no program larger than a query tile."""
     if case.decision:
         return [TritonConfig()]
     rows = max(getattr(v, "tile", Tile(0, 128)).rows for v in variants_of(case.policy, 0, case.scale_index))
-    return [c for c in space(problem, torch.cuda.get_device_capability()) if c.num_stages >= 5 and c.block_m <= max(64, rows)]
+    return [c for c in space(problem, torch.cuda.get_device_capability()) if c.block_m <= max(64, rows)]
 
 
 def measure_all(say: Callable[[str], None], keep: Callable[[dict[str, Any]], None], only: str = "") -> dict[str, Any]:
@@ -307,8 +304,7 @@ def measure_all(say: Callable[[str], None], keep: Callable[[dict[str, Any]], Non
     chosen = [c for c in cases() if only in c.name]
     jobs = []
     for case in chosen:
-        p = AttentionProblem(case.schedule, case.scale_index, 2, case.heads, case.head_dim, case.dtype,
-                             1.0 if case.logit_bound else case.head_dim**-0.5, case.logit_bound)  # fmt: skip
+        p = case.problem(case.scale_index)
         jobs += binaries(
             p, variants_of(case.policy, 0, case.scale_index), case_space(case, p), torch.cuda.get_device_capability()
         )

@@ -18,6 +18,8 @@ from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
 PAPER_WINDOWS = (1, 1, 3, 5, 7)  # the last five key scales; the ones before are sinks or unseen
 WIDE_WINDOWS = (1, 3, 5, 9, 13)
 PAPER_BANDS = (7, 9)
+PAPER_SOURCE = "the paper's fixed setting (arXiv 2602.04361), carried to this schedule"
+UNVERIFIED = "the policy's fidelity on this model was not measured: no activations of it were at hand"
 SPARSE_SCALES = 3  # the paper touches the last three scales
 
 
@@ -28,6 +30,11 @@ def paper_sinks(schedule: ScaleSchedule) -> int:
 
 def _windows(schedule: ScaleSchedule, last: tuple[int, ...]) -> tuple[int, ...]:
     return ((-1,) * len(schedule) + last)[-len(schedule) :]
+
+
+def paper_windows(schedule: ScaleSchedule) -> tuple[int, ...]:
+    """The side of the window on each key scale, negative where it is unseen."""
+    return _windows(schedule, PAPER_WINDOWS)
 
 
 def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
@@ -45,7 +52,7 @@ def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
     if cs4a_layers:
         cs4a = Cs4a(first, 0.2, Tile(0, 192), "index", bands=PAPER_BANDS)
         rules += [Rule(s, "A", cs4a) for s in range(first + 1, n)]
-    csla = Csla(_windows(schedule, PAPER_WINDOWS), paper_sinks(schedule), Tile(0, 128), "block128")
+    csla = Csla(paper_windows(schedule), paper_sinks(schedule), Tile(0, 128), "block128")
     rules += [Rule(s, "B", csla) for s in range(first, n)]
     return Policy(("A" * heads,) * cs4a_layers + ("B" * heads,) * (layers - cs4a_layers), tuple(rules))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparvar_tune.json_reader import Reader, ReadError
+from sparvar_tune.json_reader import Reader, unique_keys
 from sparvar_tune.schema import one_line
 
 Point = tuple[int, ...]  # a configuration: for each parameter the index of its value
@@ -92,7 +92,7 @@ class Space:
 def read_space(path: Path) -> Space:
     """The space in a file like `File`, where a row may leave out what is null. Raises ValueError: the file, the field."""
     try:
-        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
+        data = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)
         if isinstance(data, dict) and isinstance(data.get("rows"), list):
             nothing = dict.fromkeys(("p20", "p50", "p80", "n", "failure"))
             data["rows"] = [nothing | row if isinstance(row, dict) else row for row in data["rows"]]
@@ -106,9 +106,3 @@ def read_space(path: Path) -> Space:
 
 def numbers(values: list[Any]) -> list[Any]:
     return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ReadError("a key stands twice in one object")
-    return dict(pairs)

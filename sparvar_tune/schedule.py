@@ -1,8 +1,8 @@
 """The schedule of one GPU: for each sparse scale of a policy the launch configuration that runs it fastest there.
 
 Inputs are random (times of these kernels do not depend on values), shapes and policy are the model's. Binaries are
-made first, by processes that never touch the GPU; then every configuration is timed a little, and the best few again in
-alternation with dense attention. Equal binaries are timed once.
+made first, each once, by processes that never touch the GPU; then every configuration is timed a little, and the best few
+again in alternation with dense attention.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -32,6 +32,7 @@ from sparvar_tune.gpus import Gpu
 from sparvar_tune.machine import silicon, versions
 from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import Model
+from sparvar_tune.policies import PAPER_SOURCE, UNVERIFIED
 from sparvar_tune.profiles import kernel_hash
 from sparvar_tune.schema import SCHEMA, Profile, Row, Workload
 from sparvar_tune.workers import Job, Pool
@@ -54,16 +55,20 @@ def random_inputs(problem: AttentionProblem, seed: int = 0, device: str = "cuda"
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def points(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """Every combination of one choice for each name, the last name's changing fastest."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
 def space(problem: AttentionProblem, capability: tuple[int, int] | None) -> list[TritonConfig]:
     """Every legal configuration worth trying.
 
     Eight warps want 128 rows (a warp group of four works on 64), and only they gain from a register limit: two programs
-    then fit on a multiprocessor.
+    then fit on a multiprocessor. Pipelines of fewer than five stages never won on Hopper.
     """
-    names = list(TritonConfig.space())
-    made = (TritonConfig(**dict(zip(names, values, strict=True))) for values in itertools.product(*TritonConfig.space().values()))
+    made = (TritonConfig(**point) for point in points(TritonConfig.space()))
     return [c for c in made if not why_not(problem, "triton", c, capability) and c.num_warps * 16 <= c.block_m
-            and (c.num_warps == 8 or not c.maxnreg)]  # fmt: skip
+            and (c.num_warps == 8 or not c.maxnreg) and c.num_stages >= 5]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,15 +121,18 @@ def compile_all(jobs: Sequence[Binary], processes: int, say: Callable[[str], Non
 
 
 class Bench:
-    """One layer of a policy at one scale, on random inputs; `run(config)` is the attention of that scale.
+    """One layer of a policy at one scale, on the inputs q, k, v (None: random ones).
 
-    Scales that leave something behind (decision scales) are run once before.
+    `call(attention(config))` is the attention of that scale; decision scales it depends on are run by `attention`.
     """
 
-    def __init__(self, policy: Policy, problems: Mapping[int, AttentionProblem], layer: int, scale_index: int) -> None:
+    def __init__(
+        self, policy: Policy, problems: Mapping[int, AttentionProblem], layer: int, scale_index: int,
+        inputs: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.policy, self.problems, self.layer, self.scale_index = policy, problems, layer, scale_index
         self.problem = problems[scale_index]
-        self.q, self.k, self.v = random_inputs(self.problem)
+        self.q, self.k, self.v = random_inputs(self.problem) if inputs is None else inputs
 
     def attention(self, config: TritonConfig) -> SparseAttention:
         """Ready to be called at the scale; raises whatever a launch raises."""
@@ -180,11 +188,7 @@ def tune_scale(
     workload: Workload, policy: Policy, scale_index: int, say: Callable[[str], None], configs: list[TritonConfig], dense_name: str
 ) -> tuple[Row, list[tuple[TritonConfig, float | str]]]:
     """The row of one scale, and the screening time (ms, mean over layers) or failure of every configuration."""
-    problems = {
-        s: AttentionProblem(workload.schedule, s, workload.batch, workload.heads, workload.head_dim, workload.dtype,
-                            workload.softmax_scale, workload.logit_bound)
-        for s in range(len(workload.schedule))
-    }  # fmt: skip
+    problems = {s: workload.problem(s) for s in range(len(workload.schedule))}
     layers = distinct_layers(policy, scale_index)
     benches = {layer: Bench(policy, problems, layer, scale_index) for layer in layers}
     screened: list[tuple[TritonConfig, float | str]] = []
@@ -230,19 +234,15 @@ def measured_profile(
 
     images: how many at once. Raises ValueError when no configuration runs.
     """
-    schedule = model.schedule(resolution, aspect)
-    workload = Workload(
-        model.slug, resolution, aspect, schedule.grids, schedule.prefix, model.layers, model.heads, model.head_dim, model.dtype,
-        model.guidance_batch * images, model.softmax_scale, model.logit_bound, None,
-    )  # fmt: skip
+    workload = Workload.of(model, resolution, aspect)
+    workload = replace(workload, batch=workload.batch * images)
     capability = torch.cuda.get_device_capability()
     scales = sorted({r.scale_index for r in policy.rules})
     configs: dict[int, list[TritonConfig]] = {}
     jobs: list[Binary] = []
     for s in scales:
-        problem = AttentionProblem(schedule, s, workload.batch, model.heads, model.head_dim, model.dtype, model.softmax_scale,
-                                   model.logit_bound)  # fmt: skip
-        configs[s] = [c for c in space(problem, capability) if c.num_stages >= 5]  # shallower pipelines never won on Hopper
+        problem = workload.problem(s)
+        configs[s] = space(problem, capability)
         for layer in distinct_layers(policy, s):
             jobs += binaries(problem, variants_of(policy, layer, s), configs[s], capability)
     begun = time.monotonic()
@@ -259,9 +259,8 @@ def measured_profile(
             f"{failed} failed")  # fmt: skip
     return Profile(
         schema=SCHEMA, created=datetime.date.today().isoformat(), preset=preset, state="measured", policy=policy,
-        policy_state="unverified", policy_source="the paper's fixed setting (arXiv 2602.04361), carried to this schedule",
-        evidence=None, workload=workload, silicon=silicon(gpu, True), versions=versions(), kernel_hash=kernel_hash(),
+        policy_state="unverified", policy_source=PAPER_SOURCE, evidence=None,
+        workload=workload, silicon=silicon(gpu, True), versions=versions(), kernel_hash=kernel_hash(),
         generation=None, rows=tuple(rows), seed=seed, trials=sum(len(c) for c in configs.values()),
-        notes=("the policy's fidelity on this model was not measured: no activations of it were at hand",
-               "times are of eager calls on random inputs, planning done, events on the device"),
+        notes=(UNVERIFIED, "times are of eager calls on random inputs, planning done, events on the device"),
     )  # fmt: skip

@@ -21,7 +21,8 @@ from sparvar_kernels.registry import why_not as why_not_launch
 from sparvar_kernels.scales import ScaleSchedule
 from sparvar_kernels.variants import Variant, variant_to_dict
 from sparvar_tune.gpus import GPUS
-from sparvar_tune.json_reader import Reader, ReadError, to_plain
+from sparvar_tune.json_reader import Reader, ReadError, to_plain, unique_keys
+from sparvar_tune.models import Model
 
 SCHEMA = 1
 MAX_MESSAGE = 400  # characters of a reason; a damaged file may hold a megabyte of text in one field
@@ -189,6 +190,21 @@ class Workload:
     def schedule(self) -> ScaleSchedule:
         return ScaleSchedule(self.grids, self.prefix)
 
+    @classmethod
+    def of(cls, model: Model, resolution: str, aspect: str) -> Workload:
+        """One image of a model, by its table row alone: no weights are at hand."""
+        schedule = model.schedule(resolution, aspect)
+        return cls(
+            model.slug, resolution, aspect, schedule.grids, schedule.prefix, model.layers, model.heads, model.head_dim,
+            model.dtype, model.guidance_batch, model.softmax_scale, model.logit_bound, None,
+        )  # fmt: skip
+
+    def problem(self, scale_index: int) -> AttentionProblem:
+        """The attention call of every layer at one scale."""
+        return AttentionProblem(
+            self.schedule, scale_index, self.batch, self.heads, self.head_dim, self.dtype, self.softmax_scale, self.logit_bound
+        )
+
     def why_not(self) -> str | None:
         if not self.grids or len(self.grids) > 64 or any(not 1 <= side <= 4096 for grid in self.grids for side in grid):
             return "grids: want 1..64 pairs of sides 1..4096"
@@ -292,11 +308,8 @@ class Profile:
         for i, row in enumerate(self.rows):
             reason = row.why_not()
             if not reason:
-                problem = AttentionProblem(
-                    w.schedule, row.scale_index, w.batch, w.heads, w.head_dim, w.dtype, w.softmax_scale, w.logit_bound
-                )
                 config = KERNELS[row.kernel].config(**dict(row.config))
-                reason = why_not_launch(problem, row.kernel, config, self.silicon.capability)
+                reason = why_not_launch(w.problem(row.scale_index), row.kernel, config, self.silicon.capability)
             if reason:
                 return f"rows[{i}]: {reason}"
         return None
@@ -336,7 +349,7 @@ def plain(profile: Profile) -> dict[str, Any]:
 def from_json(text: str, where: str) -> Profile:
     """The profile in `text`; raises ProfileError naming `where` and the field."""
     try:
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        data = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ProfileError(f"{where}: not a profile: {one_line(reason)}; tune again or restore the file") from None
@@ -360,13 +373,6 @@ def one_line(text: str) -> str:
     """Printable and short, whatever a damaged file put into it."""
     shown = text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return out
 
 
 def _no_constant(name: str) -> Any:

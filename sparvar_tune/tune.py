@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.policy import Policy
@@ -30,6 +31,7 @@ from sparvar_tune.measure import Stopwatch, quantile
 from sparvar_tune.models import Model
 from sparvar_tune.pairs import held_out_pairs, search_pairs
 from sparvar_tune.policies import Table, describe, frames
+from sparvar_tune.schedule import points
 from sparvar_tune.search import Found, candidates, finished, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
 
@@ -123,7 +125,7 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
             launches, configs = tune_launches(adapter, policy, judge, status)
             trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, held_out), status, judge.doomed)
             if len(trial.pairs) < held_out:
-                mean = sum(f.psnr_db for f in trial.found) / len(trial.found)
+                mean = fmean(f.psnr_db for f in trial.found)
                 say(f"[{time.monotonic() - begun:4.0f} s] given up after {len(trial.pairs)} held-out pairs: PSNR {mean:.2f} dB")
                 needed = max(needed, 0.2) - min(0.0, candidate.verdict.shortfall_db)
                 continue
@@ -182,13 +184,13 @@ def tune_launches(
     first = first_touched(adapter)
     capture = Recorder(adapter.dense, tuple(range(first, len(adapter.schedule))))
     adapter.finish(judge.references[0].state, capture)
-    names, choices = _grid(kernel.config.space())
+    choices = points(kernel.config.space())
     stopwatch = Stopwatch(adapter.device)
     spent: dict[tuple[int, int], list[float]] = {}
     layers = range(0, adapter.model.layers, max(1, adapter.model.layers // 4))
     for _round in range(2):
         for c, values in enumerate(choices):
-            launch = Launch(kernel.name, kernel.config(**dict(zip(names, values, strict=True))))
+            launch = Launch(kernel.name, kernel.config(**values))
             attend = make_attention(adapter, policy, dict.fromkeys(range(len(adapter.schedule)), launch))
             for layer in layers:
                 for s in range(first, len(adapter.schedule)):
@@ -198,17 +200,9 @@ def tune_launches(
     configs = {}
     for s in scales:
         best = min(range(len(choices)), key=lambda c: quantile(spent[s, c], 0.5))
-        configs[s] = dict(zip(names, choices[best], strict=True))
+        configs[s] = choices[best]
     launches = {s: Launch(kernel.name, kernel.config(**configs[s])) for s in scales}
     return launches, configs
-
-
-def _grid(space: dict[str, tuple[int, ...]]) -> tuple[list[str], list[tuple[int, ...]]]:
-    names: list[str] = list(space)
-    points: list[tuple[int, ...]] = [()]
-    for name in names:
-        points = [(*point, value) for point in points for value in space[name]]
-    return names, points
 
 
 def _space(request: Request, adapter: Adapter) -> str:
