@@ -18,7 +18,7 @@ from torch import Tensor
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
-from sparvar_tune.fidelity import Constraint, PictureFidelity, compare_pictures, hash_pairs, lower_bound
+from sparvar_tune.fidelity import Constraint, PictureFidelity, class_mean, compare_pictures, hash_pairs, lower_bound
 from sparvar_tune.judge import first_touched, make_attention
 from sparvar_tune.lpips import Lpips
 from sparvar_tune.measure import Stopwatch, paired_speedup, timing
@@ -118,16 +118,17 @@ def compare_on(
 
 def evidence(trial: Trial, adapter: Adapter, constraint: Constraint, confidence: float) -> tuple[Evidence, float]:
     """The evidence a profile carries, and the shortfall (<= 0: certified)."""
-    psnr, ssim = [f.psnr_db for f in trial.found], [f.ssim for f in trial.found]
+    psnr, ssim, classes = [f.psnr_db for f in trial.found], [f.ssim for f in trial.found], [label for label, _ in trial.pairs]
+    low_psnr, low_ssim = (lower_bound(values, classes, confidence) for values in (psnr, ssim))
     made = Evidence(
         n=len(psnr), confidence=confidence,
-        psnr_mean_db=fmean(psnr), psnr_lower_db=lower_bound(psnr, confidence), required_psnr_db=constraint.psnr_db,
-        ssim_mean=fmean(ssim), ssim_lower=lower_bound(ssim, confidence), required_ssim=constraint.ssim,
-        ms_ssim_mean=fmean(f.ms_ssim for f in trial.found),
+        psnr_mean_db=class_mean(psnr, classes), psnr_lower_db=low_psnr, required_psnr_db=constraint.psnr_db,
+        ssim_mean=class_mean(ssim, classes), ssim_lower=low_ssim, required_ssim=constraint.ssim,
+        ms_ssim_mean=class_mean([f.ms_ssim for f in trial.found], classes),
         data_hash=hash_pairs(trial.pairs, adapter.weights_sha256, adapter.temperature),
         yardsticks=tuple(Yardstick(*y) for y in adapter.yardsticks()),
     )  # fmt: skip
-    return made, constraint.shortfall(psnr, ssim, confidence)
+    return made, constraint.shortfall(low_psnr, low_ssim)
 
 
 def generation(trial: Trial, adapter: Adapter) -> Generation:

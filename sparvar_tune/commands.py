@@ -17,13 +17,13 @@ from sparvar_kernels.registry import KERNELS
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
 from sparvar_tune import profiles, runtime, schema
 from sparvar_tune.adapters import Adapter, load_adapter
-from sparvar_tune.fidelity import Constraint, compare_pictures, lower_bound, relative_l2
+from sparvar_tune.fidelity import Constraint, class_mean, compare_pictures, lower_bound, relative_l2
 from sparvar_tune.gpus import GPUS, Gpu
 from sparvar_tune.machine import choose_gpu, is_here, silicon, versions
 from sparvar_tune.measure import Stopwatch
 from sparvar_tune.models import MODELS, Model, find_model
 from sparvar_tune.pairs import held_out_pairs
-from sparvar_tune.policies import describe, frames, menu, paper_policy
+from sparvar_tune.policies import decision_scale, describe, menu, paper_policy
 
 
 def _status(text: str) -> None:
@@ -104,10 +104,8 @@ def _probe_writable(out: Path) -> None:
 def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespace) -> int:
     schedule = adapter.schedule
     _say("space: every (layer, head, scale) takes one option; prices per scale and a tilt over layers choose among them")
-    for i, frame in enumerate(frames(schedule)):
-        scales = frame.sparse_scales(schedule)
-        _say(f"  frame {i}: decision scale {frame.decision_scale}, query tile {frame.tile}, mass on every {frame.sample}. query; "
-             f"scales {scales[0]}..{scales[-1]}: {', '.join(menu(schedule, frame, scales[-1]))}")  # fmt: skip
+    for scale in range(decision_scale(schedule), len(schedule)):
+        _say(f"  scale {scale}: {', '.join(menu(schedule, scale))}")
     kernel = KERNELS["cpu" if adapter.device == "cpu" else "triton"]
     _say(f"  launch: kernel {kernel.name}, " + ", ".join(f"{k} in {list(v)}" for k, v in kernel.config.space().items()))
     _say(
@@ -330,7 +328,8 @@ def verify(args: argparse.Namespace) -> int:
     trial = compare_on(adapter, profile.policy, launches, held_out_pairs(adapter.num_classes, args.pairs), _status)
     gain = generation(trial, adapter)
     psnr = [f.psnr_db for f in trial.found]
-    mean, low = sum(psnr) / len(psnr), lower_bound(psnr)
+    classes = [label for label, _ in trial.pairs]
+    mean, low = class_mean(psnr, classes), lower_bound(psnr, classes)
     required = profile.evidence.required_psnr_db if profile.evidence else adapter.required(profile.preset)[0]
     faithful, faster = mean + (mean - low) >= required, gain.speedup.low > 1
     _say(f"pictures: {'ok' if faithful else 'FAIL'}: PSNR {mean:.2f} dB over {len(psnr)} pairs (90 % interval {low:.2f}.."
@@ -371,8 +370,9 @@ def compare(args: argparse.Namespace) -> int:
         else:
             ways[f"tuned, {preset}"] = tuned.sparse_attention()
     lpips = Lpips(args.lpips) if args.lpips else None
-    outcomes = run_pairs(adapter, ways, held_out_pairs(adapter.num_classes, args.pairs), _status, lpips)
-    text, raw = comparison(outcomes, adapter, silicon(gpu, True), versions())
+    pairs = held_out_pairs(adapter.num_classes, args.pairs)
+    outcomes = run_pairs(adapter, ways, pairs, _status, lpips)
+    text, raw = comparison(outcomes, pairs, adapter, silicon(gpu, True), versions())
     _say(text)
     if args.out:
         profiles.write_atomic(args.out, text.encode())

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean, variance
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def recall_of_mass(q: Tensor, k: Tensor, scale: float, keys: Tensor) -> float:
     return float(torch.softmax(q.double() @ k.double().T * scale, -1)[:, keys.long()].sum(-1).mean())
 
 
-def t_quantile(p: float, degrees: int) -> float:
+def t_quantile(p: float, degrees: float) -> float:
     """Student's t quantile by Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5); 3 digits from 5 degrees on."""
     z = NormalDist().inv_cdf(p)
     terms = (
@@ -71,12 +71,37 @@ def t_quantile(p: float, degrees: int) -> float:
     return sum(term / degrees**i for i, term in enumerate(terms))
 
 
-def lower_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """One-sided lower confidence bound of the mean (Student's t). -inf for fewer than two values."""
+def class_mean(values: Sequence[float], strata: Sequence[int]) -> float:
+    """Mean of class means: what balanced pairs estimate, also where the last round of classes was not finished."""
+    return fmean(map(fmean, _by_class(values, strata).values()))
+
+
+def _by_class(values: Sequence[float], strata: Sequence[int]) -> dict[int, list[float]]:
+    groups: dict[int, list[float]] = {}
+    for value, stratum in zip(values, strata, strict=True):
+        groups.setdefault(stratum, []).append(value)
+    return groups
+
+
+def lower_bound(values: Sequence[float], strata: Sequence[int], confidence: float = CONFIDENCE) -> float:
+    """One-sided lower confidence bound of the mean. -inf for fewer than two values.
+
+    strata: the class of each value. Pairs are drawn class by class, each class as often as every other, so classes differ
+    by design and not by chance: with two values or more of every class the bound is the stratified one (Cochran, Sampling
+    Techniques, 5.4), the mean of class means less Student's t with Satterthwaite's degrees of freedom times its error.
+    Otherwise it is the plain one, which also counts the classes' differences as chance.
+    """
     if len(values) < 2:
         return -math.inf
-    spread = stdev(values)
-    return fmean(values) - t_quantile(confidence, len(values) - 1) * spread / math.sqrt(len(values))
+    members = list(_by_class(values, strata).values())
+    if min(map(len, members)) < 2:
+        members = [list(values)]
+    shares = [variance(found) / len(found) / len(members) ** 2 for found in members]
+    total = sum(shares)
+    if total == 0:
+        return fmean(map(fmean, members))
+    degrees = total**2 / sum(share**2 / (len(found) - 1) for share, found in zip(shares, members, strict=True))
+    return fmean(map(fmean, members)) - t_quantile(confidence, degrees) * math.sqrt(total)
 
 
 @dataclass(frozen=True)
@@ -86,11 +111,9 @@ class Constraint:
     psnr_db: float
     ssim: float
 
-    def shortfall(self, psnr: Sequence[float], ssim: Sequence[float], confidence: float) -> float:
+    def shortfall(self, psnr_lower_db: float, ssim_lower: float) -> float:
         """<= 0 when both lower bounds reach the constraint; else dB missing (SSIM counted as 0.01 = 1 dB)."""
-        return max(
-            self.psnr_db - lower_bound(psnr, confidence), 100 * (self.ssim - lower_bound(ssim, confidence))
-        )  # fmt: skip
+        return max(self.psnr_db - psnr_lower_db, 100 * (self.ssim - ssim_lower))
 
 
 def hash_pairs(pairs: Sequence[tuple[int, int]], weights_sha256: str, temperature: float) -> str:

@@ -19,7 +19,7 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.fidelity import CONFIDENCE, Constraint, PictureFidelity, compare_pictures, t_quantile
 from sparvar_tune.measure import Stopwatch
-from sparvar_tune.policies import Table, assign, frames, paper_policy
+from sparvar_tune.policies import Table, assign, decision_scale, paper_policy
 from sparvar_tune.search import Knobs, Verdict
 
 MARGIN_DB = 0.25  # predictions from 8 pairs that were also searched on are optimistic: two of three runs missed with 0.05
@@ -35,16 +35,15 @@ class Reference:
     dense_ms: float
 
 
-def build_policy(knobs: Knobs, adapter: Adapter, tables: Sequence[Table]) -> Policy:
+def build_policy(knobs: Knobs, adapter: Adapter, table: Table) -> Policy:
     """The policy some knobs stand for."""
     schedule, layers, heads = adapter.schedule, adapter.model.layers, adapter.model.heads
     if knobs.form == "paper":
         return paper_policy(schedule, layers, heads)
     if knobs.form == "drop last scale":
         return Policy(("A" * heads,) * layers, (), (len(schedule) - 1,))
-    scales = tables[knobs.frame].frame.sparse_scales(schedule)
-    prices = {s: knobs.prices[len(schedule) - 1 - s] for s in scales}
-    return assign(tables[knobs.frame], schedule, prices, knobs.tilt)
+    prices = {s: knobs.prices[len(schedule) - 1 - s] for s in table.time_ms}
+    return assign(table, schedule, prices, knobs.tilt)
 
 
 def make_attention(adapter: Adapter, policy: Policy, launches: Mapping[int, Launch] | None = None) -> SparseAttention:
@@ -54,17 +53,17 @@ def make_attention(adapter: Adapter, policy: Policy, launches: Mapping[int, Laun
 
 
 def first_touched(adapter: Adapter) -> int:
-    """The first scale any policy of the search may act on: the earliest decision scale."""
-    return min(f.decision_scale for f in frames(adapter.schedule))
+    """The first scale any policy of the search may act on."""
+    return decision_scale(adapter.schedule)
 
 
 class Judge:
     """Callable: knobs -> verdict, from the search pairs; `held_out` pairs will have the last word."""
 
-    def __init__(self, adapter: Adapter, pairs: Sequence[Pair], constraint: Constraint, held_out: int, tables: Sequence[Table],
+    def __init__(self, adapter: Adapter, pairs: Sequence[Pair], constraint: Constraint, held_out: int, table: Table,
                  say: Callable[[str], None]) -> None:  # fmt: skip
         self.adapter, self.pairs, self.constraint = adapter, pairs, constraint
-        self.held_out, self.tables = held_out, tables
+        self.held_out, self.table = held_out, table
         self.stopwatch = Stopwatch(adapter.device)
         self.references: list[Reference] = []
         for i, pair in enumerate(pairs):
@@ -85,17 +84,19 @@ class Judge:
         levels[class] say beforehand how the classes differ; as long as some class was not seen, only what a policy does on
         top of them is estimated.
         """
+        above = _above(values, levels, pairs)
+        spread = stdev(above) if len(above) > 1 else 0.0
+        degrees = self.held_out - 1
+        if self.held_out >= 2 * len(levels):  # the bound will be stratified by class
+            degrees = self.held_out - len(levels)
+        else:
+            spread = math.hypot(spread, math.sqrt(pvariance(levels)))
         by_class: dict[int, list[float]] = {}
         for value, (label, _) in zip(values, pairs, strict=False):
             by_class.setdefault(label, []).append(value)
-        if len(values) > 2 and len(by_class) == len(levels):
-            # class by class, because the pairs may have begun another round
-            middle = fmean(fmean(found) for found in by_class.values())
-            return middle - t_quantile(CONFIDENCE, self.held_out - 1) * stdev(values) / math.sqrt(self.held_out)
-        above = _above(values, levels, pairs)
-        variance = pvariance(levels) + (stdev(above) ** 2 if len(above) > 1 else 0.0)
-        spread = t_quantile(CONFIDENCE, self.held_out - 1) * math.sqrt(variance / self.held_out)
-        return fmean(levels) + fmean(above) - spread
+        seen_all = len(by_class) == len(levels)
+        middle = fmean(map(fmean, by_class.values())) if seen_all else fmean(levels) + fmean(above)
+        return middle - t_quantile(CONFIDENCE, degrees) * spread / math.sqrt(self.held_out)
 
     def shortfall(self, psnr: Sequence[float], ssim: Sequence[float]) -> float:
         flat = (0.0,) * self.adapter.num_classes
@@ -117,7 +118,7 @@ class Judge:
         return 1.5 * stdev(_above(psnr, self.adapter.class_levels(), pairs)) / math.sqrt(len(psnr))
 
     def __call__(self, knobs: Knobs) -> Verdict:
-        attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.tables))
+        attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.table))
         times: list[float] = []
         found: list[PictureFidelity] = []
         for reference in self.references:

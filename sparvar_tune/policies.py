@@ -1,13 +1,16 @@
 """From options to policies: the paper's fixed setting, the menu a search chooses from, and how a budget is spent.
 
 Each (layer, head, scale) may take any option of the menu. What an option costs in time and error is measured once, on
-a capture, into a `Table`; a policy then falls out of prices: every head takes the option with the least
-time + price[scale] * error. The search only turns the prices and a few structural knobs.
+a capture, into a `Table`; a policy then falls out of prices: every head takes the choice (an option at each scale) with the
+least time + price[scale] * error. The search only turns the prices and a few structural knobs.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import string
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +24,8 @@ PAPER_BANDS = (7, 9)
 PAPER_SOURCE = "the paper's fixed setting (arXiv 2602.04361), carried to this schedule"
 UNVERIFIED = "the policy's fidelity on this model was not measured: no activations of it were at hand"
 SPARSE_SCALES = 3  # the paper touches the last three scales
+TILES = ("8x16", "8x8")  # query tiles of the search, on the last grid
+SHARES, SAMPLE = (0.06, 0.12), 4  # of keys kept by CS4A, which ranks them by every fourth query's mass
 
 
 def paper_sinks(schedule: ScaleSchedule) -> int:
@@ -46,7 +51,7 @@ def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
     n = len(schedule)
     if n < 6:
         raise ValueError(f"{n} scales: the paper's setting needs at least 6")
-    first = n - SPARSE_SCALES
+    first = decision_scale(schedule)
     cs4a_layers = min(11, round(layers * 11 / 32))
     rules: list[Rule] = []
     if cs4a_layers:
@@ -57,80 +62,86 @@ def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
     return Policy(("A" * heads,) * cs4a_layers + ("B" * heads,) * (layers - cs4a_layers), tuple(rules))
 
 
-@dataclass(frozen=True)
-class Frame:
-    """The structural knobs of a menu: where keys are chosen, how queries are tiled, how often mass is sampled."""
-
-    decision_scale: int
-    tile: str  # on the last grid
-    sample: int
-
-    def sparse_scales(self, schedule: ScaleSchedule) -> range:
-        return range(self.decision_scale + 1, len(schedule))
+def decision_scale(schedule: ScaleSchedule) -> int:
+    """Where heads that choose keys choose them: the first scale a searched policy may act on (the paper's third-last)."""
+    return len(schedule) - SPARSE_SCALES
 
 
-def frames(schedule: ScaleSchedule) -> tuple[Frame, ...]:
-    """Every frame a search may use, the default first."""
-    n = len(schedule)
-    return (Frame(n - 3, "8x16", 4), Frame(n - 3, "8x8", 4))
-
-
-def menu(schedule: ScaleSchedule, frame: Frame, scale_index: int) -> dict[str, Variant]:
-    """Name -> variant for one sparse scale of a frame; "dense" comes first."""
-    tile = Tile.parse(frame.tile).scaled(schedule.grids[-1], schedule.grids[scale_index])
-    sinks, decision = paper_sinks(schedule), frame.decision_scale
+def menu(schedule: ScaleSchedule, scale_index: int) -> dict[str, Variant]:
+    """Name -> variant for one scale from the decision scale on, "dense" first; at the decision scale what needs no decision."""
+    sinks, decision = paper_sinks(schedule), decision_scale(schedule)
+    narrow, wide = _windows(schedule, PAPER_WINDOWS), _windows(schedule, WIDE_WINDOWS)
     options: dict[str, Variant] = {"dense": Dense()}
-    for share in (0.03, 0.06, 0.12):
-        options[f"cs4a {share:g}"] = Cs4a(decision, share, tile, sample=frame.sample)
-    options["csla"] = Csla(_windows(schedule, PAPER_WINDOWS), sinks, tile, decision_scale=decision)
-    options["csla wide"] = Csla(_windows(schedule, WIDE_WINDOWS), sinks, tile, decision_scale=decision)
-    for factor in (2, 4):
-        options[f"pooled {factor}"] = Pooled(max(0, len(schedule) - 4), factor)
-    options["reuse"] = Reuse(decision)
+    for first in (len(schedule) - 4, len(schedule) - 6):
+        options |= {f"pooled {factor} from {first}": Pooled(max(0, first), factor) for factor in (2, 4)}
+    if scale_index > decision:
+        options["reuse"] = Reuse(decision)
+    for text in TILES:
+        tile = Tile.parse(text).scaled(schedule.grids[-1], schedule.grids[scale_index])
+        options |= {f"csla {text}": Csla(narrow, sinks, tile), f"csla wide {text}": Csla(wide, sinks, tile)}
+        if scale_index > decision:
+            options[f"csla {text} + residual"] = Csla(narrow, sinks, tile, decision_scale=decision)
+            options |= {f"cs4a {share:g} {text}": Cs4a(decision, share, tile, sample=SAMPLE) for share in SHARES}
     return options
 
 
 @dataclass(frozen=True)
 class Table:
-    """What each option costs in one frame, measured on a capture.
+    """What each option of the menu costs, measured on a capture.
 
     error[scale][option][layer][head]: squared error of the head's output over the layer's squared output.
-    time_ms[scale][option]: one head of one layer, with its share of the decision scale's extra work.
+    time_ms[scale][option]: one head of one layer. decision_ms[option]: what a head that uses it later adds to its dense
+    pass at the decision scale (ranking keys, making the residual); options that decide nothing are not in it.
     """
 
-    frame: Frame
     error: Mapping[int, Mapping[str, tuple[tuple[float, ...], ...]]]
     time_ms: Mapping[int, Mapping[str, float]]
+    decision_ms: Mapping[str, float]
+
+    def choices(self) -> dict[tuple[str, ...], float]:
+        """Everything one head may do, an option per scale, with its time in ms: what decides needs dense before it."""
+        first, *later = self.time_ms
+        out = {}
+        for choice in itertools.product(*self.time_ms.values()):
+            deciding = {o for o in choice if o in self.decision_ms}
+            if choice[0] == "dense" or not deciding:
+                times = (self.time_ms[s][o] for s, o in zip((first, *later), choice, strict=True))
+                out[choice] = sum(times) + sum(self.decision_ms[o] for o in deciding)
+        return out
+
+    def damage(self, choice: tuple[str, ...], layer: int, head: int, prices: Mapping[int, float]) -> float:
+        return sum(prices[s] * self.error[s][o][layer][head] for s, o in zip(self.error, choice, strict=True))
 
 
 def assign(table: Table, schedule: ScaleSchedule, prices: Mapping[int, float], tilt: float) -> Policy:
-    """The policy in which every head takes the option of least time + price * error (the Lagrangian of a budget).
+    """The policy in which every head takes the choice of least time + price * error (the Lagrangian of a budget).
 
     prices[scale]: what one unit of error is worth, in dense times of one head at the last scale.
     tilt: errors of the last layer weigh exp(tilt), of the first exp(-tilt).
     """
-    scales = list(table.frame.sparse_scales(schedule))
-    layers = len(next(iter(next(iter(table.error.values())).values())))
-    options = {s: menu(schedule, table.frame, s) for s in scales}
+    scales = list(table.time_ms)
+    layers, heads = (len(x) for x in (table.error[scales[0]]["dense"], table.error[scales[0]]["dense"][0]))
     unit = table.time_ms[scales[-1]]["dense"]  # makes prices mean the same on a CPU and on a GPU
-    letters: dict[tuple[str, ...], str] = {}
-    rows = []
-    for layer in range(layers):
-        weight = 2.718281828 ** (tilt * (2 * layer / max(1, layers - 1) - 1))
-        row = ""
-        for head in range(len(table.error[scales[0]]["dense"][layer])):
-            choice = tuple(
-                min(options[s], key=lambda o: table.time_ms[s][o] + prices[s] * unit * weight * table.error[s][o][layer][head])
-                for s in scales
-            )
-            row += letters.setdefault(choice, string.ascii_letters[len(letters)])
-        rows.append(row)
+
+    def best(choices: Mapping[tuple[str, ...], float], layer: int, head: int) -> tuple[str, ...]:
+        weight = unit * math.exp(tilt * (2 * layer / max(1, layers - 1) - 1))
+        return min(choices, key=lambda c: choices[c] + weight * table.damage(c, layer, head, prices))
+
+    everything = table.choices()
+    chosen = {(layer, head): best(everything, layer, head) for layer in range(layers) for head in range(heads)}
+    common = Counter(chosen.values()).most_common(len(string.ascii_letters))
+    if len(set(chosen.values())) > len(common):  # a policy has so many letters; rare choices give way to the nearest
+        kept = {c: everything[c] for c, _ in common}
+        chosen = {at: c if c in kept else best(kept, *at) for at, c in chosen.items()}
+    letters = dict(zip(dict.fromkeys(chosen.values()), string.ascii_letters, strict=False))
+    options = {s: menu(schedule, s) for s in scales}
     rules = [
         Rule(s, letter, options[s][name])
         for choice, letter in letters.items()
         for s, name in zip(scales, choice, strict=True)
         if name != "dense"
     ]
+    rows = ("".join(letters[chosen[layer, head]] for head in range(heads)) for layer in range(layers))
     return Policy(tuple(rows), tuple(sorted(rules, key=lambda r: (r.scale_index, r.head_class))))
 
 

@@ -8,15 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from sparvar_tune.adapters import Adapter
+from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.certify import Outcome
-from sparvar_tune.fidelity import lower_bound
+from sparvar_tune.fidelity import class_mean, lower_bound
 from sparvar_tune.measure import paired_speedup, timing
 from sparvar_tune.schema import Silicon, Versions
 
 
 def comparison(
-    outcomes: Mapping[str, Sequence[Outcome]], adapter: Adapter, machine: Silicon, versions: Versions
+    outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], adapter: Adapter, machine: Silicon, versions: Versions
 ) -> tuple[str, str]:
     """Markdown table of every way against dense, and the raw numbers as JSON."""
     dense, last = outcomes["dense"], len(adapter.schedule) - 1
@@ -27,8 +27,8 @@ def comparison(
         f"{machine.name}{f', {machine.threads} threads' if machine.threads else ''}; torch {versions.torch}; fp32; "
         f"{datetime.date.today().isoformat()}. {n} held-out (class, seed) pairs, every way in rotating order in one run, dense: "
         f"{adapter.dense_name}. Times are p50 (p20..p80); ratios are medians of paired ratios with a 95 % bootstrap interval; "
-        "PSNR and SSIM are against the dense picture with the same noise, with the one-sided lower 95 % bound of the mean. "
-        "Key lists, ranking and residuals are inside the times.",
+        "PSNR and SSIM are against the dense picture with the same noise, with the one-sided lower 95 % bound of the mean, "
+        "stratified by class. Key lists, ranking and residuals are inside the times.",
         "",
         "| | picture, s | speed-up | last scale's attention, ms a layer | speed-up | PSNR, dB (bound) | SSIM (bound) | MS-SSIM |",
         "|---|---|---|---|---|---|---|---|",
@@ -47,8 +47,10 @@ def comparison(
         if name == "dense":
             cells += ["same", "1", "1"]
         else:
-            cells += [f"{fmean(psnr):.2f} ({lower_bound(psnr):.2f})", f"{fmean(ssim):.4f} ({lower_bound(ssim):.4f})",
-                      f"{fmean(o.fidelity.ms_ssim for o in found):.4f}"]  # fmt: skip
+            classes = [label for label, _ in pairs]
+            low_psnr, low_ssim = lower_bound(psnr, classes), lower_bound(ssim, classes)
+            cells += [f"{class_mean(psnr, classes):.2f} ({low_psnr:.2f})", f"{class_mean(ssim, classes):.4f} ({low_ssim:.4f})",
+                      f"{class_mean([o.fidelity.ms_ssim for o in found], classes):.4f}"]  # fmt: skip
         distances = [o.lpips for o in found if o.lpips is not None]
         if distances:
             cells[-1] += f"; LPIPS {fmean(distances):.4f}"

@@ -24,9 +24,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 LOW_PRICE, HIGH_PRICE = 0.3, 3000.0  # what a unit of relative squared error is worth, in dense times of a head
-FIRST_PRICE, STRIDE = 40.0, 4.0  # where it begins (near-lossless on pocketvar came out at 45) and its first steps
-BISECTIONS = 5
-DEFAULT_TILT = 0.5  # errors near the logits count more; 0.6 fitted the measured effect of single layers on pocketvar
+FIRST_PRICE = 25.0  # where it begins
+SLOPE_DB = 4.0  # dB that a decade of price buys, for the first steps: on pocketvar 3 to 5
+PRICE_STEPS, CLOSE_ENOUGH = 6, 0.06  # trials, decades
+# What an error does to the picture, measured on pocketvar by changing one scale, one pair of layers at a time: it comes to
+# 1.65 and 4.3 times as much at the second- and third-last scale as at the last, and to a little more near the logits.
+SCALE_WEIGHTS, DEFAULT_TILT = (1.0, 1.65, 4.3), 0.25
 CONSTRAINT = "shortfall_db"
 
 
@@ -34,11 +37,10 @@ CONSTRAINT = "shortfall_db"
 class Knobs:
     """What a trial sets. form "paper" and "drop last scale" are fixed points and ignore the rest.
 
-    frame: index into `policies.frames`. prices: for the last, second-last and third-last scale. tilt: see `assign`.
+    prices: for the last, second-last and third-last scale. tilt: see `assign`.
     """
 
     form: str = "priced"
-    frame: int = 0
     price_last: float = 30.0
     price_second: float = 30.0
     price_third: float = 30.0
@@ -146,19 +148,17 @@ def read_trials(folder: Path) -> list[Found]:
     return finished(optuna.load_study(study_name=names[-1], storage=studies)) if names else []
 
 
-def _suggest(trial: optuna.trial.Trial, num_frames: int) -> Knobs:
+def _suggest(trial: optuna.trial.Trial) -> Knobs:
     form = trial.suggest_categorical("form", FORMS)
-    frame = trial.suggest_int("frame", 0, num_frames - 1)
     last, second, third = (
         trial.suggest_float(name, LOW_PRICE, HIGH_PRICE, log=True) for name in ("price_last", "price_second", "price_third")
     )
-    return Knobs(form, frame, last, second, third, trial.suggest_float("tilt", -2.0, 2.0))
+    return Knobs(form, last, second, third, trial.suggest_float("tilt", -2.0, 2.0))
 
 
 def search(
-    study: optuna.Study, judge: Callable[[Knobs], Verdict], num_frames: int, until: Callable[[], bool],
-    tell: Callable[[Found], None],
-) -> None:  # fmt: skip
+    study: optuna.Study, judge: Callable[[Knobs], Verdict], until: Callable[[], bool], tell: Callable[[Found], None]
+) -> None:
     """Runs trials until `until()`: fixed seeds, then a bisection of one common price, then TPE around what was found.
 
     Seeds already finished (a resumed study) are not repeated.
@@ -167,14 +167,13 @@ def search(
         if not any(f.knobs.form == form for f in finished(study)):
             if until():
                 return
-            _run(study, judge, Knobs(form=form), num_frames, tell)
-    for frame in range(num_frames):
-        _bisect(study, judge, frame, num_frames, BISECTIONS if frame == 0 else 2, until, tell)
+            _run(study, judge, Knobs(form=form), tell)
+    _common_price(study, judge, until, tell)
     seen = {f.knobs for f in finished(study)}
     while not until():
         with unbroken():
             trial = study.ask()
-            knobs = _suggest(trial, num_frames)
+            knobs = _suggest(trial)
         if knobs.form != "priced" or knobs in seen:  # the fixed points are known; do not pay for them again
             known = [f for f in finished(study) if f.knobs.form == knobs.form and (knobs.form != "priced" or f.knobs == knobs)]
             _tell(study, trial, knobs, known[-1].verdict)
@@ -183,33 +182,35 @@ def search(
         _judge_trial(study, trial, judge, knobs, tell)
 
 
-def _bisect(
-    study: optuna.Study, judge: Callable[[Knobs], Verdict], frame: int, num_frames: int, steps: int, until: Callable[[], bool],
-    tell: Callable[[Found], None],
-) -> None:  # fmt: skip
-    """Finds the cheapest common price that meets the constraint: steps of STRIDE until it is bracketed, then halving."""
-    met = [f for f in finished(study) if f.knobs.form == "priced" and f.verdict.shortfall_db <= 0]
-    # other frames need about the same price as the first
-    price = min(met, key=lambda f: f.verdict.latency_ms).knobs.price_last if frame and met else FIRST_PRICE
-    low, high = 0.0, math.inf  # the dearest that missed, the cheapest that met
-    for _ in range(steps):
-        knobs = Knobs("priced", frame, price, price, price, DEFAULT_TILT)
+def _common_price(
+    study: optuna.Study, judge: Callable[[Knobs], Verdict], until: Callable[[], bool], tell: Callable[[Found], None]
+) -> None:
+    """Finds the cheapest price that meets the constraint, scales in a fixed ratio, by the slope over the price's logarithm."""
+    missed, met = (-math.inf, 0.0), (math.inf, 0.0)  # (log10 price, shortfall): the dearest that missed, the cheapest that met
+    at = math.log10(FIRST_PRICE)
+    for _ in range(PRICE_STEPS):
+        price = min(max(10**at, LOW_PRICE), HIGH_PRICE)
+        last, second, third = (min(price * weight, HIGH_PRICE) for weight in SCALE_WEIGHTS)
+        knobs = Knobs("priced", last, second, third, DEFAULT_TILT)
         known = [f for f in finished(study) if f.knobs == knobs]
         if not known and until():
             return
-        verdict = known[0].verdict if known else _run(study, judge, knobs, num_frames, tell)
-        low, high = (low, price) if verdict.shortfall_db <= 0 else (price, high)
-        price = high / STRIDE if low == 0 else low * STRIDE if high == math.inf else math.sqrt(low * high)
-        price = min(max(price, LOW_PRICE), HIGH_PRICE)
+        short = (known[0].verdict if known else _run(study, judge, knobs, tell)).shortfall_db
+        missed, met = (missed, (at, short)) if short <= 0 else ((at, short), met)
+        if math.isinf(missed[0] + met[0]):  # one side is still open: go as far as a typical slope says, a decade at most
+            at += min(1.0, max(-1.0, short / SLOPE_DB + (0.1 if short > 0 else -0.1)))
+        else:
+            share = min(0.8, max(0.2, met[1] / (met[1] - missed[1])))
+            at = met[0] + share * (missed[0] - met[0])
+        if met[0] - missed[0] < CLOSE_ENOUGH or not math.log10(LOW_PRICE) <= at <= math.log10(HIGH_PRICE):
+            return
 
 
-def _run(
-    study: optuna.Study, judge: Callable[[Knobs], Verdict], knobs: Knobs, num_frames: int, tell: Callable[[Found], None]
-) -> Verdict:
+def _run(study: optuna.Study, judge: Callable[[Knobs], Verdict], knobs: Knobs, tell: Callable[[Found], None]) -> Verdict:
     with unbroken():
         study.enqueue_trial(asdict(knobs))
         trial = study.ask()
-        assert _suggest(trial, num_frames) == knobs, "an enqueued trial came back changed"
+        assert _suggest(trial) == knobs, "an enqueued trial came back changed"
     return _judge_trial(study, trial, judge, knobs, tell)
 
 

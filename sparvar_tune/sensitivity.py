@@ -1,4 +1,4 @@
-"""Measures the `Table` of a frame: every option of its menu on every head, on captured Q, K, V."""
+"""Measures the `Table`: every option of the menu on every head, on captured Q, K, V."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from sparvar_kernels.policy import Policy
 from sparvar_kernels.scales import ScaleSchedule
 from sparvar_tune.capture import Recorder
 from sparvar_tune.measure import Stopwatch
-from sparvar_tune.policies import Frame, Table, menu
+from sparvar_tune.policies import Table, menu
 
 
 def measure_table(
     capture: Recorder, dense_outputs: dict[tuple[int, int], torch.Tensor], dense_ms: dict[int, float],
-    schedule: ScaleSchedule, frame: Frame, *, device: str, softmax_scale: float, logit_bound: float | None,
+    schedule: ScaleSchedule, *, device: str, softmax_scale: float, logit_bound: float | None,
     progress: Callable[[str], None],
 ) -> Table:  # fmt: skip
-    """Errors and times of one frame's options.
+    """Errors and times of all options.
 
-    dense_outputs[layer, scale] [B, H, Nq, D] and dense_ms[scale] (one layer, all heads) come from `dense_pass`, shared by
-    all frames. Each option is run through the real entry point in all heads at once.
+    dense_outputs[layer, scale] [B, H, Nq, D] and dense_ms[scale] (one layer, all heads) come from `dense_pass`. Each option
+    is run through the real entry point in all heads at once.
     """
-    scales = frame.sparse_scales(schedule)
+    scales = tuple(dense_ms)
     layers = 1 + max(layer for layer, _ in capture.calls)
     heads = next(iter(capture.calls.values()))[0].shape[1]
     stopwatch = Stopwatch(device)
-    error: dict[int, dict[str, Any]] = {s: {} for s in scales}
-    time_ms: dict[int, dict[str, float]] = {s: {} for s in scales}
-    for name in menu(schedule, frame, scales[-1]):
-        rules = {s: menu(schedule, frame, s)[name] for s in scales}
+    error: dict[int, dict[str, Any]] = {s: {"dense": ((0.0,) * heads,) * layers} for s in scales}
+    time_ms: dict[int, dict[str, float]] = {s: {"dense": dense_ms[s] / heads} for s in scales}
+    decision_ms: dict[str, float] = {}
+    for name in menu(schedule, scales[-1]):
+        if name == "dense":
+            continue
+        rules = {s: options[name] for s in scales if name in (options := menu(schedule, s))}
         attend = SparseAttention(
-            Policy.uniform(layers, heads, {} if name == "dense" else rules), schedule,
-            softmax_scale=softmax_scale, logit_bound=logit_bound,
-        )  # fmt: skip
-        spent = dict.fromkeys((frame.decision_scale, *scales), 0.0)
-        errors: dict[int, list[tuple[float, ...]]] = {s: [] for s in scales}
+            Policy.uniform(layers, heads, rules), schedule, softmax_scale=softmax_scale, logit_bound=logit_bound
+        )
+        spent = dict.fromkeys(scales, 0.0)
+        errors: dict[int, list[tuple[float, ...]]] = {s: [] for s in rules}
         for layer in range(layers):
-            for s in (frame.decision_scale, *scales) if name != "dense" else ():
+            for s in scales:
                 made: list[torch.Tensor] = []
                 spent[s] += stopwatch(lambda: made.append(attend(*capture.calls[layer, s], layer, s))) / layers  # noqa: B023
-                if s in errors:
+                if s in rules:
                     errors[s].append(head_errors(made[0], dense_outputs[layer, s]))
-        decides = getattr(rules[scales[-1]], "decision_scale", None) is not None
-        extra = max(0.0, spent[frame.decision_scale] - dense_ms[frame.decision_scale]) if decides else 0.0
-        for s in scales:
-            ms = dense_ms[s] if name == "dense" else spent[s] + extra / len(scales)
-            time_ms[s][name] = ms / heads
-            error[s][name] = tuple(errors[s]) or ((0.0,) * heads,) * layers
+        for s in rules:
+            time_ms[s][name] = spent[s] / heads
+            error[s][name] = tuple(errors[s])
+        if scales[0] not in rules:
+            decision_ms[name] = max(0.0, spent[scales[0]] - dense_ms[scales[0]]) / heads
         progress(name)
-    return Table(frame, error, time_ms)
+    return Table(error, time_ms, decision_ms)
 
 
 def head_errors(sparse: torch.Tensor, dense: torch.Tensor) -> tuple[float, ...]:

@@ -30,7 +30,7 @@ from sparvar_tune.machine import silicon, versions
 from sparvar_tune.measure import Stopwatch, quantile
 from sparvar_tune.models import Model
 from sparvar_tune.pairs import held_out_pairs, search_pairs
-from sparvar_tune.policies import Table, describe, frames
+from sparvar_tune.policies import Table, describe, menu
 from sparvar_tune.schedule import points
 from sparvar_tune.search import Found, candidates, finished, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
@@ -91,11 +91,11 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
         return request.budget_s - (time.monotonic() - begun)
 
     with exclusive(request.scratch):
-        tables = measure_tables(adapter, status)
-        say(f"[{time.monotonic() - begun:4.0f} s] measured {sum(len(t.error[s]) for t in tables for s in t.error)} options "
+        table = measure_options(adapter, status)
+        say(f"[{time.monotonic() - begun:4.0f} s] measured {sum(map(len, table.error.values()))} options "
             f"on {adapter.model.layers} x {adapter.model.heads} heads")  # fmt: skip
         pairs = search_pairs(adapter.num_classes, SEARCH_PAIRS)
-        judge = Judge(adapter, pairs, request.constraint, request.pairs, tables, status)
+        judge = Judge(adapter, pairs, request.constraint, request.pairs, table, status)
         # per held-out pair the shared start, the dense and the tuned rest, in terms of the dense rest; and launches
         reserve = (request.pairs * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
         held_out = request.pairs
@@ -111,12 +111,12 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
         def tell(found: Found) -> None:
             say(f"[{time.monotonic() - begun:4.0f} s] {trial_line(found, judge, left() - reserve)}")
 
-        search(study, judge, len(tables), lambda: left() < reserve, tell)
+        search(study, judge, lambda: left() < reserve, tell)
         done = finished(study)
         ranked = candidates(done)
         attempt, needed = 0, 0.0
         for candidate in ranked:
-            policy = build_policy(candidate.knobs, adapter, tables)
+            policy = build_policy(candidate.knobs, adapter, table)
             nothing = not policy.rules and not policy.skip_scales  # dense everywhere is no result
             if candidate.verdict.shortfall_db > -needed or attempt == ATTEMPTS or nothing:
                 continue
@@ -145,9 +145,7 @@ def trial_line(found: Found, judge: Judge, search_left: float) -> str:
     """One trial, the best so far, and how long the search goes on."""
     v = found.verdict
     k = found.knobs
-    what = (
-        k.form if k.form != "priced" else f"frame {k.frame}, prices {k.price_last:.3g} {k.price_second:.3g}, tilt {k.tilt:+.1f}"
-    )
+    what = k.form if k.form != "priced" else f"prices {' '.join(f'{p:.3g}' for p in k.prices)}, tilt {k.tilt:+.1f}"
     mark = "meets the bound" if v.shortfall_db <= 0 else f"{v.shortfall_db:.1f} dB short"
     mark += "" if v.complete else ", given up early"
     best = f"best {judge.dense_ms / judge.best_ms:.2f}x" if judge.best_ms else "none meets it yet"
@@ -157,20 +155,16 @@ def trial_line(found: Found, judge: Judge, search_left: float) -> str:
     )
 
 
-def measure_tables(adapter: Adapter, status: Callable[[str], None]) -> list[Table]:
-    """Tables of every frame, on one captured generation."""
-    first = first_touched(adapter)
-    capture = Recorder(adapter.dense, tuple(range(first, len(adapter.schedule))))
-    adapter.finish(adapter.start(search_pairs(adapter.num_classes, 1)[0], first), capture)
-    scales = range(first, len(adapter.schedule))
+def measure_options(adapter: Adapter, status: Callable[[str], None]) -> Table:
+    """The table of every option, on one captured generation."""
+    scales = range(first_touched(adapter), len(adapter.schedule))
+    capture = Recorder(adapter.dense, tuple(scales))
+    adapter.finish(adapter.start(search_pairs(adapter.num_classes, 1)[0], scales[0]), capture)
     outputs, dense_ms = dense_pass(capture, adapter.dense, scales, adapter.device)
-    tables = []
-    for frame in frames(adapter.schedule):
-        tables.append(measure_table(
-            capture, outputs, dense_ms, adapter.schedule, frame, device=adapter.device, softmax_scale=adapter.softmax_scale,
-            logit_bound=adapter.logit_bound, progress=lambda name: status(f"measuring options: tile {frame.tile}, {name}"),  # noqa: B023
-        ))  # fmt: skip
-    return tables
+    return measure_table(
+        capture, outputs, dense_ms, adapter.schedule, device=adapter.device, softmax_scale=adapter.softmax_scale,
+        logit_bound=adapter.logit_bound, progress=lambda name: status(f"measuring options: {name}"),
+    )  # fmt: skip
 
 
 def tune_launches(
@@ -208,7 +202,7 @@ def tune_launches(
 def _space(request: Request, adapter: Adapter) -> str:
     """Names everything a trial's numbers depend on; trials of another space are never mixed in."""
     parts = (request.model.slug, request.gpu.slug, repr(request.constraint), request.pairs, adapter.weights_sha256,
-             profiles.kernel_hash(), repr(frames(adapter.schedule)))  # fmt: skip
+             profiles.kernel_hash(), repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
     return f"{request.model.slug}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 

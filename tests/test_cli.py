@@ -64,16 +64,15 @@ def never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     import sparvar_tune.tune as tune
 
     monkeypatch.setattr(tune, "compare_on", faster)
-    measured_tables = tune.measure_tables
+    measured_options = tune.measure_options
 
     def dear_dense(*args):
-        tables = measured_tables(*args)
-        for table in tables:
-            for times in table.time_ms.values():
-                times["dense"] = 1000.0
-        return tables
+        table = measured_options(*args)
+        for times in table.time_ms.values():
+            times["dense"] = 1000.0
+        return table
 
-    monkeypatch.setattr(tune, "measure_tables", dear_dense)
+    monkeypatch.setattr(tune, "measure_options", dear_dense)
 
 
 def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path):
@@ -86,7 +85,7 @@ def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path):
     code, out, _ = run(capsys, "show", "--profile", str(path))
     assert code == 0 and "held-out pairs" in out
     code, out, _ = run(capsys, "explain", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path))
-    assert code == 0 and "file given" in out and "scale 6" in out
+    assert code == 0 and "file given" in out and f"scale {profile.rows[0].scale_index}" in out
     png = tmp_path / "two.png"
     code, out, _ = run(
         capsys, "generate", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path), "--out", str(png), "--class", "3"
@@ -106,7 +105,7 @@ def test_a_bound_nothing_meets_writes_nothing(tiny_model, capsys, tmp_path):
 
 def test_dry_run_only_talks(tiny_model, capsys, tmp_path):
     code, out, _ = run(capsys, *TUNE, "--dry-run", "--out", str(tmp_path / "out"))
-    assert code == 0 and "frame 0" in out and "cs4a" in out and "plan:" in out
+    assert code == 0 and "scale 5: dense" in out and "cs4a" in out and "plan:" in out
     assert not (tmp_path / "out").exists() and not tiny_model.exists()
 
 
@@ -222,10 +221,10 @@ def test_trials_are_shown_as_csv(tiny_model, capsys):
     folder.mkdir(parents=True)
     study = search.open_study(folder, "space", 0, False)
     verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)
-    search.search(study, lambda knobs: verdict, 1, lambda: len(search.finished(study)) >= 3, lambda found: None)
+    search.search(study, lambda knobs: verdict, lambda: len(search.finished(study)) >= 3, lambda found: None)
     code, out, _ = run(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
     rows = out.splitlines()
-    assert code == 0 and rows[0].startswith("trial,form,frame") and len(rows) == 4
+    assert code == 0 and rows[0].startswith("trial,form,price_last") and len(rows) == 4
 
 
 def test_json_stays_small_and_plain():

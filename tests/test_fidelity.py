@@ -46,24 +46,33 @@ def test_t_quantile_against_the_table(degrees, value):
 
 def test_lower_bound_by_hand():
     # mean 3, standard deviation sqrt(2.5), t(0.95, 4) = 2.132
-    assert lower_bound([1, 2, 3, 4, 5]) == pytest.approx(3 - 2.132 * math.sqrt(2.5 / 5), abs=0.02)
-    assert lower_bound([3.0]) == -math.inf
+    assert lower_bound([1, 2, 3, 4, 5], [0] * 5) == pytest.approx(3 - 2.132 * math.sqrt(2.5 / 5), abs=0.02)
+    assert lower_bound([3.0], [0]) == -math.inf
+    # a class seen once: not stratified, so the same as before
+    assert lower_bound([1, 2, 3, 4, 5], [0, 1, 1, 2, 2]) == lower_bound([1, 2, 3, 4, 5], [0] * 5)
+    # means 1 and 11, each with variance 2/3 over three: error sqrt((2/3)/3/4 * 2) = 1/3, t(0.95, 4) = 2.132
+    values, classes = [0, 10, 1, 11, 2, 12], [0, 1] * 3
+    assert lower_bound(values, classes) == pytest.approx(6 - 2.132 * math.sqrt(1 / 3 / 2), abs=0.01)
+    assert lower_bound([5.0, 7.0] * 3, classes) == 6  # classes differ, pictures of a class do not: nothing is left to chance
 
 
-def test_lower_bound_covers_as_often_as_it_says():
+@pytest.mark.parametrize(("n", "num_classes", "spread"), [(12, 1, 0.0), (30, 10, 4.0), (32, 10, 0.0), (12, 10, 4.0)])
+def test_lower_bound_covers_as_often_as_it_says(n, num_classes, spread):
+    """Classes with their own level and their own spread; twelve pairs of ten classes fall back to the plain, wider bound."""
     g = torch.Generator().manual_seed(0)
-    draws = (torch.randn(2000, 12, generator=g, dtype=torch.float64) * 3 + 30).tolist()
-    share = sum(lower_bound(d) <= 30 for d in draws) / len(draws)
-    assert 0.93 < share < 0.97
+    levels = 30 + spread * torch.randn(num_classes, generator=g, dtype=torch.float64)
+    within = 0.5 + torch.rand(num_classes, generator=g, dtype=torch.float64)
+    classes = [label for label, _ in held_out_pairs(num_classes, n)]
+    draws = levels[classes] + within[classes] * torch.randn(4000, n, generator=g, dtype=torch.float64)
+    share = sum(lower_bound(d, classes) <= levels.mean() for d in draws.tolist()) / len(draws)
+    assert 0.93 < share < (0.97 if n != 12 or num_classes == 1 else 1.01)
 
 
 def test_constraint_needs_both():
-    good, bad = [40.0, 40.1, 39.9], [20.0, 20.1, 19.9]
-    fine, poor = [0.99, 0.98, 0.99], [0.5, 0.51, 0.5]
-    constraint = Constraint(35.0, 0.9)
-    assert constraint.shortfall(good, fine, 0.95) <= 0
-    assert constraint.shortfall(bad, fine, 0.95) > 10
-    assert constraint.shortfall(good, poor, 0.95) > 30
+    constraint = Constraint(30.0, 0.9)
+    assert constraint.shortfall(30.0, 0.9) <= 0
+    assert constraint.shortfall(19.0, 0.95) == pytest.approx(11)
+    assert constraint.shortfall(35.0, 0.5) == pytest.approx(40)
 
 
 def test_attention_metrics_by_hand():

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from sparvar_kernels import Policy
+from sparvar_kernels import Dense, Policy
 from sparvar_kernels.scales import ScaleSchedule
 from sparvar_tune import search as s
-from sparvar_tune.policies import Frame, Table, assign, describe, frames, menu, paper_policy
+from sparvar_tune.policies import Table, assign, decision_scale, describe, menu, paper_policy
 
 LATENCY = {"paper": 60.0, "drop last scale": 40.0}
 
@@ -19,8 +19,8 @@ def judge(knobs: s.Knobs) -> s.Verdict:
     """Cheaper prices are faster and worse; the bound is met from a price of 60 on, so 60 is the best common price."""
     if knobs.form != "priced":
         return s.Verdict(LATENCY[knobs.form], 5.0, 29.0, 0.9, True)
-    price = math.sqrt(knobs.price_last * knobs.price_second)
-    latency = 50 + 10 * math.log10(price) + 3 * knobs.frame
+    price = math.sqrt(knobs.price_last * knobs.price_second / 1.65)
+    latency = 50 + 10 * math.log10(price)
     return s.Verdict(latency, 60.0 / price - 1.0, 35.0, 0.97, True)
 
 
@@ -28,7 +28,7 @@ def run(folder, trials: int, judge=judge, resume=False, seed=0):
     study = s.open_study(folder, "space", seed, resume)
     told: list[s.Found] = []
     before = len(s.finished(study))
-    s.search(study, judge, 2, lambda: len(s.finished(study)) - before >= trials, told.append)
+    s.search(study, judge, lambda: len(s.finished(study)) - before >= trials, told.append)
     return study, told
 
 
@@ -36,8 +36,8 @@ def test_seeds_come_first_and_the_best_is_found(tmp_path):
     study, told = run(tmp_path, 30)
     assert [f.knobs.form for f in told[:2]] == ["paper", "drop last scale"]
     best = s.candidates(s.finished(study))[0]
-    price = math.sqrt(best.knobs.price_last * best.knobs.price_second)
-    assert best.verdict.shortfall_db <= 0 and 60 <= price < 75 and best.knobs.frame == 0
+    price = math.sqrt(best.knobs.price_last * best.knobs.price_second / 1.65)
+    assert best.verdict.shortfall_db <= 0 and 60 <= price < 75
 
 
 def test_what_misses_the_bound_or_was_given_up_is_no_candidate():
@@ -104,35 +104,66 @@ SCHEDULE = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16))
 
 
 def table() -> Table:
-    frame = Frame(4, "8x8", 2)
-    names = list(menu(SCHEDULE, frame, 6))
-    time = {s: {n: 1.0 if n == "dense" else 0.1 * (i + 1) / len(names) for i, n in enumerate(names)} for s in (5, 6)}
-    # head 0 of both layers is hurt by everything but cs4a 0.12; head 1 by nothing
-    error = {s: {n: tuple((0.0 if n in ("dense", "cs4a 0.12") else 0.5, 0.0) for _ in range(2)) for n in names} for s in (5, 6)}
-    return Table(frame, error, time)
+    menus = {s: list(menu(SCHEDULE, s)) for s in (4, 5, 6)}
+    time = {
+        s: {n: 1.0 if n == "dense" else 0.1 * (i + 1) / len(names) for i, n in enumerate(names)} for s, names in menus.items()
+    }
+    # head 0 of both layers is hurt by everything but cs4a 0.12, head 1 by nothing; at scale 4 everything hurts both
+    free = ("dense", "cs4a 0.12 8x16")
+    error = {
+        s: {n: tuple((0.0 if n in free else 0.5, 0.5 * (s == 4 and n != "dense")) for _ in range(2)) for n in names}
+        for s, names in menus.items()
+    }
+    return Table(error, time, {n: 0.01 for n in menus[6] if n not in menus[4] or n == "reuse"})
+
+
+def same(price: float) -> dict[int, float]:
+    return dict.fromkeys((4, 5, 6), price)
 
 
 def test_prices_choose_options():
-    cheap, dear = (assign(table(), SCHEDULE, {5: p, 6: p}, 0.0) for p in (1e-6, 1e3))
+    cheap, dear = (assign(table(), SCHEDULE, same(p), 0.0) for p in (1e-6, 1e3))
     assert describe(cheap).count("dense") == 0
     names = [type(dear.variant(0, h, 6)).__name__ for h in range(2)]
-    assert names == ["Cs4a", "Cs4a"] and dear.variant(0, 0, 6).top_k == 0.12 and dear.variant(0, 1, 6).top_k == 0.03
-    assert dear.why_not(SCHEDULE, 2, 2) is None
+    assert names == ["Cs4a", "Pooled"] and dear.variant(0, 0, 6).top_k == 0.12
+    assert isinstance(dear.variant(0, 0, 4), Dense) and isinstance(dear.variant(0, 1, 4), Dense)
+    for policy in (cheap, dear):
+        assert policy.why_not(SCHEDULE, 2, 2) is None
+
+
+def test_what_decides_pays_at_the_decision_scale_and_needs_dense_there():
+    made = table()
+    for choice, ms in made.choices().items():
+        deciding = {o for o in choice if o in made.decision_ms}
+        assert choice[0] == "dense" or not deciding
+        assert ms == pytest.approx(sum(made.time_ms[s][o] for s, o in zip((4, 5, 6), choice, strict=True)) + 0.01 * len(deciding))
+    assert ("csla 8x8", "csla 8x16", "pooled 2 from 3") in made.choices()
+
+
+def test_more_choices_than_letters_keep_the_commonest():
+    names = {s: list(menu(SCHEDULE, s)) for s in (4, 5, 6)}
+    heads = [(a, b) for a in names[5] for b in names[6]]  # every head loves another pair of options
+
+    def errors(s, n):
+        return tuple(0.0 if n == (pair[s - 5] if s > 4 else "dense") else 1.0 for pair in heads)
+
+    made = Table({s: {n: (errors(s, n),) for n in names[s]} for s in names}, table().time_ms, table().decision_ms)
+    policy = assign(made, SCHEDULE, same(1e3), 0.0)
+    assert len(set(policy.heads[0])) == 52 < len(heads) and policy.why_not(SCHEDULE, 1, len(heads)) is None
 
 
 def test_tilt_favours_late_layers():
-    policy = assign(table(), SCHEDULE, {5: 0.12, 6: 0.12}, 2.0)
+    policy = assign(table(), SCHEDULE, same(0.1), 2.0)
     assert policy.variant(0, 0, 6) != policy.variant(1, 0, 6)
     assert policy.variant(1, 0, 6).top_k == 0.12
 
 
-def test_every_option_of_every_frame_is_legal():
+def test_every_option_is_legal():
     infinity = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
     for schedule in (SCHEDULE, infinity, ScaleSchedule(((2, 2), (3, 3), (5, 4), (10, 8), (15, 12), (20, 16)), prefix=300)):
-        for frame in frames(schedule):
-            for scale in frame.sparse_scales(schedule):
-                for variant in menu(schedule, frame, scale).values():
-                    assert Policy.uniform(2, 2, {scale: variant}).why_not(schedule, 2, 2) is None
+        for scale in range(decision_scale(schedule), len(schedule)):
+            for variant in menu(schedule, scale).values():
+                assert Policy.uniform(2, 2, {scale: variant}).why_not(schedule, 2, 2) is None
 
 
 def test_the_papers_policy_on_infinity_8b():
