@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparvar_kernels import AttentionProblem, Policy, ScaleSchedule, SparseAttention, Tile, reference
-from sparvar_kernels.registry import KERNELS
+from sparvar_kernels.registry import KERNELS, kernel_for
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
 from sparvar_tune import profiles, runtime, schema
 from sparvar_tune.adapters import Adapter, load_adapter
@@ -64,7 +64,7 @@ def tune(args: argparse.Namespace) -> int:
     from sparvar_tune.tune import Request
     from sparvar_tune.tune import tune as run
 
-    adapter = load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    adapter = load_adapter(model, gpu.device)
     if adapter.schedule != model.schedule(resolution, aspect):
         raise ValueError(f"{model.slug}: its adapter draws {model.default_resolution} ({model.default_aspect}) only; leave out "
                          "--resolution and --aspect")  # fmt: skip
@@ -106,7 +106,7 @@ def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespac
     _say("space: every (layer, head, scale) takes one option; prices per scale and a tilt over layers choose among them")
     for scale in range(decision_scale(schedule), len(schedule)):
         _say(f"  scale {scale}: {', '.join(menu(schedule, scale))}")
-    kernel = KERNELS["cpu" if adapter.device == "cpu" else "triton"]
+    kernel = KERNELS[kernel_for(adapter.device)]
     _say(f"  launch: kernel {kernel.name}, " + ", ".join(f"{k} in {list(v)}" for k, v in kernel.config.space().items()))
     _say(
         f"  fixed points: paper ({describe(paper_policy(schedule, adapter.model.layers, adapter.model.heads))}); drop last scale"
@@ -219,7 +219,7 @@ def generate(args: argparse.Namespace) -> int:
     from sparvar_tune.sheet import save_png, side_by_side
 
     gpu, model, _, _ = _target(args)
-    adapter = load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    adapter = load_adapter(model, gpu.device)
     label = _class_index(args.label, adapter)
     if not 0 <= args.seed < 1 << 62:
         raise ValueError(f"--seed {args.seed}: want 0..2**62")
@@ -321,7 +321,7 @@ def verify(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if tuned.profile is None or tuned.path is None:
         raise ValueError(f"nothing to verify: {'; '.join(tuned.reasons)}")
-    profile, adapter = tuned.profile, load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    profile, adapter = tuned.profile, load_adapter(model, gpu.device)
     if profile.workload.weights_sha256 not in (None, adapter.weights_sha256):
         raise ValueError(f"{tuned.path}: its policy was certified on other weights; tune again")
     launches = {row.scale_index: runtime.launch_of(row) for row in profile.rows}
@@ -341,7 +341,7 @@ def verify(args: argparse.Namespace) -> int:
         configs = {row.scale_index: dict(row.config) for row in profile.rows}
         new = dataclasses.replace(
             profile, created=datetime.date.today().isoformat(), silicon=silicon(gpu, True), versions=versions(),
-            kernel_hash=profiles.kernel_hash(), generation=gain, state="measured",
+            kernel_hash=profiles.kernel_hash(gpu), generation=gain, state="measured",
             rows=measured_rows(trial, adapter, profile.policy, launches, configs),
             notes=decision_cost(trial, adapter, profile.policy),
         )  # fmt: skip
@@ -360,7 +360,7 @@ def compare(args: argparse.Namespace) -> int:
     gpu, model, _, _ = _target(args)
     if not is_here(gpu):
         raise ValueError(f"compare: {gpu.slug} is not in this machine; run it where it is")
-    adapter = load_adapter(model, "cpu" if gpu.slug == "cpu" else "cuda")
+    adapter = load_adapter(model, gpu.device)
     ways: dict[str, Any] = {"dense": adapter.dense}
     ways["paper's fixed setting"] = make_attention(adapter, paper_policy(adapter.schedule, model.layers, model.heads))
     for preset in ("paper", "near-lossless"):

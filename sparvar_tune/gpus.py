@@ -52,6 +52,11 @@ class Gpu:
     fp32_tflops: float | None = None
     device_names: tuple[str, ...] = ()
 
+    @property
+    def device(self) -> str:
+        """torch's type of device for it."""
+        return "cpu" if self.slug == "cpu" else "cuda"
+
 
 _ROWS = (
     Gpu(

@@ -33,7 +33,7 @@ def predict_profile(model: Model, gpu: Gpu, preset: str, resolution: str, aspect
     return schema.Profile(
         schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=preset, state="predicted", policy=policy,
         policy_state="unverified", policy_source=PAPER_SOURCE, evidence=None, workload=workload,
-        silicon=silicon(gpu, False), versions=versions(), kernel_hash=profiles.kernel_hash(), generation=None,
+        silicon=silicon(gpu, False), versions=versions(), kernel_hash=profiles.kernel_hash(gpu), generation=None,
         rows=tuple(rows), seed=0, trials=0,
         notes=(f"times are from a roofline model because {why}", UNVERIFIED),
     )  # fmt: skip

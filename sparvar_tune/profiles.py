@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparvar_kernels.registry import KERNELS, kernel_for
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.json_reader import ReadError
 from sparvar_tune.models import find_model
@@ -179,11 +180,17 @@ def mismatch(
     return out
 
 
-def kernel_hash() -> str:
-    """sha256 over the sources that decide what is computed and how fast: every module of sparvar_kernels."""
+def kernel_hash(gpu: Gpu) -> str:
+    """sha256 over the sources that decide what is computed on `gpu` and how fast.
+
+    That is every module of sparvar_kernels but the oracle and what only the kernels of other devices run.
+    """
     import sparvar_kernels
 
+    here = kernel_for(gpu.device)
+    others = {"reference"}.union(*(k.own for k in KERNELS.values() if k.name != here))
     digest = hashlib.sha256()
     for path in sorted(Path(sparvar_kernels.__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        if path.stem not in others:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

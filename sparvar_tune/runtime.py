@@ -159,7 +159,7 @@ def prepare(profile: Profile, path: Path, gpu: Gpu, reasons: list[str]) -> Tuned
     """Holds a profile against this machine and demotes what may not win here."""
     reasons = [*reasons, f"from {path}"]
     demoted: dict[int, str] = {}
-    now_hash = kernel_hash()
+    now_hash = kernel_hash(gpu)
     reasons += mismatch(profile, gpu=gpu, versions=versions(), kernel_hash=now_hash)
     if profile.kernel_hash != now_hash:
         demoted = {r.scale_index: "the kernels changed since it was tuned; run sparvar-tune verify --write" for r in profile.rows}

@@ -260,7 +260,7 @@ def measured_profile(
     return Profile(
         schema=SCHEMA, created=datetime.date.today().isoformat(), preset=preset, state="measured", policy=policy,
         policy_state="unverified", policy_source=PAPER_SOURCE, evidence=None,
-        workload=workload, silicon=silicon(gpu, True), versions=versions(), kernel_hash=kernel_hash(),
+        workload=workload, silicon=silicon(gpu, True), versions=versions(), kernel_hash=kernel_hash(gpu),
         generation=None, rows=tuple(rows), seed=seed, trials=sum(len(c) for c in configs.values()),
         notes=(UNVERIFIED, "times are of eager calls on random inputs, planning done, events on the device"),
     )  # fmt: skip

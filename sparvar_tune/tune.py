@@ -202,7 +202,7 @@ def tune_launches(
 def _space(request: Request, adapter: Adapter) -> str:
     """Names everything a trial's numbers depend on; trials of another space are never mixed in."""
     parts = (request.model.slug, request.gpu.slug, repr(request.constraint), request.pairs, adapter.weights_sha256,
-             profiles.kernel_hash(), repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
+             profiles.kernel_hash(request.gpu), repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
     return f"{request.model.slug}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
@@ -229,7 +229,7 @@ def make_profile(
         schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
         policy=policy, policy_state="measured", policy_source="searched on this machine under a picture-level constraint",
         evidence=proof, workload=workload(request, adapter), silicon=silicon(request.gpu, True), versions=versions(),
-        kernel_hash=profiles.kernel_hash(), generation=generation(trial, adapter),
+        kernel_hash=profiles.kernel_hash(request.gpu), generation=generation(trial, adapter),
         rows=measured_rows(trial, adapter, policy, launches, configs), seed=request.seed, trials=trials,
         notes=decision_cost(trial, adapter, policy),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import sparvar_kernels
 from sparvar_kernels import Cs4a, Csla, Policy, Pooled, Reuse, Rule, SparseAttention, Tile
+from sparvar_kernels.registry import KERNELS
 from sparvar_tune import profiles, schema
 from sparvar_tune.gpus import GPUS, find_gpu
 from sparvar_tune.schema import ProfileError
@@ -437,20 +438,24 @@ def test_mismatch_names_every_difference_gravest_first():
     ]  # fmt: skip
 
 
-def test_kernel_hash_sees_every_source(tmp_path, monkeypatch):
-    package = Path(sparvar_kernels.__file__).parent
+@pytest.mark.parametrize("slug", ["cpu", "h200"])
+def test_kernel_hash_sees_every_source_that_runs_there(tmp_path, monkeypatch, slug):
+    package, gpu = Path(sparvar_kernels.__file__).parent, find_gpu(slug)
     for path in package.glob("*.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    before = profiles.kernel_hash()
+    before = profiles.kernel_hash(gpu)
     monkeypatch.setattr(sparvar_kernels, "__file__", str(tmp_path / "__init__.py"))
-    assert profiles.kernel_hash() == before and len(before) == 64
-    seen = {before}
+    assert profiles.kernel_hash(gpu) == before and len(before) == 64
+    unseen, now = set(), before
     for path in sorted(tmp_path.glob("*.py")):
         path.write_bytes(path.read_bytes() + b"#")
-        seen.add(profiles.kernel_hash())
+        was, now = now, profiles.kernel_hash(gpu)
+        if now == was:
+            unseen.add(path.stem)
+    other = {"cpu": KERNELS["triton"].own, "h200": KERNELS["cpu"].own}[slug]
+    assert unseen == {"reference", *other} and all((tmp_path / f"{name}.py").exists() for name in other)
     (tmp_path / "csla.py").rename(tmp_path / "csla2.py")
-    seen.add(profiles.kernel_hash())
-    assert len(seen) == len(list(tmp_path.iterdir())) + 2
+    assert profiles.kernel_hash(gpu) != now
 
 
 def test_folders(monkeypatch):

@@ -26,7 +26,8 @@ def profile(**changes) -> schema.Profile:
     base = dataclasses.replace(
         base, policy=Policy(("AB", "BB"), (Rule(5, "A", Pooled(3, 2)), Rule(6, "A", Reuse(4)), Rule(6, "B", Pooled(3, 2)))),
         workload=dataclasses.replace(base.workload, grids=GRIDS, layers=2, heads=2, head_dim=32),
-        kernel_hash=profiles.kernel_hash(), silicon=machine.silicon(find_gpu("cpu"), True), versions=machine.versions(),
+        kernel_hash=profiles.kernel_hash(find_gpu("cpu")),
+        silicon=machine.silicon(find_gpu("cpu"), True), versions=machine.versions(),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 

@@ -17,7 +17,7 @@ Capability = tuple[int, int] | None  # of an NVIDIA GPU; None where there is non
 class CpuConfig:
     """score_elements: fp32 scores worked on at once, a share of the cache; one query tile at least."""
 
-    score_elements: int = 1 << 19
+    score_elements: int = 1 << 20
 
     def why_not(self, problem: AttentionProblem, capability: Capability) -> str | None:
         """Why the CPU kernel cannot run `problem` like this, or None. It runs every shape and dtype."""
@@ -28,7 +28,7 @@ class CpuConfig:
     @staticmethod
     def space() -> dict[str, tuple[int, ...]]:
         """Parameter -> choices worth trying."""
-        return {"score_elements": tuple(1 << n for n in (17, 18, 19, 20))}
+        return {"score_elements": tuple(1 << n for n in (18, 19, 20, 21))}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,15 @@ from sparvar_kernels.problem import AttentionProblem
 
 @dataclass(frozen=True)
 class Kernel:
-    """A module with a class `Layer`, loaded on first use (Triton is optional on a CPU), and its configuration."""
+    """A module with a class `Layer`, loaded on first use (Triton is optional on a CPU), and its configuration.
+
+    own: the modules no other kernel runs; a change in them makes only this kernel's profiles stale.
+    """
 
     name: str
     module: str
     config: type[CpuConfig] | type[TritonConfig]
+    own: tuple[str, ...]
 
     def load(self) -> Any:
         """The module; raises ValueError naming the package to install if it cannot be imported."""
@@ -32,9 +36,12 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("cpu", "sparvar_kernels.layer_cpu", CpuConfig),
-    "triton": Kernel("triton", "sparvar_kernels.layer_triton", TritonConfig),
-}
+    "cpu": Kernel("cpu", "sparvar_kernels.layer_cpu", CpuConfig, ("layer_cpu", "gathered_cpu")),
+    "triton": Kernel(
+        "triton", "sparvar_kernels.layer_triton", TritonConfig,
+        ("layer_triton", "gathered_triton", "selecting_triton", "work", "binary"),
+    ),
+}  # fmt: skip
 
 
 def kernel_for(device: str) -> str:
