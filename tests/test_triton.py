@@ -65,6 +65,28 @@ def check(name: str, dtype: str, dim: int, device: str, batch: int = 2, heads: i
     return float((got.cpu().double()[:, ::2] - want).norm() / want.norm())
 
 
+def check_three_targets(device: str, heads: int = 3) -> float:
+    """One selection fills the lists of the decision scale and of two finer ones; the largest relative error of the latter."""
+    schedule = ScaleSchedule(((1, 1), (3, 4), (6, 5), (7, 9), (11, 10)))
+    variants = {3: Cs4a(2, 0.6, Tile(4, 3), window=1), 4: Cs4a(2, 0.6, Tile(6, 3), window=1)}
+    there = {s: at_decision(v, schedule, s).tile for s, v in variants.items()}
+    assert there[3] == there[4], "two records: not what is to be tested"
+    problems = {s: AttentionProblem(schedule, s, 2, heads, 32, "fp32", 1.0, 12.0) for s in (2, 3, 4)}
+    launches = {s: Launch("triton", TritonConfig(16, 32, 4, 1 if device == "cpu" else 2)) for s in range(len(schedule))}
+    attend = SparseAttention(Policy.uniform(1, heads, variants), schedule, logit_bound=12.0, launches=launches)
+    inputs = {s: p.make_inputs(s) for s, p in problems.items()}
+    worst = 0.0
+    for s, (q, k, v) in inputs.items():
+        got = attend(q.to(device), k.to(device), v.to(device), 0, s)
+        if s == 2:
+            layer = next(iter(attend._layers.values()))[0]
+            assert [len(targets) for _, targets in layer.decisions[2][1]] == [3]
+            continue
+        want = oracle.reference_attention(variants[s], q, k, v, problems[s], (problems[2], *inputs[2]), there[s])
+        worst = max(worst, float((got.cpu().double() - want).norm() / want.norm()))
+    return worst
+
+
 def attention_of(stage, q, k, v, problem) -> torch.Tensor:
     """fp64 attention [B, H, N, D] of the rows of a stage's table over the lists it holds; NaN elsewhere."""
     out = torch.full(q.shape, float("nan"), dtype=torch.float64)
@@ -94,11 +116,12 @@ def given_error(layer, inputs, pair, got) -> float:
     for record, fill in jobs:
         tiles = oracle.tile_lists(decision.grid, record.variant.tile)
         mass = torch.stack([probability[:, list(record.heads)][:, :, t[:: record.variant.sample]].sum(2) for t in tiles], 2)
-        for lists, keys, scale in fill:
-            if scale == decision.scale_index:
+        for target in fill:
+            lists = target.lists
+            if target.problem.scale_index == decision.scale_index:
                 shape = (decision.batch, len(lists.heads), lists.rows, lists.row_step)
                 size = shape[0] * shape[1] * shape[2] * shape[3]
-                chosen = keys.cpu()[lists.at : lists.at + size].view(shape)[..., : lists.width].long()
+                chosen = target.keys.cpu()[lists.at : lists.at + size].view(shape)[..., : lists.width].long()
                 best = mass.topk(lists.width, -1).values.sum(-1)
                 assert float((mass.gather(-1, chosen).sum(-1) / best).min()) > 0.99
     if taken is not None:
@@ -125,7 +148,8 @@ def test_interpreter_agrees_with_oracle():
     code = (
         "import json, test_triton as t\n"
         "cases = [c for c in t.CASES if c[1] != 'bf16']\n"
-        "print(json.dumps({' '.join(map(str, c)): t.check(*c, 'cpu') for c in cases}))"
+        "print(json.dumps({' '.join(map(str, c)): t.check(*c, 'cpu') for c in cases}\n"
+        "                 | {'three targets fp32 32': t.check_three_targets('cpu')}))"
     )
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])
@@ -133,7 +157,7 @@ def test_interpreter_agrees_with_oracle():
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == sum(dtype != "bf16" for _, dtype, _ in CASES)  # the interpreter's dot takes bf16 for integers
+    assert len(errors) == sum(dtype != "bf16" for _, dtype, _ in CASES) + 1  # the interpreter's dot takes bf16 for integers
     for case, error in errors.items():
         dtype = case.split()[-2]
         assert error < 2 * TOLERANCES[dtype], f"{case}: {error}"
@@ -143,6 +167,11 @@ def test_interpreter_agrees_with_oracle():
 @pytest.mark.parametrize("case", CASES, ids=lambda c: " ".join(map(str, c)))
 def test_gpu_agrees_with_oracle(case):
     assert check(*case, "cuda") < 2 * TOLERANCES[case[1]]
+
+
+@pytest.mark.gpu
+def test_gpu_selection_of_three_targets():
+    assert check_three_targets("cuda") < 2 * TOLERANCES["fp32"]
 
 
 @pytest.mark.gpu
@@ -202,7 +231,9 @@ def compile_selection(capability: tuple[int, int]) -> list[int]:
         "scale_log2e": "fp32",
     }
     mass = {"EACH": 13, "SAMPLES": 16, "IEEE": False, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_M": 128, "BLOCK_N": 64}
-    select = {"EXACT": False, "HAS_FIRST": True, "CHILDREN": 9, "MAIN": 4096, "TAIL": 32}
+    kinds |= {f"weight_{x}_ptr": "*i16" for x in "abc"}
+    select = {"TARGETS": 3, "CHILDREN_A": 1, "CHILDREN_B": 5, "CHILDREN_C": 9, "EXACT": False, "HAS_FIRST": True}
+    select |= {"MAIN": 4096, "TAIL": 32}
     found = []
     for kernel, constants, stages in ((mass_kernel, mass, 3), (select_kernel, select, 1)):
         types = {

@@ -69,6 +69,8 @@ class Launcher:
     ) -> None:  # fmt: skip
         self.kernel = kernel
         self.tail = tuple(constants.values())
+        if kernel.arg_names[-len(constants) :] != list(constants):
+            raise AssertionError(f"{kernel.__name__}: constants must come last, in order")
         if INTERPRETED:
             return
         binary = compile_for(source(kernel, types, constants, aligned), torch.cuda.get_device_capability(device), options)
@@ -76,9 +78,6 @@ class Launcher:
         self.run, self.function, self.packed = binary.run, binary.function, binary.packed_metadata
         self.index = device.index if device.index is not None else torch.cuda.current_device()
         self.stream = torch._C._cuda_getCurrentRawStream
-        names = list(kernel.arg_names)
-        if names[-len(constants) :] != list(constants):
-            raise AssertionError(f"{kernel.__name__}: constants must come last, in order")
 
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         if INTERPRETED:

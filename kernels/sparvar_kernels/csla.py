@@ -80,15 +80,15 @@ def csla_lists(schedule: ScaleSchedule, scale_index: int, variant: Csla, device:
     torch.set_num_threads(1)  # a millisecond of small operations; waking many threads for each took 80 ms on a GPU server
     try:
         tile, key = tile_mask(schedule, scale_index, variant).nonzero(as_tuple=True)
+        tiles = partition(schedule.grids[scale_index], variant.tile, device)
+        counts = torch.bincount(tile, minlength=tiles.rows.shape[0])
+        if int(counts.min()) == 0:
+            raise ValueError(f"csla at scale {scale_index}: a query tile sees no key; widen windows or add sinks")
+        width = int(counts.max())
+        first = torch.cumsum(counts, 0) - counts
+        keys = key[first][:, None].repeat(1, width).int()  # the tail repeats a listed key
+        keys[tile, torch.arange(len(key)) - first[tile]] = key.int()
     finally:
         torch.set_num_threads(threads)
-    tiles = partition(schedule.grids[scale_index], variant.tile, device)
-    counts = torch.bincount(tile, minlength=len(tiles.counts))
-    if int(counts.min()) == 0:
-        raise ValueError(f"csla at scale {scale_index}: a query tile sees no key; widen windows or add sinks")
-    width = int(counts.max())
-    first = torch.cumsum(counts, 0) - counts
-    keys = key[first][:, None].repeat(1, width).int()  # the tail repeats a listed key
-    keys[tile, torch.arange(len(key)) - first[tile]] = key.int()
     exact = None if bool((counts == width).all()) else counts.int()[None, None].to(device)
     return KeyLists(tiles, keys[None, None].to(device), exact)

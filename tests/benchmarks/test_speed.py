@@ -1,0 +1,77 @@
+"""Speed of the kernel table's cases: `pytest tests/benchmarks --benchmark-enable -m ''` on any machine.
+
+The cases are those of `sparvar-tune bench`, by the same names: on a GPU (marker gpu) as they stand, on a CPU in fp32 on a tiny
+schedule with four heads. What is timed is first held against a reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparvar_kernels import Policy, Pooled, ScaleSchedule, SparseAttention
+from sparvar_kernels import reference as oracle
+from sparvar_kernels.configs import TritonConfig
+from sparvar_kernels.variants import at_decision
+from sparvar_tune.kernel_bench import Case, cases, error_of
+from sparvar_tune.schedule import Bench, decision_scales
+
+SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # fourteen grids like HART's; Infinity's schedules have thirteen
+CASES = {case.name: case for case in cases()}
+POOLED = replace(CASES["reuse"], name="pooled 4x4", policy=Policy.uniform(1, 28, {12: Pooled(9, 4)}))  # no row of the table
+
+
+def tiny(case: Case) -> Case:
+    schedule = ScaleSchedule.square(SIDES[: len(case.schedule)])
+    heads = case.policy.heads[0][:: case.heads // 4][:4]  # a mixed layer stays mixed
+    rules = tuple(r for r in case.policy.rules if r.head_class in heads)
+    return replace(case, schedule=schedule, heads=4, head_dim=32, dtype="fp32", policy=Policy((heads,), rules))
+
+
+def reference_error(case: Case, made: torch.Tensor, inputs: dict[int, tuple[torch.Tensor, ...]]) -> float:
+    """Relative error of every head against the fp64 oracle."""
+    problem, worst = case.problem(case.scale_index), 0.0
+    for h in range(case.heads):
+        variant = case.policy.variant(0, h, case.scale_index)
+        decision = getattr(variant, "decision_scale", None)
+        one = replace(problem, heads=1)
+        source = None
+        if decision is not None:
+            source = (replace(case.problem(decision), heads=1), *(t[:, h : h + 1] for t in inputs[decision]))
+        tile = getattr(at_decision(variant, case.schedule, case.scale_index), "tile", None)
+        want = oracle.reference_attention(variant, *(t[:, h : h + 1] for t in inputs[case.scale_index]), one, source, tile)
+        worst = max(worst, float((made[:, h : h + 1].double() - want).norm() / want.norm()))
+    return worst
+
+
+@pytest.mark.parametrize("name", [*CASES, POOLED.name])
+def test_tiny_case_on_a_cpu(benchmark, name):
+    case = tiny(CASES.get(name, POOLED))
+    attend = SparseAttention(
+        case.policy, case.schedule, softmax_scale=case.problem(0).softmax_scale, logit_bound=case.logit_bound
+    )
+    first = decision_scales(case.policy, 0, case.scale_index)
+    inputs = {s: case.problem(s).make_inputs(s) for s in (*first, case.scale_index)}
+    for s in first:
+        attend(*inputs[s], 0, s)
+    made = benchmark.pedantic(lambda: attend(*inputs[case.scale_index], 0, case.scale_index), rounds=5, warmup_rounds=1)
+    assert reference_error(case, made, inputs) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_case_on_a_gpu(benchmark, name):
+    case = CASES[name]
+    bench = Bench(case.policy, {s: case.problem(s) for s in range(len(case.schedule))}, 0, case.scale_index)
+    attend = bench.attention(TritonConfig())
+    if not case.decision:
+        assert error_of(case, attend, bench) < 0.01
+
+    def call() -> torch.Tensor:
+        made = bench.call(attend)
+        torch.cuda.synchronize()
+        return made
+
+    assert bool(torch.isfinite(benchmark.pedantic(call, rounds=20, warmup_rounds=3)).all())
