@@ -29,8 +29,6 @@ from sparvar_kernels.selecting_triton import mass_kernel, select_kernel
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant, at_decision
 from sparvar_kernels.work import FIELDS, LIST_PAD, Part, tiles_of, work_table
 
-MASS_BLOCK_M, MASS_BLOCK_N, MASS_STAGES = 128, 64, 3
-SELECT_OPTIONS = {"num_warps": 8, "num_stages": 1}
 POINTERS = ("q", "k", "v", "out", "keys", "table", "extra", "bias")
 ADD_RESIDUAL, TAKE_RESIDUAL = 1, 2
 
@@ -156,8 +154,7 @@ class Gather:
     """Calls the gathered kernel for one stage."""
 
     def __init__(self, stage: Stage, problem: AttentionProblem, config: TritonConfig, epilogue: int, bias: bool = False) -> None:
-        self.stage, self.problem, self.config = stage, problem, config
-        self.epilogue = epilogue
+        self.stage, self.problem = stage, problem
         self.constants = gathered_constants(problem, config, epilogue=epilogue, bias=bias, masked=stage.masked)
         self.options = config.options
         self.grid = (stage.table.shape[0], problem.batch, 1)
@@ -223,12 +220,12 @@ def column_mass(
     rows = _sample_rows(problem.grid, tile, sample, device)
     tiles, each = rows.shape
     samples = max(8, 1 << (each - 1).bit_length())
-    block_m = max(64 if problem.dtype == "fp32" else MASS_BLOCK_M, samples)
+    block_m = max(64 if problem.dtype == "fp32" else 128, samples)
     padded = -(-problem.num_keys // 16) * 16
     precision = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     mass = torch.empty(problem.batch, len(heads), tiles, padded, dtype=precision, device=q.device)
     groups = -(-tiles // (block_m // samples))
-    block_n, programs = MASS_BLOCK_N, groups * problem.batch * len(heads)
+    block_n, programs = 64, groups * problem.batch * len(heads)
     chunks = max(1, min(-(-problem.num_keys // (4 * block_n)), -(-528 // programs)))
     keys_each = -(-problem.num_keys // (chunks * block_n)) * block_n
     types = {"q_ptr": f"*{TYPES[q.dtype]}", "k_ptr": f"*{TYPES[q.dtype]}", "lse_ptr": "*fp32", "mass_ptr": f"*{TYPES[precision]}",
@@ -239,7 +236,7 @@ def column_mass(
     aligned = not (q.data_ptr() | k.data_ptr() | q.stride(0) | q.stride(1) | q.stride(2) | k.stride(0) | k.stride(1)
                    | k.stride(2) | lse.stride(0) | lse.stride(1)) & 15  # fmt: skip
     run = launcher(mass_kernel, types | dict.fromkeys(ints, "i32"), constants,
-                   {"num_warps": 8 if block_m >= 128 else 4, "num_stages": MASS_STAGES}, aligned, q.device)  # fmt: skip
+                   {"num_warps": 8 if block_m >= 128 else 4, "num_stages": 3}, aligned, q.device)  # fmt: skip
     run(
         (-(-problem.num_keys // keys_each), groups, problem.batch * len(heads)),
         pointer(q), pointer(k), pointer(lse), pointer(mass), pointer(rows), pointer(_on_device(heads, device)),
@@ -250,13 +247,13 @@ def column_mass(
 
 
 @lru_cache(maxsize=256)
-def _child_table(problem: AttentionProblem, decision_scale: int, expand: bool, device: str) -> tuple[Tensor, Tensor]:
-    """(table [Nk, most] int32, weights [Nk] int16) of `children`; itself alone where lists stay on the decision scale's keys."""
+def _child_table(problem: AttentionProblem, decision_scale: int, expand: bool, device: str) -> tuple[Tensor, Tensor, int]:
+    """(table [Nk, most], weights [Nk], most) of `children`; itself alone where lists stay on the decision scale's keys."""
     if not expand:
         n = problem.schedule.num_keys(decision_scale)
-        return torch.arange(n, dtype=torch.int32, device=device)[:, None], torch.ones(n, dtype=torch.int16, device=device)
+        return torch.arange(n, dtype=torch.int32, device=device), torch.ones(n, dtype=torch.int32, device=device), 1
     table, weight = children(problem.schedule, decision_scale, problem.scale_index, device)
-    return table.contiguous(), weight.to(torch.int16).contiguous()
+    return table.contiguous(), weight.contiguous(), table.shape[1]
 
 
 @lru_cache(maxsize=256)
@@ -273,56 +270,30 @@ def _first_keys(problem: AttentionProblem, variant: Cs4a, device: str) -> Tensor
     return None if first is None else first.to(torch.int8).contiguous()
 
 
-@dataclass(frozen=True)
-class Target:
-    """Lists to fill in the key buffer of the stage at `problem`."""
-
-    lists: Lists
-    keys: Tensor
-    problem: AttentionProblem
-
-
-MOST_TARGETS = 3  # one launch of the selection
-
-
-def select(mass: Tensor, targets: Sequence[Target], there: Cs4a, decision: AttentionProblem) -> None:
-    """Fills the lists of all `targets` from mass [B, h, T_S, >= Nk_S] of the decision scale, ranked as `there` says."""
-    device = str(mass.device)
-    by_rows: dict[bool, list[Target]] = {}
-    for target in targets:  # the paper's groups have sources of their own at every finer scale
-        own = there.keys == "index" and target.problem.scale_index != there.decision_scale
-        by_rows.setdefault(own, []).append(target)
-    shared, apart = by_rows.get(False, []), by_rows.get(True, [])
-    launches = [shared[i : i + MOST_TARGETS] for i in range(0, len(shared), MOST_TARGETS)] + [[t] for t in apart]
-    first = _first_keys(decision, there, device)
+def select(mass: Tensor, keys: Tensor, lists: Lists, problem: AttentionProblem, decision: AttentionProblem) -> None:
+    """Fills `lists` in the key buffer of the stage at `problem` from mass [B, h, T_S, >= Nk_S] of the decision scale."""
+    device, variant = str(mass.device), lists.variant
+    expand = variant.keys == "place" and problem.scale_index != variant.decision_scale
+    table, weight, most = _child_table(problem, variant.decision_scale, expand, device)
+    there = at_decision(variant, problem.schedule, problem.scale_index) if expand else variant
+    first = _first_keys(problem, there, device)
+    sources = _list_sources(problem, variant, lists.rows, device)
     n = decision.num_keys
     main = 1 << (n.bit_length() - 1)
-    for together in launches:
-        tables = []
-        for target in together:
-            expand = there.keys == "place" and target.problem.scale_index != there.decision_scale
-            tables.append(_child_table(target.problem, there.decision_scale, expand, device))
-        three = [*range(len(together)), 0, 0][:MOST_TARGETS]
-        lists = [together[i].lists for i in three]
-        kinds = {"keys": "*i32", "table": "*i32", "weight": "*i16"}
-        types = {f"{name}_{x}_ptr": kind for name, kind in kinds.items() for x in "abc"}
-        types |= {"mass_ptr": f"*{TYPES[mass.dtype]}", "first_ptr": "*i8", "source_ptr": "*i32"}
-        constants = {"TARGETS": len(together)} | {
-            f"CHILDREN_{x}": tables[i][0].shape[1] for x, i in zip("ABC", three, strict=True)
-        }
-        constants |= {"EXACT": mass.dtype == torch.float32, "HAS_FIRST": first is not None, "MAIN": main,
-                      "TAIL": max(16, 1 << (n - main).bit_length())}  # fmt: skip
-        ints = [name for name in select_kernel.arg_names if name not in types and name not in constants]
-        sources = _list_sources(together[0].problem, there, lists[0].rows, device)
-        run = launcher(select_kernel, types | dict.fromkeys(ints, "i32"), constants, SELECT_OPTIONS, True, mass.device)
-        run(
-            (lists[0].rows, decision.batch * len(lists[0].heads), 1),
-            pointer(mass), pointer(mass if first is None else first), pointer(sources),
-            *(pointer(together[i].keys) for i in three), *(pointer(tables[i][j]) for j in (0, 1) for i in three),
-            *(x.at for x in lists), *(x.head_step for x in lists), *(x.batch_step for x in lists), *(x.row_step for x in lists),
-            *(x.width for x in lists), *(tables[i][0].shape[1] for i in three),
-            len(lists[0].heads), mass.shape[2], n, mass.shape[3],
-        )  # fmt: skip
+    types = {name: "*i32" for name in ("keys_ptr", "source_ptr", "table_ptr", "weight_ptr")}
+    types |= {"mass_ptr": f"*{TYPES[mass.dtype]}", "first_ptr": "*i8"}
+    ints = ("list_at", "head_step", "batch_step", "row_step", "num_heads", "num_tiles", "num_keys", "mass_keys", "width", "most")
+    constants = {"EXACT": mass.dtype == torch.float32, "HAS_FIRST": first is not None, "CHILDREN": most, "MAIN": main,
+                 "TAIL": max(16, 1 << (n - main).bit_length())}  # fmt: skip
+    options = {"num_warps": 8, "num_stages": 1}
+    run = launcher(select_kernel, types | dict.fromkeys(ints, "i32"), constants, options, True, mass.device)
+    run(
+        (lists.rows, problem.batch * len(lists.heads), 1),
+        pointer(mass), pointer(keys), pointer(mass if first is None else first),
+        pointer(sources), pointer(table), pointer(weight),
+        lists.at, lists.head_step, lists.batch_step, lists.row_step, len(lists.heads), mass.shape[2], n, mass.shape[3],
+        lists.width, most,
+    )  # fmt: skip
 
 
 def _like(q: Tensor) -> Tensor:
@@ -343,7 +314,7 @@ class Layer:
         self.pooled: dict[tuple[int, Pooled], Gather] = {}
         self.residuals: dict[int, Tensor] = {}
         self.seen: set[int] = set()  # decision scales run for this image
-        self.decisions: dict[int, tuple[Gather | None, list[tuple[Record, list[Target]]]]] = {}
+        self.decisions: dict[int, tuple[Gather | None, list[tuple[Record, list[tuple[Lists, Tensor, int]]]]]] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, s: int) -> Tensor:
         plan = self.plans[s]
@@ -424,7 +395,7 @@ class Layer:
             begin += len(record.heads) if record.wants_residual else 0
         raise AssertionError("a variant without its record")
 
-    def _decision(self, s: int) -> tuple[Gather | None, list[tuple[Record, list[Target]]]]:
+    def _decision(self, s: int) -> tuple[Gather | None, list[tuple[Record, list[tuple[Lists, Tensor, int]]]]]:
         """What a decision scale has to do: the launch that takes residuals, and per record the lists to fill."""
         if s in self.decisions:
             return self.decisions[s]
@@ -434,29 +405,30 @@ class Layer:
         for record in wanting:
             outs.append(tuple(range(begin, begin + len(record.heads))))
             begin += len(record.heads)
-        gather, targets = None, []
+        gather, own = None, []
         if wanting:
             groups = [r.key for r in wanting]
             stage = build_stage(groups, problem, config, self.device, [None] * len(groups), outs)
             gather = Gather(stage, problem, config, TAKE_RESIDUAL)
-            targets = [Target(lists, stage.keys, problem) for lists in stage.dynamic]
+            own = [(lists, stage.keys, s) for lists in stage.dynamic]
             shape = (problem.batch, begin, problem.num_queries, problem.head_dim)
             self.residuals[s] = torch.empty(shape, dtype=DTYPES[problem.dtype], device=self.device)
-        for later in range(s + 1, len(self.plans)):
-            self._gathers(later)
-        targets += [
-            Target(lists, stage.keys, self.problems[later])
-            for (later, _), (stage, _) in self.stages.items() if later > s for lists in stage.dynamic
-        ]  # fmt: skip
-        ranking = [r for r in self.plans[s].records if isinstance(r.variant, Cs4a)]
-        self.decisions[s] = gather, [(r, [t for t in targets if self._record_of(t) == r.key]) for r in ranking]
+        jobs = []
+        for record in self.plans[s].records:
+            if not isinstance(record.variant, Cs4a):
+                continue
+            fill = [job for job in own if (job[0].variant, job[0].heads) == record.key]
+            for later in range(s + 1, len(self.plans)):
+                self._gathers(later)
+                for (scale, _), (stage, _) in self.stages.items():
+                    if scale != later:
+                        continue
+                    for lists in stage.dynamic:
+                        if (at_decision(lists.variant, problem.schedule, later), lists.heads) == record.key:
+                            fill.append((lists, stage.keys, later))
+            jobs.append((record, fill))
+        self.decisions[s] = gather, jobs
         return self.decisions[s]
-
-    @staticmethod
-    def _record_of(target: Target) -> tuple[Variant, tuple[int, ...]]:
-        """The key of the record whose ranking fills a target's lists."""
-        variant, problem = target.lists.variant, target.problem
-        return at_decision(variant, problem.schedule, problem.scale_index), target.lists.heads
 
     def _decide(self, q: Tensor, k: Tensor, v: Tensor, s: int) -> Tensor:
         """A decision scale: dense for the heads that later scales ask about, their lists and residuals."""
@@ -477,7 +449,8 @@ class Layer:
             shared = (record.heads, variant.tile, variant.sample)
             if shared not in masses:
                 masses[shared] = column_mass(q, k, lse, problem, *shared)
-            select(masses[shared], fill, variant, problem)
+            for lists, keys, later in fill:
+                select(masses[shared], keys, lists, self.problems[later], problem)
         if gather is not None:
             gather(q, k, v, self.residuals[s], out)
         return out

@@ -62,23 +62,8 @@ def _levels(mass_at, first_at, offs, real, HAS_FIRST: tl.constexpr, EXACT: tl.co
         level = mass.to(tl.int16, bitcast=True).to(tl.int32)
     if HAS_FIRST:
         ahead = tl.load(first_at + offs, mask=real, other=0)
-        level = tl.where(ahead != 0, (1 << 31) - 2 if EXACT else (1 << 15) - 1, level)  # one more must not overflow
+        level = tl.where(ahead != 0, (1 << 31) - 1 if EXACT else (1 << 15) - 1, level)
     return tl.where(real, level, -1)
-
-
-@triton.jit
-def _add3(a, b, c, d, e, f):  # type: ignore[no-untyped-def]
-    return a + d, b + e, c + f
-
-
-@triton.jit
-def _held(level, a, b, c, least_a, least_b, least_c, TARGETS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Weight of the keys at or above each target's level; all targets in one reduction, whose latency is what it costs."""
-    held_a = tl.where(level >= least_a, a, 0)
-    if TARGETS == 1:
-        total = tl.sum(held_a)
-        return total, total, total
-    return tl.reduce((held_a, tl.where(level >= least_b, b, 0), tl.where(level >= least_c, c, 0)), 0, _add3)
 
 
 @triton.jit
@@ -90,81 +75,45 @@ def _emit(out, table_ptr, offs, taken, place, most, CHILDREN: tl.constexpr):  # 
 
 
 @triton.jit
-def _fill(  # type: ignore[no-untyped-def]
-    out, table_ptr, offs, rest, level, level_r, weight, weight_r, bound, left, most, CHILDREN: tl.constexpr,
-):  # fmt: skip
-    """Writes one target's list in ascending order: all keys above `bound`, and of those at it the first `left` places."""
-    equal, equal_r = tl.where(level == bound, weight, 0), tl.where(level_r == bound, weight_r, 0)
-    before = tl.cumsum(equal) - equal
-    taken = tl.where(level > bound, weight, tl.maximum(tl.minimum(left - before, equal), 0))
-    before_r = tl.sum(equal) + tl.cumsum(equal_r) - equal_r
-    taken_r = tl.where(level_r > bound, weight_r, tl.maximum(tl.minimum(left - before_r, equal_r), 0))
-    _emit(out, table_ptr, offs, taken, tl.cumsum(taken) - taken, most, CHILDREN)
-    _emit(out, table_ptr, rest, taken_r, tl.sum(taken) + tl.cumsum(taken_r) - taken_r, most, CHILDREN)
-
-
-@triton.jit
 def select_kernel(  # type: ignore[no-untyped-def]
-    mass_ptr, first_ptr, source_ptr, keys_a_ptr, keys_b_ptr, keys_c_ptr, table_a_ptr, table_b_ptr, table_c_ptr,
-    weight_a_ptr, weight_b_ptr, weight_c_ptr,
-    list_at_a, list_at_b, list_at_c, head_step_a, head_step_b, head_step_c, batch_step_a, batch_step_b, batch_step_c,
-    row_step_a, row_step_b, row_step_c, width_a, width_b, width_c, most_a, most_b, most_c,
-    num_heads, num_tiles, num_keys, mass_keys,
-    TARGETS: tl.constexpr, CHILDREN_A: tl.constexpr, CHILDREN_B: tl.constexpr, CHILDREN_C: tl.constexpr,
-    EXACT: tl.constexpr, HAS_FIRST: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    mass_ptr, keys_ptr, first_ptr, source_ptr, table_ptr, weight_ptr,
+    list_at, head_step, batch_step, row_step, num_heads, num_tiles, num_keys, mass_keys, width, most,
+    EXACT: tl.constexpr, HAS_FIRST: tl.constexpr, CHILDREN: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Program (list row, batch x head): list row r of every target takes the mass of tile source[r].
+    """Program (list row, batch x head): list row r takes the mass of tile source[r].
 
-    A target is one scale's lists. Key j of the decision scale stands for weight[j] of its keys, table[j, :weight[j]]; the
-    heaviest fill `width` places, equal mass in order of position; the last one may be cut. first [T, num_keys] int8: keys
-    that go ahead of all others. A row is worked on as MAIN + TAIL keys, powers of two, so that 4,121 keys do not cost as
-    much as 8,192. With TARGETS < 3 the arguments of the others repeat those of the first.
+    Key j of the decision scale stands for weight[j] keys, table[j, :weight[j]]; the heaviest fill `width` places, equal
+    mass in order of position; the last one may be cut. first [T, num_keys] int8: keys that go ahead of all others.
+    A row is worked on as MAIN + TAIL keys, powers of two, so that 4,121 keys do not cost as much as 8,192.
     """
     i_row, i_bh = tl.program_id(0), tl.program_id(1)
     tile = tl.load(source_ptr + i_row)
     mass_at = mass_ptr + (i_bh.to(tl.int64) * num_tiles + tile) * mass_keys
     first_at = first_ptr + tile * num_keys
     offs, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL)
-    real, real_r = offs < num_keys, rest < num_keys
-    level = _levels(mass_at, first_at, offs, real, HAS_FIRST, EXACT)
-    level_r = _levels(mass_at, first_at, rest, real_r, HAS_FIRST, EXACT)
-    a, a_r = tl.load(weight_a_ptr + offs, mask=real, other=0), tl.load(weight_a_ptr + rest, mask=real_r, other=0)
-    a, a_r = a.to(tl.int32), a_r.to(tl.int32)
-    b, c, b_r, c_r = a, a, a_r, a_r
-    if TARGETS > 1:
-        b = tl.load(weight_b_ptr + offs, mask=real, other=0).to(tl.int32)
-        b_r = tl.load(weight_b_ptr + rest, mask=real_r, other=0).to(tl.int32)
-    if TARGETS > 2:
-        c = tl.load(weight_c_ptr + offs, mask=real, other=0).to(tl.int32)
-        c_r = tl.load(weight_c_ptr + rest, mask=real_r, other=0).to(tl.int32)
+    level = _levels(mass_at, first_at, offs, offs < num_keys, HAS_FIRST, EXACT)
+    level_r = _levels(mass_at, first_at, rest, rest < num_keys, HAS_FIRST, EXACT)
+    weight = tl.load(weight_ptr + offs, mask=offs < num_keys, other=0)
+    weight_r = tl.load(weight_ptr + rest, mask=rest < num_keys, other=0)
     # The largest level whose keys still fill the list, bit by bit. Of a bf16 row 2**-16 of its largest mass is as good as
     # nothing, which leaves 11 bits.
-    bound_a, bound_b, bound_c = (tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32))
+    bound = tl.full([], 0, tl.int32)
     BITS: tl.constexpr = 31 if EXACT else 11
     if not EXACT:
         floor = tl.maximum(tl.maximum(tl.max(level), tl.max(level_r)) - (1 << BITS) + 1, 0)
         level = tl.where(level < 0, -1, tl.maximum(level - floor, 0))
         level_r = tl.where(level_r < 0, -1, tl.maximum(level_r - floor, 0))
     for bit in tl.static_range(BITS):
-        up_a = bound_a | (1 << (BITS - 1 - bit))
-        up_b = bound_b | (1 << (BITS - 1 - bit))
-        up_c = bound_c | (1 << (BITS - 1 - bit))
-        held_a, held_b, held_c = _held(level, a, b, c, up_a, up_b, up_c, TARGETS)
-        more_a, more_b, more_c = _held(level_r, a_r, b_r, c_r, up_a, up_b, up_c, TARGETS)
-        bound_a = tl.where(held_a + more_a >= width_a, up_a, bound_a)
-        bound_b = tl.where(held_b + more_b >= width_b, up_b, bound_b)
-        bound_c = tl.where(held_c + more_c >= width_c, up_c, bound_c)
-    held_a, held_b, held_c = _held(level, a, b, c, bound_a + 1, bound_b + 1, bound_c + 1, TARGETS)
-    more_a, more_b, more_c = _held(level_r, a_r, b_r, c_r, bound_a + 1, bound_b + 1, bound_c + 1, TARGETS)
+        trial = bound | (1 << (BITS - 1 - bit))
+        filled = tl.sum(tl.where(level >= trial, weight, 0)) + tl.sum(tl.where(level_r >= trial, weight_r, 0))
+        bound = tl.where(filled >= width, trial, bound)
+    left = width - tl.sum(tl.where(level > bound, weight, 0)) - tl.sum(tl.where(level_r > bound, weight_r, 0))
+    equal, equal_r = tl.where(level == bound, weight, 0), tl.where(level_r == bound, weight_r, 0)
+    before = tl.cumsum(equal) - equal
+    taken = tl.where(level > bound, weight, tl.maximum(tl.minimum(left - before, equal), 0))
+    before_r = tl.sum(equal) + tl.cumsum(equal_r) - equal_r
+    taken_r = tl.where(level_r > bound, weight_r, tl.maximum(tl.minimum(left - before_r, equal_r), 0))
     i_b, i = (i_bh // num_heads).to(tl.int64), i_bh % num_heads
-    out = keys_a_ptr + list_at_a + i_b * batch_step_a + i * head_step_a + i_row * row_step_a
-    left = width_a - held_a - more_a
-    _fill(out, table_a_ptr, offs, rest, level, level_r, a, a_r, bound_a, left, most_a, CHILDREN_A)
-    if TARGETS > 1:
-        out = keys_b_ptr + list_at_b + i_b * batch_step_b + i * head_step_b + i_row * row_step_b
-        left = width_b - held_b - more_b
-        _fill(out, table_b_ptr, offs, rest, level, level_r, b, b_r, bound_b, left, most_b, CHILDREN_B)
-    if TARGETS > 2:
-        out = keys_c_ptr + list_at_c + i_b * batch_step_c + i * head_step_c + i_row * row_step_c
-        left = width_c - held_c - more_c
-        _fill(out, table_c_ptr, offs, rest, level, level_r, c, c_r, bound_c, left, most_c, CHILDREN_C)
+    out = keys_ptr + list_at + i_b * batch_step + i * head_step + i_row * row_step
+    _emit(out, table_ptr, offs, taken, tl.cumsum(taken) - taken, most, CHILDREN)
+    _emit(out, table_ptr, rest, taken_r, tl.sum(taken) + tl.cumsum(taken_r) - taken_r, most, CHILDREN)
