@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = command("bench", "time the kernels on this machine's GPU against dense attention and the paper's form", model=False)
     bench.add_argument("--out", type=Path, required=True, help="Markdown file; the raw numbers go beside it as JSON")
     bench.add_argument("--from", dest="source", type=Path, help="write the table again from this JSON instead of measuring")
+    bench.add_argument("--spaces", type=Path, help="folder: also record whole launch spaces there, for sparvar_tune.replay")
     bench.add_argument("--only", default="", help="cases whose name contains this")
 
     check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)

@@ -139,8 +139,10 @@ def _time_schedule(args: argparse.Namespace, gpu: Gpu, model: Model, resolution:
 def bench(args: argparse.Namespace) -> int:
     """The kernel table: measured here, or again from the raw numbers of a run."""
     import json
+    import re
 
     from sparvar_tune import kernel_bench
+    from sparvar_tune.recorded import write_space
 
     out = args.out.with_suffix(".md")
     if args.source is not None:
@@ -163,6 +165,11 @@ def bench(args: argparse.Namespace) -> int:
 
     kernel_bench.measure_all(_say, keep, args.only)
     _say(f"wrote {out} and {out.with_suffix('.json')}")
+    for case in kernel_bench.cases() if args.spaces else ():
+        if case.name in kernel_bench.RECORDED and args.only in case.name:
+            path = args.spaces / f"{re.sub('[^a-z0-9]+', '-', case.name.lower()).strip('-')}.json"
+            write_space(kernel_bench.record_space(case), path)
+            _say(f"wrote {path}")
     return 0
 
 

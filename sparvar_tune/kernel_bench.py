@@ -25,16 +25,20 @@ from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.csla import csla_lists
 from sparvar_kernels.policy import Policy, Rule
 from sparvar_kernels.problem import AttentionProblem
+from sparvar_kernels.registry import why_not
 from sparvar_kernels.scales import ScaleSchedule, Tile
 from sparvar_kernels.variants import Cs4a, Csla, Reuse, Variant
 from sparvar_tune.machine import version_of
 from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import MODELS
 from sparvar_tune.policies import paper_windows
-from sparvar_tune.schedule import Bench, binaries, compile_all, space, variants_of
-from sparvar_tune.schema import Speedup
+from sparvar_tune.recorded import File, Row
+from sparvar_tune.schedule import Bench, binaries, compile_all, points, space, variants_of
+from sparvar_tune.schema import Speedup, one_line
 
 ROUNDS = 30
+RECORDED = ("CSLA 8x8, last scale", "CSLA 8x8, with residual", "CSLA 8x8, scale 48", "CS4A 20 % 8x16",
+            "CS4A 10 % 8x16, with residual", "HART CSLA 8x8, no text (9451 keys)")  # fmt: skip
 SQUARE = MODELS["infinity-8b"].schedule()
 HART_PAPER = ScaleSchedule.square((1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64))  # without text: 9451 keys
 
@@ -297,6 +301,34 @@ def case_space(case: Case, problem: AttentionProblem) -> list[TritonConfig]:
         return [TritonConfig()]
     rows = max(getattr(v, "tile", Tile(0, 128)).rows for v in variants_of(case.policy, 0, case.scale_index))
     return [c for c in space(problem, torch.cuda.get_device_capability()) if c.block_m <= max(64, rows)]
+
+
+def record_space(case: Case) -> File:
+    """The time of every legal configuration of a case, none pruned, all in one interleaved run: what `replay` reads."""
+    bench = Bench(case.policy, {s: case.problem(s) for s in range(len(case.schedule))}, 0, case.scale_index)
+    capability = torch.cuda.get_device_capability()
+    choices = TritonConfig.space()
+    configs = [TritonConfig(**point) for point in points(choices)]
+    configs = [c for c in configs if not why_not(bench.problem, "triton", c, capability)]
+    jobs = binaries(bench.problem, variants_of(case.policy, 0, case.scale_index), configs, capability)
+    compile_all(jobs, os.cpu_count() or 2, lambda text: None)
+    ways: dict[str, Callable[[], object]] = {}
+    failures: dict[int, str] = {}
+    for i, config in enumerate(configs):
+        try:
+            attend = bench.attention(config)
+            bench.call(attend)
+            torch.cuda.synchronize()
+            ways[str(i)] = lambda attend=attend: bench.call(attend)  # type: ignore[misc]
+        except Exception as error:  # out of registers: data, not the end
+            failures[i] = one_line(f"{type(error).__name__}: {error}")[:200]
+    spent = interleaved(ways, ROUNDS)
+    rows = []
+    for i, config in enumerate(configs):
+        point = {name: getattr(config, name) for name in choices}
+        t = timing(spent[str(i)]) if i not in failures else None
+        rows.append(Row(point, t.p20_ms, t.p50_ms, t.p80_ms, t.n, None) if t else Row(point, None, None, None, None, failures[i]))
+    return File(1, torch.cuda.get_device_name(), case.name, "ms", {k: list(v) for k, v in choices.items()}, tuple(rows))
 
 
 def measure_all(say: Callable[[str], None], keep: Callable[[dict[str, Any]], None], only: str = "") -> dict[str, Any]:

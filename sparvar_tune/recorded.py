@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparvar_tune.json_reader import Reader, unique_keys
+from sparvar_tune.profiles import write_atomic
 from sparvar_tune.schema import one_line
 
 Point = tuple[int, ...]  # a configuration: for each parameter the index of its value
@@ -87,6 +88,16 @@ class Space:
     @property
     def optimum(self) -> float:
         return min(row.value for row in self.rows.values())
+
+
+def write_space(file: File, path: Path) -> None:
+    """Writes what `read_space` reads, atomically; a row leaves out what it does not have. Raises ValueError on a bad file."""
+    if reason := file.why_not() or next((f"rows[{i}]: {why}" for i, row in enumerate(file.rows) if (why := row.why_not())), None):
+        raise ValueError(f"{path}: {reason}")
+    rows = [{k: v for k, v in asdict(row).items() if v is not None} for row in file.rows]
+    lines = ",\n".join(f"  {json.dumps(row, sort_keys=True)}" for row in rows)
+    head = json.dumps({k: v for k, v in asdict(file).items() if k != "rows"}, indent=1, sort_keys=True)
+    write_atomic(path, f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'.encode())
 
 
 def read_space(path: Path) -> Space:

@@ -163,8 +163,10 @@ def prepare(profile: Profile, path: Path, gpu: Gpu, reasons: list[str]) -> Tuned
     reasons += mismatch(profile, gpu=gpu, versions=versions(), kernel_hash=now_hash)
     if profile.kernel_hash != now_hash:
         demoted = {r.scale_index: "the kernels changed since it was tuned; run sparvar-tune verify --write" for r in profile.rows}
+    # The time of a decision scale holds the ranking that later scales live on: no reason to make its other heads dense.
+    deciding = {getattr(rule.variant, "decision_scale", None) for rule in profile.policy.rules}
     for r in profile.rows:
-        if r.speedup is not None and r.speedup.low <= 1:
+        if r.speedup is not None and r.speedup.low <= 1 and r.scale_index not in deciding:
             demoted.setdefault(r.scale_index, f"its measured gain is not certain ({r.speedup.low:.2f}x at the low end)")
     here, there = silicon(gpu, profile.silicon.gpu == gpu.slug), profile.silicon
     if (here.name, here.threads) != (there.name, there.threads) and profile.state == "measured":

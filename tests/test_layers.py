@@ -22,8 +22,8 @@ LAYERS = [
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"},
     {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
-    {"sensitivity", "runtime", "predict", "schedule"}, {"kernel_bench"},
-    {"search"}, {"recorded"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
+    {"sensitivity", "runtime", "predict", "schedule", "recorded"}, {"kernel_bench"},
+    {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 

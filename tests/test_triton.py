@@ -17,13 +17,27 @@ import pytest
 import torch
 from tolerances import TOLERANCES
 
-from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Reuse, Rule, ScaleSchedule, SparseAttention, Tile, why_not
+from sparvar_kernels import (
+    AttentionProblem,
+    Cs4a,
+    Csla,
+    Dense,
+    Policy,
+    Reuse,
+    Rule,
+    ScaleSchedule,
+    SparseAttention,
+    Tile,
+    why_not,
+)
 from sparvar_kernels import reference as oracle
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.configs import SHARED_LIMIT, TritonConfig
 from sparvar_kernels.variants import at_decision
 from sparvar_tune import profiles
 from sparvar_tune.gpus import GPUS
+from sparvar_tune.models import MODELS
+from sparvar_tune.policies import paper_policy
 from sparvar_tune.schedule import Binary, compile_all
 
 ODD = ScaleSchedule(((1, 1), (2, 3), (4, 5), (7, 6), (9, 11)))
@@ -157,6 +171,26 @@ def test_interpreter_agrees_with_oracle():
     for case, error in errors.items():
         dtype = case.split()[-2]
         assert error < 2 * TOLERANCES[dtype], f"{case}: {error}"
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["hart", "infinity-8b", "var-d16", "var-d36"])
+def test_the_papers_policy_can_be_planned_on_every_model(name):
+    """Key buffers of every sparse scale, built without a GPU; small schedules have lists of odd lengths."""
+    from sparvar_kernels.layer_triton import build_stage
+
+    model = MODELS[name]
+    schedule = model.schedule()
+    policy = paper_policy(schedule, model.layers, model.heads)
+    for layer in (0, model.layers - 1):
+        for s in range(len(schedule) - 3, len(schedule)):
+            problem = AttentionProblem(schedule, s, 1, model.heads, model.head_dim, model.dtype)
+            variant = policy.variant(layer, 0, s)
+            if isinstance(variant, Dense):
+                continue
+            stage = build_stage([(variant, (0, 1))], problem, TritonConfig(), "cpu", [None], [None])
+            used = stage.table[:, 5] + stage.table[:, 7]
+            assert int(used.max()) <= len(stage.keys) and int(stage.keys.max()) < problem.num_keys
 
 
 @pytest.mark.gpu

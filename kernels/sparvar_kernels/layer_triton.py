@@ -103,7 +103,7 @@ def build_stage(
             dynamic.append(made)
             block = torch.zeros(problem.batch, len(heads), made.rows, made.row_step, dtype=torch.int32)
             if made.width < _width(variant, problem):
-                block[..., made.width :] = band_lists(schedule, s, variant)
+                block[..., made.width : _width(variant, problem)] = band_lists(schedule, s, variant)
             static.append(block.flatten())
         elif isinstance(variant, Csla):
             lists = csla_lists(schedule, s, variant)
