@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparvar_tune import __version__
+from sparvar_tune.schema import DEFAULT_PRESET, PRESETS
 
 COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "bench")
 DEFAULT_BUDGET = "290s"
@@ -57,12 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
         p: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
         p.add_argument("--gpu", default="auto", help="slug of the GPU table, cpu, or auto for this machine (default)")
         p.add_argument("--model", required=model, help="slug of the model table, such as pocketvar or hart")
-        p.add_argument("--quality", "--preset", dest="preset", choices=("near-lossless", "paper"), default="near-lossless")
+        p.add_argument("--quality", "--preset", dest="preset", choices=PRESETS, default=DEFAULT_PRESET)
         p.add_argument("--resolution", help="one the model was published at (default: its largest)")
         p.add_argument("--aspect", help="height / width with three decimals, such as 1.000 (default)")
         return p
 
-    tune = command("tune", "search a policy, certify it on held-out pictures, write the profile (the default command)")
+    tune = command(
+        "tune", "search a policy, certify it on held-out pictures, write the profile (the default command)", model=False
+    )
+    tune.add_argument("--from-misses", action="store_true", help="tune what load_profile(..., record_miss=True) did not find")
     tune.add_argument("--min-psnr", type=float, help="dB the lower confidence bound must reach, instead of the preset's")
     tune.add_argument("--min-ssim", type=float, help="the same for SSIM")
     tune.add_argument("--budget", type=duration, default=duration(DEFAULT_BUDGET), help=f"wall time (default {DEFAULT_BUDGET})")

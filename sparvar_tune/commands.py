@@ -15,7 +15,7 @@ import torch
 from sparvar_kernels import AttentionProblem, Policy, ScaleSchedule, SparseAttention, Tile, reference
 from sparvar_kernels.registry import KERNELS, kernel_for
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
-from sparvar_tune import profiles, runtime, schema
+from sparvar_tune import misses, profiles, runtime, schema
 from sparvar_tune.adapters import Adapter, load_adapter
 from sparvar_tune.fidelity import Constraint, class_mean, compare_pictures, lower_bound, relative_l2
 from sparvar_tune.gpus import GPUS, Gpu
@@ -55,6 +55,10 @@ def scratch_folder(gpu: Gpu, model: Model, preset: str) -> Path:
 
 
 def tune(args: argparse.Namespace) -> int:
+    if args.from_misses:
+        return _tune_misses(args)
+    if args.model is None:
+        raise ValueError("tune: want --model M (sparvar-tune show --models lists them) or --from-misses")
     gpu, model, resolution, aspect = _target(args)
     out = (args.out or profiles.user_folder()) / gpu.slug / _file_name(model, args.preset, resolution, aspect)
     if model.adapter is None and gpu.slug != "cpu" and is_here(gpu):
@@ -92,6 +96,26 @@ def tune(args: argparse.Namespace) -> int:
     _say("")
     _print_profile(profile, out)
     return 0
+
+
+def _tune_misses(args: argparse.Namespace) -> int:
+    """Every recorded miss of this GPU in turn; one that fails stays on the list and does not keep the others waiting."""
+    if args.model is not None:
+        raise ValueError("--from-misses: tunes every recorded model; leave out --model")
+    gpu = choose_gpu(args.gpu)
+    wanted = [m for m in misses.read() if m.gpu == gpu.slug]
+    _say(f"{len(wanted)} recorded misses of {gpu.slug} in {misses.file()}")
+    failed = 0
+    for i, m in enumerate(wanted):
+        _say(f"\nmiss {i + 1}/{len(wanted)}: {m.model} {m.resolution} ({m.aspect}), {m.preset}")
+        target = {**vars(args), "from_misses": False, "model": m.model, "preset": m.preset, "resolution": m.resolution}
+        try:
+            if tune(argparse.Namespace(**{**target, "aspect": m.aspect})) == 0 and not args.dry_run:
+                misses.forget(m)
+        except ValueError as error:  # NothingMeetsTheBound and ProfileError among them
+            failed += 1
+            _say(f"not tuned: {schema.one_line(str(error))}")
+    return 1 if failed else 0
 
 
 def _probe_writable(out: Path) -> None:
@@ -298,13 +322,16 @@ def show(args: argparse.Namespace) -> int:
 def _show_trials(args: argparse.Namespace) -> int:
     import pandas
 
-    from sparvar_tune.search import read_trials
+    from sparvar_tune.search import front, read_trials
 
     gpu, model, _, _ = _target(args)
     rows = read_trials(scratch_folder(gpu, model, args.preset))
     if not rows:
         raise ValueError(f"no trials of {model.slug} on {gpu.slug} ({args.preset}) yet; run sparvar-tune first")
-    frame = pandas.DataFrame([{"trial": f.number, **dataclasses.asdict(f.knobs), **dataclasses.asdict(f.verdict)} for f in rows])
+    best = front(rows)
+    frame = pandas.DataFrame([
+        {"trial": f.number, **dataclasses.asdict(f.knobs), **dataclasses.asdict(f.verdict), "front": f in best} for f in rows
+    ])  # fmt: skip
     _say(frame.to_csv(index=False, float_format="%.5g").rstrip())
     return 0
 
@@ -370,7 +397,7 @@ def compare(args: argparse.Namespace) -> int:
     adapter = load_adapter(model, gpu.device)
     ways: dict[str, Any] = {"dense": adapter.dense}
     ways["paper's fixed setting"] = make_attention(adapter, paper_policy(adapter.schedule, model.layers, model.heads))
-    for preset in ("paper", "near-lossless"):
+    for preset in schema.PRESETS:
         tuned = runtime.load_profile(args.model, gpu=args.gpu, preset=preset)
         if tuned.profile is None:
             _say(f"left out {preset}: {'; '.join(tuned.reasons)}")

@@ -26,6 +26,7 @@ from sparvar_kernels.registry import KERNELS
 from sparvar_tune import adapters
 from sparvar_tune.gpus import GPUS, Gpu
 from sparvar_tune.machine import choose_gpu, silicon, versions
+from sparvar_tune.misses import Missed, record
 from sparvar_tune.models import find_model
 from sparvar_tune.policies import describe
 from sparvar_tune.profiles import (
@@ -130,11 +131,12 @@ def launch_of(row: Row) -> Launch:
 
 def load_profile(
     model: str, *, gpu: str = "auto", preset: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
-    path: Path | None = None, folders: tuple[Path, ...] | None = None,
+    path: Path | None = None, folders: tuple[Path, ...] | None = None, record_miss: bool = False,
 ) -> Tuned:  # fmt: skip
     """The profile of `model` for this machine; never raises for a missing one (everything is then dense).
 
-    path: that file and no other; it must be for this model and silicon. Raises ValueError for an unknown model or GPU
+    path: that file and no other; it must be for this model and silicon. record_miss: where there is none, keep a note in
+    this user's folder for `sparvar-tune --from-misses`. Raises ValueError for an unknown model or GPU
     and ProfileError for a damaged or foreign file.
     """
     row, silicon_row = find_model(model), choose_gpu(gpu)
@@ -151,6 +153,8 @@ def load_profile(
     relatives = tuple(g for g in GPUS.values() if g.family == silicon_row.family and g.slug != silicon_row.slug)
     found = find(name, silicon_row, relatives, folders or (user_folder(), shipped_folder()))
     if isinstance(found, Miss):
+        if record_miss:
+            record(Missed(silicon_row.slug, row.slug, preset, resolution, aspect))
         return Tuned(silicon_row, None, None, (found.reason,))
     return prepare(found.profile, found.path, silicon_row, [found.reason])
 

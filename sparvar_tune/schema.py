@@ -27,7 +27,8 @@ from sparvar_tune.models import Model
 SCHEMA = 1
 MAX_MESSAGE = 400  # characters of a reason; a damaged file may hold a megabyte of text in one field
 MAX_NUMBER = 1 << 20  # no window, tile side or stride of a policy is larger
-DEFAULT_PRESET = "near-lossless"
+PRESETS = ("near-lossless", "paper", "fast")  # closest first
+DEFAULT_PRESET = PRESETS[0]
 PRESETS = (DEFAULT_PRESET, "paper", "custom")
 
 

@@ -23,7 +23,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-LOW_PRICE, HIGH_PRICE = 0.3, 3000.0  # what a unit of relative squared error is worth, in dense times of a head
+LOW_PRICE, HIGH_PRICE = 0.03, 3000.0  # what a unit of relative squared error is worth, in dense times of a head
 FIRST_PRICE = 25.0  # where it begins
 SLOPE_DB = 4.0  # dB that a decade of price buys, for the first steps: on pocketvar 3 to 5
 PRICE_STEPS, CLOSE_ENOUGH = 6, 0.06  # trials, decades
@@ -237,6 +237,15 @@ def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict:
         trial.set_user_attr("knobs", json.dumps(asdict(knobs)))
         trial.set_user_attr("verdict", json.dumps(asdict(verdict)))
         study.tell(trial, verdict.latency_ms)
+
+
+def front(found: Sequence[Found]) -> list[Found]:
+    """The Pareto front of fully judged trials: faster first, every next one closer to dense than all before (PSNR)."""
+    out: list[Found] = []
+    for f in sorted(found, key=lambda f: (f.verdict.latency_ms, -f.verdict.psnr_db)):
+        if f.verdict.complete and (not out or f.verdict.psnr_db > out[-1].verdict.psnr_db):
+            out.append(f)
+    return out
 
 
 def candidates(found: Sequence[Found]) -> list[Found]:

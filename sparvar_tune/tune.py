@@ -32,7 +32,7 @@ from sparvar_tune.models import Model
 from sparvar_tune.pairs import held_out_pairs, search_pairs
 from sparvar_tune.policies import Table, describe, menu
 from sparvar_tune.schedule import points
-from sparvar_tune.search import Found, candidates, finished, open_study, search
+from sparvar_tune.search import Found, candidates, finished, front, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
 
 SEARCH_PAIRS, FEWEST_PAIRS = 10, 12  # ten: every class of pocketvar once; with eight, predictions were 0.4 dB off
@@ -113,6 +113,10 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
 
         search(study, judge, lambda: left() < reserve, tell)
         done = finished(study)
+        points = ", ".join(f"{judge.dense_ms / f.verdict.latency_ms:.2f}x {f.verdict.psnr_db:.1f} dB" for f in front(done))
+        say(
+            f"[{time.monotonic() - begun:4.0f} s] time against PSNR, the front of {len(done)} trials: {points or 'none complete'}"
+        )
         ranked = candidates(done)
         attempt, needed = 0, 0.0
         for candidate in ranked:

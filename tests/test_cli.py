@@ -15,7 +15,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from sparvar_tune import cli, commands, profiles, schema, search
+from sparvar_tune import cli, commands, misses, profiles, runtime, schema, search
 
 HERE = Path(__file__).parent
 TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "45s", "--pairs", "12"]
@@ -230,3 +230,27 @@ def test_trials_are_shown_as_csv(tiny_model, capsys):
 def test_json_stays_small_and_plain():
     data = json.loads((HERE.parent / "profiles" / "a100-80" / "hart.json").read_text())
     assert dataclasses.is_dataclass(schema.Profile) and set(data) == {f.name for f in dataclasses.fields(schema.Profile)}
+
+
+def test_misses_are_recorded_tuned_and_forgotten(tiny_model, capsys, monkeypatch):
+    for _ in range(2):
+        tuned = runtime.load_profile("hart", gpu="b200", record_miss=True, folders=(tiny_model,))
+        assert tuned.profile is None
+    runtime.load_profile("var-d16", gpu="l40s", record_miss=True, folders=(tiny_model,))
+    assert [(m.model, m.gpu) for m in misses.read()] == [("hart", "b200"), ("var-d16", "l40s")]
+    misses.file().write_bytes(misses.file().read_bytes() + b'{"gpu": "b2')  # a process was killed here
+    runtime.load_profile("var-d20", gpu="b200", record_miss=True, folders=(tiny_model,))
+    code, out, _ = run(capsys, "--gpu", "b200", "--from-misses")
+    assert code == 0 and "2 recorded misses of b200" in out and "var-d20" in out
+    assert (tiny_model / "profiles" / "b200" / "hart.json").exists() and [m.model for m in misses.read()] == ["var-d16"]
+    assert "leave out --model" in refused(capsys, "--from-misses", "--model", "hart")
+    assert "want --model M" in refused(capsys, "--gpu", "cpu")
+
+    def broken(*_):
+        raise ValueError("nothing\nworks")
+
+    monkeypatch.setattr(commands, "_predict", broken)
+    code, out, _ = run(capsys, "--gpu", "l40s", "--from-misses")
+    assert (
+        code == 1 and "not tuned: nothing" in out and out.count("works") == 1 and [m.model for m in misses.read()] == ["var-d16"]
+    )

@@ -19,7 +19,7 @@ LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
     {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton", "selecting_triton"},
     {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
-    {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"},
+    {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"}, {"misses"},
     {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "predict", "schedule", "recorded"}, {"kernel_bench"},

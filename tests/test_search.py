@@ -51,6 +51,19 @@ def test_what_misses_the_bound_or_was_given_up_is_no_candidate():
     assert [f.number for f in s.candidates(found)] == [3, 2]
 
 
+def test_the_front_is_what_nothing_beats_in_both():
+    made = [
+        (10.0, 30.0, True),
+        (12.0, 29.0, True),
+        (11.0, 33.0, True),
+        (9.0, 40.0, False),
+        (20.0, 36.0, True),
+        (20.0, 35.0, True),
+    ]
+    found = [s.Found(i, s.Knobs(price_last=i + 1.0), s.Verdict(ms, 0.0, db, 0.9, done)) for i, (ms, db, done) in enumerate(made)]
+    assert [f.number for f in s.front(found)] == [0, 2, 4]
+
+
 def test_resume_repeats_nothing_and_fresh_sets_aside(tmp_path):
     study, _ = run(tmp_path, 5)
     numbers = [f.number for f in s.finished(study)]

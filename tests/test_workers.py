@@ -232,7 +232,10 @@ with Pool("worker_target:target", [{}] * len(modes)) as pool:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_outlives_a_parent_that_is_killed_or_interrupted(env, tmp_path, how):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env={**os.environ, **env}, stderr=subprocess.PIPE)
+    # a shell's background job, such as a CI's, ignores SIGINT, and its children with it
+    hear = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    command = [sys.executable, "-c", PARENT, str(tmp_path)]
+    parent = subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, **hear)
     until = time.monotonic() + LONG
     while (len(list(tmp_path.iterdir())), len(marked(env["MARK"]))) != (3, 5) and time.monotonic() < until:
         time.sleep(0.02)
