@@ -28,8 +28,7 @@ SCHEMA = 1
 MAX_MESSAGE = 400  # characters of a reason; a damaged file may hold a megabyte of text in one field
 MAX_NUMBER = 1 << 20  # no window, tile side or stride of a policy is larger
 PRESETS = ("near-lossless", "paper", "fast")  # closest first
-DEFAULT_PRESET = PRESETS[0]
-PRESETS = (DEFAULT_PRESET, "paper", "custom")
+DEFAULT_PRESET, CUSTOM = PRESETS[0], "custom"
 
 
 class ProfileError(ValueError):
@@ -277,8 +276,8 @@ class Profile:
 
     def why_not(self) -> str | None:
         """Why these parts do not make a profile, or None."""
-        if self.preset not in PRESETS:
-            return f"preset: got {self.preset!r}, want one of {', '.join(PRESETS)}"
+        if self.preset not in (*PRESETS, CUSTOM):
+            return f"preset: got {self.preset!r}, want one of {', '.join((*PRESETS, CUSTOM))}"
         if self.state not in ("measured", "predicted"):
             return f'state: got {self.state!r}, want "measured" or "predicted"'
         if self.policy_state not in ("measured", "unverified"):
