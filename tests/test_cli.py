@@ -238,6 +238,7 @@ def test_misses_are_recorded_tuned_and_forgotten(tiny_model, capsys, monkeypatch
         assert tuned.profile is None
     runtime.load_profile("var-d16", gpu="l40s", record_miss=True, folders=(tiny_model,))
     assert [(m.model, m.gpu) for m in misses.read()] == [("hart", "b200"), ("var-d16", "l40s")]
+    assert misses.file().read_text().count("\n") == 2  # asked for twice, kept once
     misses.file().write_bytes(misses.file().read_bytes() + b'{"gpu": "b2')  # a process was killed here
     runtime.load_profile("var-d20", gpu="b200", record_miss=True, folders=(tiny_model,))
     code, out, _ = run(capsys, "--gpu", "b200", "--from-misses")

@@ -74,6 +74,15 @@ def test_an_uncertain_gain_means_dense(tmp_path):
     assert "0.97x" in tuned.explain()
 
 
+def test_a_decision_scale_is_not_blamed_for_ranking(tmp_path):
+    """Its time holds what later scales live on; making its other heads dense would only cost more."""
+    made = profile()
+    policy = dataclasses.replace(made.policy, rules=(Rule(4, "B", Pooled(3, 2)), *made.policy.rules))
+    slow = dataclasses.replace(made.rows[0], scale_index=4, speedup=schema.Speedup(0.85, 0.84, 0.86, 32))
+    tuned = stored(tmp_path, dataclasses.replace(made, policy=policy, rows=(slow, *made.rows)))
+    assert not tuned.demoted and tuned.policy() == policy
+
+
 def test_predicted_profiles_warn_once(tmp_path):
     config = (("block_m", 64), ("block_n", 64), ("maxnreg", 0), ("num_stages", 3), ("num_warps", 4))
     row = schema.Row(5, "triton", config, "predicted", "fa2",
