@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparvar_tune import __version__
-from sparvar_tune.schema import DEFAULT_PRESET, PRESETS
+from sparvar_tune.names import DEFAULT_PRESET, PRESETS
 
 COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "bench")
 DEFAULT_BUDGET = "290s"

@@ -22,6 +22,7 @@ from sparvar_tune.gpus import GPUS, Gpu
 from sparvar_tune.machine import choose_gpu, is_here, silicon, versions
 from sparvar_tune.measure import Stopwatch
 from sparvar_tune.models import MODELS, Model, find_model
+from sparvar_tune.names import CUSTOM, PRESETS
 from sparvar_tune.pairs import held_out_pairs
 from sparvar_tune.policies import decision_scale, describe, menu, paper_policy
 
@@ -77,7 +78,7 @@ def tune(args: argparse.Namespace) -> int:
         if value is not None and not (math.isfinite(value) and 0 <= value <= (1 if "ssim" in name else 200)):
             raise ValueError(f"{name} {value:g}: want {'0..1' if 'ssim' in name else '0..200 dB'}")
     constraint = Constraint(psnr_db if args.min_psnr is None else args.min_psnr, ssim if args.min_ssim is None else args.min_ssim)
-    preset = args.preset if (args.min_psnr, args.min_ssim) == (None, None) else "custom"
+    preset = args.preset if (args.min_psnr, args.min_ssim) == (None, None) else CUSTOM
     out = out.with_name(_file_name(model, preset, resolution, aspect))
     request = Request(
         model, resolution, aspect, gpu, preset, constraint, args.budget, args.pairs, args.seed, args.resume,
@@ -397,7 +398,7 @@ def compare(args: argparse.Namespace) -> int:
     adapter = load_adapter(model, gpu.device)
     ways: dict[str, Any] = {"dense": adapter.dense}
     ways["paper's fixed setting"] = make_attention(adapter, paper_policy(adapter.schedule, model.layers, model.heads))
-    for preset in schema.PRESETS:
+    for preset in PRESETS:
         tuned = runtime.load_profile(args.model, gpu=args.gpu, preset=preset)
         if tuned.profile is None:
             _say(f"left out {preset}: {'; '.join(tuned.reasons)}")

@@ -17,7 +17,7 @@ import torch
 from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
-from sparvar_tune.fidelity import CONFIDENCE, Constraint, PictureFidelity, compare_pictures, t_quantile
+from sparvar_tune.fidelity import CONFIDENCE, Constraint, PictureFidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure import Stopwatch
 from sparvar_tune.policies import Table, assign, decision_scale, paper_policy
 from sparvar_tune.search import Knobs, Verdict
@@ -91,11 +91,9 @@ class Judge:
             degrees = self.held_out - len(levels)
         else:
             spread = math.hypot(spread, math.sqrt(pvariance(levels)))
-        by_class: dict[int, list[float]] = {}
-        for value, (label, _) in zip(values, pairs, strict=False):
-            by_class.setdefault(label, []).append(value)
-        seen_all = len(by_class) == len(levels)
-        middle = fmean(map(fmean, by_class.values())) if seen_all else fmean(levels) + fmean(above)
+        classes = [label for label, _ in pairs[: len(values)]]
+        seen_all = len(set(classes)) == len(levels)
+        middle = class_mean(values, classes) if seen_all else fmean(levels) + fmean(above)
         return middle - t_quantile(CONFIDENCE, degrees) * spread / math.sqrt(self.held_out)
 
     def shortfall(self, psnr: Sequence[float], ssim: Sequence[float]) -> float:

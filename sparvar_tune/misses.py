@@ -10,7 +10,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sparvar_tune.json_reader import Reader, ReadError, unique_keys
+from sparvar_tune.json_reader import Reader, unique_keys
 from sparvar_tune.profiles import user_folder, write_atomic
 from sparvar_tune.schema import ProfileError
 
@@ -62,7 +62,7 @@ def read() -> list[Missed]:
     for line in lines:
         try:
             found[Reader().read(Missed, json.loads(line, object_pairs_hook=unique_keys), "")] = None
-        except (ValueError, RecursionError, ReadError):
+        except (ValueError, RecursionError):
             continue
     return list(found)
 

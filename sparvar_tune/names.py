@@ -1,4 +1,4 @@
-"""The one way a name that is in no table is refused."""
+"""Names of presets, and the one way a name that is in no table is refused; imports nothing heavy, `--help` needs it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import takewhile
 from operator import eq
+
+PRESETS = ("near-lossless", "paper", "fast")  # closest first
+DEFAULT_PRESET, CUSTOM = PRESETS[0], "custom"
 
 
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> ValueError:

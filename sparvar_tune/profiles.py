@@ -13,7 +13,8 @@ from sparvar_kernels.registry import KERNELS, kernel_for
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.json_reader import ReadError
 from sparvar_tune.models import find_model
-from sparvar_tune.schema import DEFAULT_PRESET, Profile, ProfileError, Versions, from_json, one_line, plain, read, to_json
+from sparvar_tune.names import DEFAULT_PRESET
+from sparvar_tune.schema import Profile, ProfileError, Versions, from_json, one_line, plain, read, to_json
 
 MAX_BYTES = 1 << 20
 

@@ -28,6 +28,7 @@ from sparvar_tune.gpus import GPUS, Gpu
 from sparvar_tune.machine import choose_gpu, silicon, versions
 from sparvar_tune.misses import Missed, record
 from sparvar_tune.models import find_model
+from sparvar_tune.names import DEFAULT_PRESET
 from sparvar_tune.policies import describe
 from sparvar_tune.profiles import (
     Miss,
@@ -39,7 +40,7 @@ from sparvar_tune.profiles import (
     shipped_folder,
     user_folder,
 )
-from sparvar_tune.schema import DEFAULT_PRESET, Profile, ProfileError, Row
+from sparvar_tune.schema import Profile, ProfileError, Row
 
 
 @dataclass

@@ -23,12 +23,11 @@ from sparvar_kernels.variants import Variant, variant_to_dict
 from sparvar_tune.gpus import GPUS
 from sparvar_tune.json_reader import Reader, ReadError, to_plain, unique_keys
 from sparvar_tune.models import Model
+from sparvar_tune.names import CUSTOM, PRESETS
 
 SCHEMA = 1
 MAX_MESSAGE = 400  # characters of a reason; a damaged file may hold a megabyte of text in one field
 MAX_NUMBER = 1 << 20  # no window, tile side or stride of a policy is larger
-PRESETS = ("near-lossless", "paper", "fast")  # closest first
-DEFAULT_PRESET, CUSTOM = PRESETS[0], "custom"
 
 
 class ProfileError(ValueError):

@@ -75,6 +75,12 @@ def test_runtime_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_help_needs_no_torch():
+    code = "import sys, sparvar_tune.cli; sparvar_tune.cli.build_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, env=_env())
+    assert done.stdout.strip() == "False"
+
+
 def _env() -> dict[str, str]:
     import os
 

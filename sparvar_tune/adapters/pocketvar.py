@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.models import Model
+from sparvar_tune.names import PRESETS
 from sparvar_tune.pocketvar.model import DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
 from sparvar_tune.pocketvar.photos import CLASSES
-from sparvar_tune.schema import PRESETS
 
 YARDSTICKS = Path(__file__).parents[1] / "pocketvar" / "yardsticks.json"
 REDRAW = "dense, noise redrawn at the last two scales"
