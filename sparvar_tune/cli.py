@@ -74,6 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--seed", type=whole, default=0, help="of the search; 0..2**31")
     tune.add_argument("--out", type=Path, help="folder that gets <gpu>/<model>.json (default: this user's profiles)")
     tune.add_argument("--resume", action="store_true", help="go on after the finished trials of the last run")
+    tune.add_argument("--search", action="store_true", help="search a policy here even where other silicon's can be taken over")
+    tune.add_argument("--workers", type=positive, help="GPUs to time on at once (default: all that are visible and alike)")
+    tune.add_argument("--mode", choices=("eager", "graph"), default="eager", help="how calls are launched while a GPU times them")
+    tune.add_argument(
+        "--merge", type=Path, nargs="+", metavar="LOG", help="measurements of other runs or machines, to use as own"
+    )
+    tune.add_argument("--log", type=Path, help="folder that gets a GPU's measurements as <gpu>/<model>.jsonl")
+    tune.add_argument("--images", type=positive, default=1, help="pictures drawn at once")
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
 
     generate = command("generate", "draw one picture dense and tuned, side by side, as a PNG")

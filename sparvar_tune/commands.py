@@ -50,9 +50,9 @@ def _file_name(model: Model, preset: str, resolution: str, aspect: str) -> str:
     return profiles.profile_name(model.slug, preset, resolution, aspect, (model.default_resolution, model.default_aspect))
 
 
-def scratch_folder(gpu: Gpu, model: Model, preset: str) -> Path:
-    """Where the trials of a search are kept."""
-    return profiles.user_folder().parent / "runs" / f"{gpu.slug}--{model.slug}--{preset}"
+def run_folder(gpu: Gpu, profile: Path) -> Path:
+    """Where trials and measurements towards a profile file are kept."""
+    return profiles.user_folder().parent / "runs" / f"{gpu.slug}--{profile.stem}"
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def tune(args: argparse.Namespace) -> int:
     out = out.with_name(_file_name(model, preset, resolution, aspect))
     request = Request(
         model, resolution, aspect, gpu, preset, constraint, args.budget, args.pairs, args.seed, args.resume,
-        scratch_folder(gpu, model, preset),
+        run_folder(gpu, out),
     )  # fmt: skip
     _say(f"tuning {model.slug} on {gpu.slug} ({silicon(gpu, True).name}, {torch.get_num_threads()} threads)")
     _say(f"  wanted: lower 95 % bound of PSNR >= {constraint.psnr_db:g} dB and of SSIM >= {constraint.ssim:g}, over "
@@ -92,11 +92,39 @@ def tune(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(request.scratch, out, adapter, args)
     _probe_writable(out)
-    profile = run(request, adapter, _say, _status)
+    profile = _take_over(args, request, adapter, out) or run(request, adapter, _say, _status)
     profiles.save(profile, out)
     _say("")
     _print_profile(profile, out)
     return 0
+
+
+def _take_over(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> schema.Profile | None:
+    """The profile of a policy that other silicon has searched; None where there is none, it does not do here, or on a CPU."""
+    from sparvar_tune import timed, transfer
+    from sparvar_tune.tune import NothingMeetsTheBound
+
+    if args.search or request.gpu.slug == "cpu":
+        return None
+    folders = (*([args.out] if args.out else []), profiles.user_folder(), profiles.shipped_folder())
+    found = transfer.find_policy(out.name, adapter.weights_sha256, request.gpu, folders)
+    if found is None:
+        return None
+    source, path = found
+    _say(f"taking over the policy of {path} (--search finds one of this GPU's own)")
+    try:
+        profile = transfer.transfer(request, adapter, source, _shop(args, request.gpu, out), _say, _status)
+    except NothingMeetsTheBound as error:
+        _say(f"{error}; searching here")
+        return None
+    _keep_log(args.log, request.scratch / timed.LOG, request.gpu, out)
+    return profile
+
+
+def _shop(args: argparse.Namespace, gpu: Gpu, out: Path) -> Any:
+    from sparvar_tune import timed
+
+    return timed.Shop(run_folder(gpu, out), args.resume, tuple(args.merge or ()), args.workers, args.mode)
 
 
 def _tune_misses(args: argparse.Namespace) -> int:
@@ -146,19 +174,44 @@ def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespac
 
 def _time_schedule(args: argparse.Namespace, gpu: Gpu, model: Model, resolution: str, aspect: str, out: Path) -> int:
     """The GPU is here, the model is not: time the paper's policy on random inputs."""
-    from sparvar_tune.schedule import measured_profile
+    from sparvar_tune import timed
 
     policy = paper_policy(model.schedule(resolution, aspect), model.layers, model.heads)
+    target = timed.Target(model, gpu, args.preset, resolution, aspect, args.images, policy, args.seed)
+    shop = _shop(args, gpu, out)
     _say(f"{model.slug} has no adapter yet, so its pictures cannot be compared: the paper's fixed setting, marked unverified, "
          f"is timed on {silicon(gpu, True).name}")  # fmt: skip
     if args.dry_run:
-        _say(f"policy: {describe(policy)}\nprofile would go to {out}")
+        _say(f"policy: {describe(policy)}\nmeasurements would go to {shop.folder / timed.LOG}\nprofile would go to {out}")
         return 0
     _probe_writable(out)
-    profile = measured_profile(model, gpu, args.preset, resolution, aspect, policy, 1, args.seed, _say, _status)
+
+    def keep(profile: schema.Profile) -> None:
+        """So far the best there is, unless an earlier run left a whole one."""
+        if not _is_current(out, gpu):
+            profiles.save(profile, out)
+            _say(f"  a first profile is in {out}")
+
+    profile = timed.time_policy(target, shop, _say, _status, keep)
     profiles.save(profile, out)
+    _keep_log(args.log, shop.folder / timed.LOG, gpu, out)
     _print_profile(profile, out)
     return 0
+
+
+def _is_current(path: Path, gpu: Gpu) -> bool:
+    """True if a sound profile of today's kernels stands there."""
+    try:
+        return profiles.load(path).kernel_hash == profiles.kernel_hash(gpu)
+    except ValueError:
+        return False
+
+
+def _keep_log(folder: Path | None, log: Path, gpu: Gpu, out: Path) -> None:
+    if folder is not None:
+        kept = folder / gpu.slug / f"{out.stem}.jsonl"
+        profiles.write_atomic(kept, log.read_bytes())
+        _say(f"measurements are in {kept}")
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -325,8 +378,8 @@ def _show_trials(args: argparse.Namespace) -> int:
 
     from sparvar_tune.search import front, read_trials
 
-    gpu, model, _, _ = _target(args)
-    rows = read_trials(scratch_folder(gpu, model, args.preset))
+    gpu, model, resolution, aspect = _target(args)
+    rows = read_trials(run_folder(gpu, Path(_file_name(model, args.preset, resolution, aspect))))
     if not rows:
         raise ValueError(f"no trials of {model.slug} on {gpu.slug} ({args.preset}) yet; run sparvar-tune first")
     best = front(rows)

@@ -28,12 +28,14 @@ from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.registry import why_not
 from sparvar_kernels.scales import ScaleSchedule, Tile
 from sparvar_kernels.variants import Cs4a, Csla, Reuse, Variant
+from sparvar_tune.bench import Bench, variants_of
+from sparvar_tune.compiling import binaries, compile_all
 from sparvar_tune.machine import version_of
 from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import MODELS
 from sparvar_tune.policies import paper_windows
 from sparvar_tune.recorded import File, Row
-from sparvar_tune.schedule import Bench, binaries, compile_all, points, space, variants_of
+from sparvar_tune.schedule import points, space
 from sparvar_tune.schema import Speedup, one_line
 
 ROUNDS = 30

@@ -36,11 +36,13 @@ def paired_speedup(dense_ms: Sequence[float], tuned_ms: Sequence[float], resampl
     return Speedup(middle, min(low, middle), max(high, middle), len(ratios))
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, watch: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
     """Milliseconds of each way on the current GPU, by events, one call of each a round in rotating order.
 
     The clock starts and stops on the device, so host work counts only where it makes the device wait. Inputs larger than
-    the L2 cache flush it for one another; smaller ones are timed warm, as a model's next call finds them.
+    the L2 cache flush it for one another. `watch` is called once when all work is queued and the GPU is still at it.
     """
     names = list(ways)
     for _ in range(warmup):
@@ -55,6 +57,8 @@ def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warmup: i
             ways[name]()
             end.record()
             marks[name].append((begin, end))
+    if watch:
+        watch()
     torch.cuda.synchronize()
     return {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in marks.items()}
 

@@ -1,58 +1,37 @@
 """The schedule of one GPU: for each sparse scale of a policy the launch configuration that runs it fastest there.
 
-Inputs are random (times of these kernels do not depend on values), shapes and policy are the model's. Binaries are
-made first, each once, by processes that never touch the GPU; then every configuration is timed a little, and the best few
-again in alternation with dense attention.
+Inputs are random (times of these kernels do not depend on values), shapes and policy are the model's. First the default
+configuration of every scale, in alternation with dense attention: a usable profile within seconds. Then binaries are made, each
+once, by processes that never touch the GPU; every configuration gets a short look; the best few run again in alternation with
+the default and with dense attention.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.configs import TritonConfig
-from sparvar_kernels.dense import dense_attention
 from sparvar_kernels.policy import Policy
-from sparvar_kernels.problem import DTYPES, AttentionProblem
+from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.registry import why_not
-from sparvar_kernels.scales import ScaleSchedule
-from sparvar_kernels.variants import Cs4a, Variant
+from sparvar_tune.bench import distinct_layers, variants_of
+from sparvar_tune.compiling import Binary, binaries
 from sparvar_tune.gpus import Gpu
-from sparvar_tune.machine import silicon, versions
-from sparvar_tune.measure import interleaved, paired_speedup, timing
-from sparvar_tune.models import Model
-from sparvar_tune.policies import PAPER_SOURCE, UNVERIFIED
-from sparvar_tune.profiles import kernel_hash
-from sparvar_tune.schema import SCHEMA, Profile, Row, Workload
-from sparvar_tune.workers import Job, Pool
+from sparvar_tune.measure import paired_speedup, timing
+from sparvar_tune.measurements import Workshop
+from sparvar_tune.schema import Row, Workload
+from sparvar_tune.timer import Clocks, Task, Times
 
 DENSE_NAME = "cuDNN through torch"
-COMPILE_S = 180.0  # no kernel of ours takes a tenth of it
 SCREENED, FINALISTS, ROUNDS = 8, 4, 30  # calls of the first look; who gets a second; rounds of that
-
-
-def random_inputs(problem: AttentionProblem, seed: int = 0, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, H, Nq, D], k, v [B, H, Nk, D] made on the device; logits within `logit_bound` where there is one."""
-    g = torch.Generator(device).manual_seed(seed)
-    shape = (problem.batch, problem.heads, problem.num_keys, problem.head_dim)
-    k, v = (torch.randn(shape, device=device, generator=g, dtype=torch.float32) for _ in range(2))
-    q = torch.randn(*shape[:2], problem.num_queries, problem.head_dim, device=device, generator=g, dtype=torch.float32)
-    if problem.logit_bound is not None:
-        k = torch.nn.functional.normalize(k, dim=-1)
-        q = torch.nn.functional.normalize(q, dim=-1) * (0.99 * problem.logit_bound / problem.softmax_scale)
-    dtype = DTYPES[problem.dtype]
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+KINDS = 3  # kinds of layers a first look is taken at; the second is taken at all
+STEADY, LOOKS = 0.05, 3  # how far the halves of a final may lie apart, and how often one is measured before it is left so
+Code = tuple[str, ...] | None  # of every binary a configuration needs; None where one failed
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def points(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
@@ -72,195 +51,201 @@ def space(problem: AttentionProblem, capability: tuple[int, int] | None) -> list
 
 
 @dataclass(frozen=True)
-class Binary:
-    """Everything the gathered kernel is specialised on; scales and models that agree on it share the binary."""
+class Found:
+    """The rows of a schedule, how many configurations were tried for them, and what a reader of the profile should know."""
 
-    head_dim: int
-    dtype: str
-    logit_bound: float | None
-    config: TritonConfig
-    epilogue: int
-    masked: bool
-    capability: tuple[int, int]
-
-    @property
-    def problem(self) -> AttentionProblem:
-        """The smallest problem that needs it."""
-        return AttentionProblem(ScaleSchedule(((1, 1),)), 0, 1, 1, self.head_dim, self.dtype, 1.0, self.logit_bound)
+    rows: tuple[Row, ...]
+    tried: int
+    notes: tuple[str, ...]
 
 
-def compile_binary(job: Binary) -> tuple[int, int, int]:
-    """(registers, shared bytes, spilled bytes) of the binary, which is then in Triton's cache on disk."""
-    from sparvar_kernels.binary import compile_for, resources, source
-    from sparvar_kernels.gathered_triton import gathered_kernel
-    from sparvar_kernels.layer_triton import gathered_constants, gathered_types
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """One sparse scale of a policy: its kinds of layers (first of each -> how many), and what may be launched there."""
 
-    constants = gathered_constants(job.problem, job.config, epilogue=job.epilogue, bias=False, masked=job.masked)
-    made = source(gathered_kernel, gathered_types(DTYPES[job.dtype]), constants, True)
-    found = resources(compile_for(made, job.capability, job.config.options))
-    return found.registers, found.shared_bytes, found.spill_bytes
+    index: int
+    kinds: Mapping[int, int]
+    configs: tuple[TritonConfig, ...]
+    default: TritonConfig
 
 
-def compile_payload(payload: dict[str, Any]) -> tuple[int, int, int]:
-    """`compile_binary` of a binary as JSON values: what a worker process is asked."""
-    config, capability = TritonConfig(**payload["config"]), tuple(payload["capability"])
-    return compile_binary(Binary(**{**payload, "config": config, "capability": capability}))
-
-
-def compile_all(jobs: Sequence[Binary], processes: int, say: Callable[[str], None]) -> dict[Binary, tuple[int, int, int] | str]:
-    """Every distinct binary, compiled by processes that see no GPU; a compiler that raises, hangs or crashes is a text."""
-    distinct = {str(i): job for i, job in enumerate(dict.fromkeys(jobs))}
-    found: dict[Binary, tuple[int, int, int] | str] = {}
-    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with Pool(f"{__name__}:compile_payload", [environment] * min(processes, len(distinct))) as pool:
-        for outcome in pool.run(Job(key, asdict(job), COMPILE_S) for key, job in distinct.items()):
-            job = distinct[outcome.key]
-            found[job] = f"{outcome.failure}: {outcome.detail}" if outcome.failure else tuple(outcome.value)  # type: ignore
-            say(f"compiling: {len(found)}/{len(distinct)}")
-    return found
-
-
-class Bench:
-    """One layer of a policy at one scale, on the inputs q, k, v (None: random ones).
-
-    `call(attention(config))` is the attention of that scale; decision scales it depends on are run by `attention`.
-    """
+class Schedule:
+    """The rows of `policy` on `workload`, measured by a workshop. `say` prints a line to keep, `status` one to overwrite."""
 
     def __init__(
-        self, policy: Policy, problems: Mapping[int, AttentionProblem], layer: int, scale_index: int,
-        inputs: tuple[Tensor, Tensor, Tensor] | None = None,
+        self, workload: Workload, policy: Policy, gpu: Gpu, capability: tuple[int, int], workshop: Workshop,
+        say: Callable[[str], None], status: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.policy, self.problems, self.layer, self.scale_index = policy, problems, layer, scale_index
-        self.problem = problems[scale_index]
-        self.q, self.k, self.v = random_inputs(self.problem) if inputs is None else inputs
+        self.workload, self.policy, self.gpu, self.capability = workload, policy, gpu, capability
+        self.workshop, self.say, self.status = workshop, say, status
+        self.begun = time.monotonic()
+        self.clocks: list[Clocks] = []
+        self.setup_ms: dict[int, float] = {}
+        self.doubts: dict[int, str] = {}
+        self.scales: list[Scale] = []
+        for s in sorted({r.scale_index for r in policy.rules}):
+            configs = tuple(space(workload.problem(s), capability))
+            if not configs:
+                raise ValueError(f"scale {s}: no launch configuration is legal on {gpu.slug}; add one to TritonConfig.space")
+            default = TritonConfig() if TritonConfig() in configs else configs[0]
+            self.scales.append(Scale(s, distinct_layers(policy, s), configs, default))
 
-    def attention(self, config: TritonConfig) -> SparseAttention:
-        """Ready to be called at the scale; raises whatever a launch raises."""
-        p = self.problem
-        launches = {s: Launch("triton", config) for s in range(len(p.schedule))}
-        attend = SparseAttention(
-            self.policy, p.schedule, softmax_scale=p.softmax_scale, logit_bound=p.logit_bound, launches=launches
+    def find(self, keep: Callable[[Found], None]) -> Found:
+        """The fastest rows; `keep` gets those of the default configurations as soon as they are timed."""
+        first = {scale.index: [scale.default] for scale in self.scales}
+        self._compile(first)
+        rows = self._finals({scale: [scale.default] for scale in self.scales})
+        keep(Found(tuple(rows), len(rows), (*self._notes(), "best so far: only the default configurations were timed")))
+        self._tell(f"{len(rows)} scales timed with the default configuration")
+        compiled = self._compile({scale.index: scale.configs for scale in self.scales})
+        rows = self._finals(self._screen(compiled))
+        for row in rows:
+            assert row.tuned and row.dense and row.speedup
+            gain = row.speedup
+            config = ", ".join(f"{k}={v}" for k, v in row.config)
+            self._tell(f"scale {row.scale_index}: {row.dense.p50_ms:.3f} -> {row.tuned.p50_ms:.3f} ms a layer, "
+                       f"{gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f}) with {config}")  # fmt: skip
+        return Found(tuple(rows), sum(len(scale.configs) for scale in self.scales), self._notes())
+
+    def _compile(self, configs: Mapping[int, Sequence[TritonConfig]]) -> dict[tuple[int, TritonConfig], Code]:
+        """(scale, configuration) -> the code that runs it. Equal codes run alike."""
+        wanted = {(scale.index, c): self._binaries(scale, [c]) for scale in self.scales for c in configs[scale.index]}
+        made = self.workshop.compile((b for group in wanted.values() for b in group), self.status)
+        failed = [m for m in made.values() if m.failure]
+        self._tell(f"{len(made)} binaries, {len(failed)} failed" + (f": {failed[0].failure}" if failed else ""))
+        return {
+            at: None if any(made[b].failure for b in group)
+            else (str(at[1].block_m), *(f"{made[b].code} {made[b].registers} {made[b].shared_bytes}" for b in group))
+            for at, group in wanted.items()
+        }  # fmt: skip
+
+    def _binaries(self, scale: Scale, configs: Sequence[TritonConfig]) -> list[Binary]:
+        problem = self.workload.problem(scale.index)
+        found: dict[Binary, None] = {}
+        for layer in scale.kinds:
+            variants = variants_of(self.policy, layer, scale.index)
+            found |= dict.fromkeys(binaries(problem, sorted(variants, key=repr), configs, self.capability))
+        return list(found)
+
+    def _screen(self, compiled: Mapping[tuple[int, TritonConfig], Code]) -> dict[Scale, list[TritonConfig]]:
+        """The finalists of every scale, by a short look at each distinct binary; the default stays pinned."""
+        tasks: dict[Task, tuple[Scale, TritonConfig]] = {}
+        same = 0
+        for scale in self.scales:
+            distinct: dict[tuple[str, ...], TritonConfig] = {}
+            for c in scale.configs:
+                code = compiled[scale.index, c]
+                same += code in distinct
+                if code is not None:
+                    distinct.setdefault(code, c)
+            for layer in self._looked_at(scale):
+                tasks |= {Task(scale.index, layer, (c,), SCREENED, False): (scale, c) for c in distinct.values()}
+        found = self.workshop.time(list(tasks), self.workload, self.policy, self.status)
+        spent: dict[tuple[Scale, TritonConfig], float] = {}
+        failures: dict[Scale, list[str]] = {}
+        for task, (scale, config) in tasks.items():
+            times = found[task]
+            if isinstance(times, str):
+                failures.setdefault(scale, []).append(times)
+            ms = float("inf") if isinstance(times, str) else median(times.tuned_ms[0]) * scale.kinds[task.layer]
+            spent[scale, config] = spent.get((scale, config), 0.0) + ms
+        self._tell(
+            f"{len(spent)} configurations looked at, {same} equal to another's binary, {sum(map(len, failures.values()))} failed"
+        )
+        finalists = {}
+        for scale in self.scales:
+            ran = sorted((ms, i, c) for i, ((at, c), ms) in enumerate(spent.items()) if at is scale and ms < float("inf"))
+            best = [c for _, _, c in ran[:FINALISTS]]
+            finalists[scale] = best if scale.default in best else [*best, scale.default]
+        return finalists
+
+    def _looked_at(self, scale: Scale) -> list[int]:
+        kinds = list(scale.kinds)
+        return kinds if len(kinds) <= KINDS else [kinds[i * (len(kinds) - 1) // (KINDS - 1)] for i in range(KINDS)]
+
+    def _finals(self, finalists: Mapping[Scale, list[TritonConfig]]) -> list[Row]:
+        """The row of every scale; a time that is not steady or not possible is measured again."""
+        rows: dict[int, Row] = {}
+        for again in range(LOOKS):
+            open_scales = {s: c for s, c in finalists.items() if s.index not in rows or s.index in self.doubts}
+            tasks = {
+                (scale, layer): Task(scale.index, layer, tuple(configs), ROUNDS, True, again)
+                for scale, configs in open_scales.items() for layer in scale.kinds
+            }  # fmt: skip
+            found = self.workshop.time(list(tasks.values()), self.workload, self.policy, self.status)
+            for scale, configs in open_scales.items():
+                rows[scale.index] = self._row(scale, configs, {layer: found[tasks[scale, layer]] for layer in scale.kinds})
+        return [rows[s] for s in sorted(rows)]
+
+    def _row(self, scale: Scale, configs: Sequence[TritonConfig], found: Mapping[int, Times | str]) -> Row:
+        """The best of `configs`, means over layers; notes a doubt about it."""
+        dense, tuned = [0.0] * ROUNDS, [[0.0] * ROUNDS for _ in configs]
+        for layer, count in scale.kinds.items():
+            times = found[layer]
+            if isinstance(times, str):
+                return self._apart(scale, configs, times)
+            share = count / len(self.policy.heads)
+            dense = [a + share * ms for a, ms in zip(dense, times.dense_ms, strict=True)]
+            tuned = [
+                [a + share * ms for a, ms in zip(sums, new, strict=True)] for sums, new in zip(tuned, times.tuned_ms, strict=True)
+            ]
+            self.clocks += [times.clocks] if times.clocks else []
+            self.setup_ms[scale.index] = max(times.setup_ms, self.setup_ms.get(scale.index, 0.0))
+        won = min(range(len(configs)), key=lambda i: median(tuned[i]))
+        self.doubts.pop(scale.index, None)
+        if doubt := self._doubt(scale, dense, tuned[won]):
+            self.doubts[scale.index] = doubt
+        return Row(
+            scale.index, "triton", tuple(sorted(vars(configs[won]).items())), "measured", self.dense_name,
+            timing(tuned[won]), timing(dense), paired_speedup(dense, tuned[won]),
         )  # fmt: skip
-        for s in decision_scales(self.policy, self.layer, self.scale_index):
-            d = self.problems[s]
-            attend(self.q[:, :, : d.num_queries], self.k[:, :, : d.num_keys], self.v[:, :, : d.num_keys], self.layer, s)
-        return attend
 
-    def call(self, attend: SparseAttention) -> Tensor:
-        return attend(self.q, self.k, self.v, self.layer, self.scale_index)
+    def _apart(self, scale: Scale, configs: Sequence[TritonConfig], failure: str) -> Row:
+        """A final that failed as a whole, each configuration by itself: one of them may be the cause."""
+        if len(configs) == 1:
+            raise ValueError(f"scale {scale.index}: the configuration {vars(configs[0])} does not run: {failure}")
+        rows = []
+        for config in configs:
+            tasks = {layer: Task(scale.index, layer, (config,), ROUNDS, True) for layer in scale.kinds}
+            found = self.workshop.time(list(tasks.values()), self.workload, self.policy, self.status)
+            if not any(isinstance(found[t], str) for t in tasks.values()):
+                rows.append(self._row(scale, [config], {layer: found[t] for layer, t in tasks.items()}))
+        if not rows:
+            raise ValueError(f"scale {scale.index}: no finalist ran; the first said {failure}")
+        return min(rows, key=lambda row: row.tuned.p50_ms if row.tuned else float("inf"))
 
-    def dense(self) -> Tensor:
-        return dense_attention(self.q, self.k, self.v, self.problem)
+    @property
+    def dense_name(self) -> str:
+        return DENSE_NAME if self.workload.dtype != "fp32" else "scaled_dot_product_attention of torch"
 
+    def _doubt(self, scale: Scale, dense: Sequence[float], tuned: Sequence[float]) -> str | None:
+        """Why a final is not to be believed yet, or None."""
+        ratios = [d / t for d, t in zip(dense, tuned, strict=True)]
+        halves = median(ratios[: ROUNDS // 2]), median(ratios[ROUNDS // 2 :])
+        if max(halves) > (1 + STEADY) * min(halves):
+            return f"its gain drifted from {halves[0]:.2f}x to {halves[1]:.2f}x"
+        p = self.workload.problem(scale.index)
+        if self.gpu.memory_gbps:  # queries read and outputs written at the least, which no cache saves
+            least = 2 * p.batch * p.heads * p.num_queries * p.head_dim * BYTES[p.dtype] / self.gpu.memory_gbps / 1e6
+            if median(tuned) < 0.8 * least:
+                return f"{median(tuned):.4f} ms is less than reading queries and writing outputs takes ({least:.4f} ms)"
+        return None
 
-def variants_of(policy: Policy, layer: int, scale_index: int) -> set[Variant]:
-    return {policy.variant(layer, h, scale_index) for h in range(len(policy.heads[layer]))}
+    def _notes(self) -> tuple[str, ...]:
+        mode = self.workshop.identity.mode
+        notes = [f"times are of {mode} calls on random inputs by events on the device, lists planned before"]
+        if self.setup_ms:
+            most = max(self.setup_ms.values())
+            notes.append(f"planning: lists, tables and loading take up to {most:.0f} ms a scale on the host, once a process")
+        if self.clocks:
+            mhz, watts = [c.sm_mhz for c in self.clocks], [c.power_w for c in self.clocks]
+            slowed = sorted({why for c in self.clocks for why in c.slowed})
+            notes.append(
+                f"SM clock {min(mhz)}..{max(mhz)} MHz, {min(watts):.0f}..{max(watts):.0f} W, up to "
+                f"{max(c.celsius for c in self.clocks)} C; slowed by: {', '.join(slowed) or 'nothing'}"
+            )
+        notes += [f"scale {s}: {why}, {LOOKS} times over" for s, why in sorted(self.doubts.items())]
+        return tuple(notes)
 
-
-def decision_scales(policy: Policy, layer: int, scale_index: int) -> list[int]:
-    """Scales that must run before `scale_index` in this layer."""
-    decisions = (getattr(v, "decision_scale", None) for v in variants_of(policy, layer, scale_index))
-    return sorted({s for s in decisions if s is not None})
-
-
-def distinct_layers(policy: Policy, scale_index: int) -> dict[int, int]:
-    """First layer of each kind -> how many layers are like it, at one scale."""
-    kinds: dict[tuple[Variant, ...], int] = {}
-    counts: dict[int, int] = {}
-    for layer, letters in enumerate(policy.heads):
-        kind = tuple(policy.variant(layer, h, scale_index) for h in range(len(letters)))
-        first = kinds.setdefault(kind, layer)
-        counts[first] = counts.get(first, 0) + 1
-    return counts
-
-
-def binaries(
-    problem: AttentionProblem, variants: set[Variant], configs: list[TritonConfig], capability: tuple[int, int]
-) -> list[Binary]:
-    """What timing `configs` on these variants needs; the residual adds an epilogue, lists of odd lengths a mask."""
-    residual = any(getattr(v, "decision_scale", None) is not None and getattr(v, "residual", True) for v in variants)
-    masked = any(not isinstance(v, Cs4a) for v in variants)
-    p = problem
-    return [Binary(p.head_dim, p.dtype, p.logit_bound, c, int(residual), masked, capability) for c in configs]
-
-
-def tune_scale(
-    workload: Workload, policy: Policy, scale_index: int, say: Callable[[str], None], configs: list[TritonConfig], dense_name: str
-) -> tuple[Row, list[tuple[TritonConfig, float | str]]]:
-    """The row of one scale, and the screening time (ms, mean over layers) or failure of every configuration."""
-    problems = {s: workload.problem(s) for s in range(len(workload.schedule))}
-    layers = distinct_layers(policy, scale_index)
-    benches = {layer: Bench(policy, problems, layer, scale_index) for layer in layers}
-    screened: list[tuple[TritonConfig, float | str]] = []
-    for i, config in enumerate(configs):
-        try:
-            total = 0.0
-            for layer, count in layers.items():
-                attend = benches[layer].attention(config)
-                spent = interleaved({"this": lambda: benches[layer].call(attend)}, SCREENED)["this"]  # noqa: B023
-                total += median(spent) * count
-            screened.append((config, total / len(policy.heads)))
-        except Exception as error:  # out of shared memory or registers: data, not the end
-            screened.append((config, f"{type(error).__name__}: {error}"[:200]))
-        best = min((ms for _, ms in screened if isinstance(ms, float)), default=float("nan"))
-        say(f"scale {scale_index}: configuration {i + 1}/{len(configs)}, best {best:.4f} ms a layer")
-    ranked = sorted(((ms, i) for i, (_, ms) in enumerate(screened) if isinstance(ms, float)), key=lambda at: at[0])
-    if not ranked:
-        raise ValueError(f"scale {scale_index}: no configuration ran; the first said {screened[0][1]}")
-    names = [screened[i][0] for _, i in ranked[:FINALISTS]]
-    sums: dict[str, list[float]] = {}
-    for layer, count in layers.items():
-        ways: dict[str, Callable[[], object]] = {"dense": benches[layer].dense}
-        for j, config in enumerate(names):
-            attend = benches[layer].attention(config)
-            ways[str(j)] = lambda attend=attend, bench=benches[layer]: bench.call(attend)  # type: ignore[misc]
-        for name, spent in interleaved(ways, ROUNDS).items():
-            share = [ms * count / len(policy.heads) for ms in spent]
-            sums[name] = [a + b for a, b in zip(sums[name], share, strict=True)] if name in sums else share
-    won = min(range(len(names)), key=lambda j: median(sums[str(j)]))
-    tuned, dense = sums[str(won)], sums["dense"]
-    row = Row(
-        scale_index, "triton", tuple(sorted(vars(names[won]).items())), "measured", dense_name,
-        timing(tuned), timing(dense), paired_speedup(dense, tuned),
-    )  # fmt: skip
-    return row, screened
-
-
-def measured_profile(
-    model: Model, gpu: Gpu, preset: str, resolution: str, aspect: str, policy: Policy, images: int, seed: int,
-    say: Callable[[str], None], status: Callable[[str], None],
-) -> Profile:  # fmt: skip
-    """The profile of a policy nobody verified on this model, with every sparse scale timed on this machine's GPU.
-
-    images: how many at once. Raises ValueError when no configuration runs.
-    """
-    workload = Workload.of(model, resolution, aspect)
-    workload = replace(workload, batch=workload.batch * images)
-    capability = torch.cuda.get_device_capability()
-    scales = sorted({r.scale_index for r in policy.rules})
-    configs: dict[int, list[TritonConfig]] = {}
-    jobs: list[Binary] = []
-    for s in scales:
-        problem = workload.problem(s)
-        configs[s] = space(problem, capability)
-        for layer in distinct_layers(policy, s):
-            jobs += binaries(problem, variants_of(policy, layer, s), configs[s], capability)
-    begun = time.monotonic()
-    compile_all(jobs, os.cpu_count() or 2, status)
-    say(f"[{time.monotonic() - begun:4.0f} s] {len(set(jobs))} binaries compiled")
-    rows = []
-    for s in scales:
-        row, screened = tune_scale(workload, policy, s, status, configs[s], DENSE_NAME)
-        rows.append(row)
-        failed = sum(isinstance(ms, str) for _, ms in screened)
-        assert row.tuned and row.dense and row.speedup
-        say(f"[{time.monotonic() - begun:4.0f} s] scale {s}: {row.dense.p50_ms:.3f} -> {row.tuned.p50_ms:.3f} ms a layer, "
-            f"{row.speedup.median:.2f}x ({row.speedup.low:.2f}..{row.speedup.high:.2f}), {len(screened)} configurations, "
-            f"{failed} failed")  # fmt: skip
-    return Profile(
-        schema=SCHEMA, created=datetime.date.today().isoformat(), preset=preset, state="measured", policy=policy,
-        policy_state="unverified", policy_source=PAPER_SOURCE, evidence=None,
-        workload=workload, silicon=silicon(gpu, True), versions=versions(), kernel_hash=kernel_hash(gpu),
-        generation=None, rows=tuple(rows), seed=seed, trials=sum(len(c) for c in configs.values()),
-        notes=(UNVERIFIED, "times are of eager calls on random inputs, planning done, events on the device"),
-    )  # fmt: skip
+    def _tell(self, text: str) -> None:
+        self.say(f"[{time.monotonic() - self.begun:4.0f} s] {text}")

@@ -6,12 +6,9 @@ capture -> tables -> search (search pairs) -> launches -> certify (held-out pair
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,12 +28,14 @@ from sparvar_tune.measure import Stopwatch, quantile
 from sparvar_tune.models import Model
 from sparvar_tune.pairs import held_out_pairs, search_pairs
 from sparvar_tune.policies import Table, describe, menu
+from sparvar_tune.runs import exclusive
 from sparvar_tune.schedule import points
 from sparvar_tune.search import Found, candidates, finished, front, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
 
 SEARCH_PAIRS, FEWEST_PAIRS = 10, 12  # ten: every class of pocketvar once; with eight, predictions were 0.4 dB off
 PAIR_COST, LAUNCH_COST = 1.75, 5.0  # in dense rests, measured on 2 cores: certifying a pair, tuning the launches
+SEARCHED = "searched on this machine under a picture-level constraint"  # a profile's policy_source: others may take it over
 ATTEMPTS = 3  # candidates that may be certified; attempt j spends 2**-j of the error probability
 
 
@@ -59,25 +58,6 @@ class Request:
     seed: int
     resume: bool
     scratch: Path
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the run folder; raises ValueError when another run does."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: cannot keep trials here ({error.strerror}); set SPARVAR_TUNE_HOME to a writable folder"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another tuning run is at work here; wait for it or set SPARVAR_TUNE_HOME") from None
-    finally:
-        os.close(handle)
 
 
 def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None]) -> schema.Profile:
@@ -231,7 +211,7 @@ def make_profile(
     """The profile of a certified policy."""
     return schema.Profile(
         schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
-        policy=policy, policy_state="measured", policy_source="searched on this machine under a picture-level constraint",
+        policy=policy, policy_state="measured", policy_source=SEARCHED,
         evidence=proof, workload=workload(request, adapter), silicon=silicon(request.gpu, True), versions=versions(),
         kernel_hash=profiles.kernel_hash(request.gpu), generation=generation(trial, adapter),
         rows=measured_rows(trial, adapter, policy, launches, configs), seed=request.seed, trials=trials,

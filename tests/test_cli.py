@@ -217,7 +217,7 @@ def test_check_and_tables(tiny_model, capsys):
 
 def test_trials_are_shown_as_csv(tiny_model, capsys):
     assert "no trials" in refused(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
-    folder = commands.scratch_folder(commands.choose_gpu("cpu"), commands.find_model("pocketvar"), "near-lossless")
+    folder = commands.run_folder(commands.choose_gpu("cpu"), Path("pocketvar.json"))
     folder.mkdir(parents=True)
     study = search.open_study(folder, "space", 0, False)
     verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)

@@ -6,6 +6,7 @@ ahead of time (on a machine without the GPU, too) is the one that runs: same sou
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -26,11 +27,15 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a binary takes: registers a thread, shared memory and spilled (local) bytes a thread."""
+    """What one program of a binary takes: registers a thread, shared memory and spilled (local) bytes a thread.
+
+    code: sha256 of its instructions; two binaries that agree in all four run alike.
+    """
 
     registers: int
     shared_bytes: int
     spill_bytes: int
+    code: str
 
 
 def source(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], aligned: bool) -> ASTSource:
@@ -52,9 +57,13 @@ def resources(binary: Any) -> Resources:
     """Read from the machine code, so no GPU is needed."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     where = next(Path(p) for name, p in binary.metadata_group.items() if name.endswith(".cubin"))
-    text = subprocess.run([tool, "--dump-resource-usage", where], capture_output=True, text=True, check=True).stdout
+    call: list[str | Path] = [tool, "--dump-resource-usage", "--dump-sass", where]
+    text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    return Resources(found["REG"], int(binary.metadata.shared), found["STACK"] + found["LOCAL"])
+    code = "\n".join(line for line in text.splitlines() if line.lstrip().startswith("/*"))
+    return Resources(
+        found["REG"], int(binary.metadata.shared), found["STACK"] + found["LOCAL"], hashlib.sha256(code.encode()).hexdigest()
+    )
 
 
 class Launcher:

@@ -15,8 +15,8 @@ from sparvar_kernels import Policy, Pooled, ScaleSchedule, SparseAttention
 from sparvar_kernels import reference as oracle
 from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.variants import at_decision
+from sparvar_tune.bench import Bench, decision_scales
 from sparvar_tune.kernel_bench import Case, cases, error_of
-from sparvar_tune.schedule import Bench, decision_scales
 
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # fourteen grids like HART's; Infinity's schedules have thirteen
 CASES = {case.name: case for case in cases()}

@@ -1,0 +1,78 @@
+"""The second layer alone: a policy that was searched on other silicon, timed and certified on this one.
+
+What may be dropped depends on the model; how it runs fastest depends on the GPU. So a policy is searched once per model and
+preset, and another GPU takes it over from that profile: it times launches, draws the held-out pictures itself, and writes its own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from sparvar_tune import profiles, schema
+from sparvar_tune.adapters import Adapter
+from sparvar_tune.certify import compare_on, decision_cost, evidence, generation
+from sparvar_tune.fidelity import CONFIDENCE
+from sparvar_tune.gpus import GPUS, Gpu
+from sparvar_tune.machine import silicon, versions
+from sparvar_tune.pairs import held_out_pairs
+from sparvar_tune.policies import describe
+from sparvar_tune.runtime import launch_of
+from sparvar_tune.schedule import Schedule
+from sparvar_tune.timed import Shop, workshop
+from sparvar_tune.tune import SEARCHED, NothingMeetsTheBound, Request, workload
+
+
+def find_policy(name: str, weights_sha256: str, gpu: Gpu, folders: Sequence[Path]) -> tuple[schema.Profile, Path] | None:
+    """The profile `name` of other silicon whose policy was searched there, on these weights; None where there is none.
+
+    Raises ProfileError for a damaged file.
+    """
+    for other in GPUS.values():
+        for folder in folders if other.slug != gpu.slug else ():
+            path = folder / other.slug / name
+            if path.is_file():
+                found = profiles.load(path)
+                if found.policy_source == SEARCHED and found.workload.weights_sha256 == weights_sha256:
+                    return found, path
+    return None
+
+
+def transfer(
+    request: Request,
+    adapter: Adapter,
+    source: schema.Profile,
+    shop: Shop,
+    say: Callable[[str], None],
+    status: Callable[[str], None],
+) -> schema.Profile:
+    """The certified profile of `source`'s policy on this machine's GPU.
+
+    Raises NothingMeetsTheBound where its pictures miss the bound here or it is not faster than dense.
+    """
+    begun, policy = time.monotonic(), source.policy
+    say(f"policy of {source.silicon.gpu} ({source.created}): {describe(policy)}")
+    shape = workload(request, adapter)
+    with workshop(request.gpu, shop) as made:
+        found = Schedule(shape, policy, request.gpu, torch.cuda.get_device_capability(), made, say, status).find(lambda _: None)
+    launches = {row.scale_index: launch_of(row) for row in found.rows}
+    trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs), status)
+    proof, shortfall = evidence(trial, adapter, request.constraint, CONFIDENCE)
+    gain = generation(trial, adapter)
+    say(f"[{time.monotonic() - begun:4.0f} s] {request.pairs} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
+        f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); {gain.speedup.median:.2f}x")  # fmt: skip
+    if shortfall > 0 or gain.speedup.low <= 1:
+        what = f"{shortfall:.2f} dB short" if shortfall > 0 else f"{gain.speedup.low:.2f}x at the low end, no gain"
+        raise NothingMeetsTheBound(f"the policy searched on {source.silicon.gpu} does not do here ({what}): give --search")
+    return schema.Profile(
+        schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
+        policy=policy, policy_state="measured",
+        policy_source=f"searched on {source.silicon.gpu} ({source.created}), certified again here", evidence=proof,
+        workload=shape, silicon=silicon(request.gpu, True), versions=versions(), kernel_hash=profiles.kernel_hash(request.gpu),
+        generation=gain, rows=found.rows, seed=request.seed, trials=found.tried,
+        notes=(*decision_cost(trial, adapter, policy), *found.notes),
+    )  # fmt: skip

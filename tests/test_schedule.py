@@ -1,0 +1,220 @@
+"""The schedule of a GPU, with made-up times in real worker processes: what is picked, what faults cost, what a log gives back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparvar_kernels.configs import TritonConfig
+from sparvar_tune.compiling import Binary, Compiled
+from sparvar_tune.gpus import GPUS
+from sparvar_tune.measurements import Identity, Log, Workshop, read_log
+from sparvar_tune.models import MODELS
+from sparvar_tune.policies import paper_policy
+from sparvar_tune.schedule import Found, Schedule, space
+from sparvar_tune.schema import ProfileError, Workload
+
+from timer_target import made_up_ms  # isort: skip
+
+ROOT = Path(__file__).parent.parent
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "kernels")])
+MODEL = MODELS["infinity-2b"]
+IDENTITY = Identity("h100-sxm", "a made-up GPU", "0" * 64, "2.11", "3.6", "eager")
+SOAK = int(os.environ.get("SPARVAR_SOAK", "40"))
+
+
+def made_up_code(jobs, _processes, _say):
+    """No compiler: a binary's code is its name, the register limit changes nothing, one pipeline depth fails."""
+    out = {}
+    for job in dict.fromkeys(jobs):
+        c = job.config
+        code = f"{c.block_m} {c.block_n} {c.num_warps} {c.num_stages} {job.epilogue}"
+        out[job] = Compiled(128, 1000, 0, code)
+    return out
+
+
+def workshop(folder: Path, log: Log, workers: int = 2, compiler=made_up_code, task_s: float = 20.0) -> Workshop:
+    environment = {"PYTHONPATH": PATH, "FAKE": str(folder)}
+    return Workshop(IDENTITY, log, 1, [environment] * workers, "timer_target:time_task", compiler, task_s)
+
+
+def run(folder: Path, log: Log, keep=lambda found: None, **options) -> Found:
+    w = Workload.of(MODEL, "1M", "1.000")
+    policy = paper_policy(w.schedule, MODEL.layers, MODEL.heads)
+    with workshop(folder, log, **options) as made:
+        return Schedule(w, policy, GPUS["h100-sxm"], (9, 0), made, lambda text: None, lambda text: None).find(keep)
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run: its folder, log and result."""
+    folder = tmp_path_factory.mktemp("whole")
+    seen: list[Found] = []
+    found = run(folder, Log(folder / "log.jsonl"), seen.append)
+    return folder, found, seen
+
+
+def test_picks_the_fastest_and_says_how_it_was_measured(whole):
+    folder, found, seen = whole
+    w = Workload.of(MODEL, "1M", "1.000")
+    assert [row.scale_index for row in found.rows] == [10, 11, 12]
+    for row in found.rows:
+        distinct = [c for c in space(w.problem(row.scale_index), (9, 0)) if not c.maxnreg]  # a limit makes no new binary here
+        best = min(made_up_ms(vars(c), row.scale_index) for c in distinct)
+        assert row.tuned and row.tuned.p50_ms == pytest.approx(best, rel=1e-5), row
+        assert row.dense and row.dense.p50_ms == 3.0 and row.tuned.n == 30
+    assert len(seen) == 1 and "best so far" in seen[0].notes[-1]  # usable before the search has begun
+    assert {row.config for row in seen[0].rows} == {tuple(sorted(vars(TritonConfig()).items()))}
+    assert any("1980..1980 MHz" in note and "slowed by: nothing" in note for note in found.notes)
+    finals = [json.loads(line) for line in calls(folder) if json.loads(line)["dense"]]
+    assert all(vars(TritonConfig()) in task["configs"] for task in finals), "the default is pinned in every final"
+
+
+def test_equal_binaries_are_looked_at_once(whole):
+    folder, _, _ = whole
+    looks = [json.loads(line) for line in calls(folder) if not json.loads(line)["dense"]]
+    assert looks and all(task["configs"][0]["maxnreg"] == 0 for task in looks)
+
+
+def test_a_log_replays_the_run_without_a_gpu(whole, tmp_path):
+    folder, found, _ = whole
+    again = run(tmp_path, Log(None, [folder / "log.jsonl"]), workers=0, compiler=None)
+    assert again == found
+    half = tmp_path / "half.jsonl"
+    half.write_text("".join((folder / "log.jsonl").read_text().splitlines(keepends=True)[:-3]))
+    with pytest.raises(ValueError, match="the log lacks 3 measurements"):
+        run(tmp_path, Log(None, [half]), workers=0)
+
+
+def test_two_machines_logs_make_one_run(whole, tmp_path):
+    folder, found, _ = whole
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a").write_text("".join(lines[::2]))
+    (tmp_path / "b").write_text("".join(lines[1::2]) + lines[0])
+    assert run(tmp_path, Log(None, [tmp_path / "a", tmp_path / "b"]), workers=0) == found
+    assert not calls(tmp_path)
+
+
+def test_a_cut_log_goes_on_and_measures_only_what_is_missing(whole, tmp_path):
+    folder, found, _ = whole
+    raw = (folder / "log.jsonl").read_bytes()
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(raw[: len(raw) * 2 // 3] + b'{"key": "torn')
+    kept = len(read_log(log))
+    assert run(tmp_path, Log(log)) == found
+    assert len(calls(tmp_path)) <= raw.count(b"\n") - kept
+    assert len(read_log(log)) == raw.count(b"\n"), "the torn tail swallowed nothing"
+
+
+def test_a_configuration_that_crashes_hangs_or_is_illegal_is_data(tmp_path):
+    w = Workload.of(MODEL, "1M", "1.000")
+    configs = [c for c in space(w.problem(12), (9, 0)) if c != TritonConfig() and not c.maxnreg]
+    always = {
+        json.dumps(vars(c), sort_keys=True): fault
+        for c, fault in zip(configs, ("raise", "illegal", "die", "garbage"), strict=False)
+    }
+    always[json.dumps(vars(configs[4]), sort_keys=True)] = "hang"
+    (tmp_path / "plan.json").write_text(json.dumps({"always": always}))
+    log = Log(tmp_path / "log.jsonl")
+    found = run(tmp_path, log, task_s=1.0)
+    bad = [json.loads(text) for text in always]
+    assert all(dict(row.config) not in bad for row in found.rows)
+    failures = [line.failure for line in read_log(tmp_path / "log.jsonl") if line.failure]
+    assert len(failures) == 5 * 3 * 2  # configurations, scales, kinds of layers
+    assert {f.split(":")[0] for f in failures} == {"raised", "died", "timed out"}
+
+
+def test_an_unsteady_final_is_measured_again(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"drift": True}))
+    found = run(tmp_path, Log(None))
+    assert not any("drifted" in note for note in found.notes)
+    assert {json.loads(line)["again"] for line in calls(tmp_path)} == {0, 1}
+
+
+def test_a_compiler_that_fails_costs_its_configuration(tmp_path):
+    def broken(jobs: list[Binary], processes, say):
+        return {
+            job: Compiled(failure="died: SIGSEGV") if job.config.block_m == 128 else made
+            for job, made in made_up_code(jobs, processes, say).items()
+        }
+
+    found = run(tmp_path, Log(None), compiler=broken)
+    assert all(dict(row.config)["block_m"] == 64 for row in found.rows)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path):
+    """The disk is full after 2000 bytes, in the middle of a line: a limit on file sizes does the same to a write."""
+    _, found, _ = whole
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(ProfileError, match="cannot keep measurements"):
+            run(tmp_path, Log(tmp_path / "log.jsonl"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    kept = len(read_log(tmp_path / "log.jsonl"))
+    assert kept >= 2 and (tmp_path / "log.jsonl").stat().st_size == 2000
+    assert run(tmp_path, Log(tmp_path / "log.jsonl")) == found
+
+
+def test_faults_at_random_lose_no_finished_measurement(whole, tmp_path):
+    """Workers that raise, die, hang and talk rubbish; the parent killed in the middle, again and again; then it ends right."""
+    _, found, _ = whole
+    log, seed, killed, faults = tmp_path / "log.jsonl", 0, 0, 0
+    rng = random.Random(5)
+    kept: set[str] = set()
+    while faults + killed < SOAK:
+        seed += 1
+        (tmp_path / "plan.json").write_text(json.dumps({"seed": seed, "faults": 0.25, "slow": 0.005}))
+        code = f"import test_schedule as t; from pathlib import Path; t.go_on(Path({str(tmp_path)!r}))"
+        environment = {**os.environ, "PYTHONPATH": PATH, "MARKED": str(tmp_path)}
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True, stderr=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(2.5, 6.0))
+        killed += process.poll() is None
+        process.kill()
+        said = process.communicate()[1].decode()
+        assert process.returncode in (0, -signal.SIGKILL), said
+        lines = {line.key for line in read_log(log) if not line.failure}
+        assert kept <= lines, "a finished measurement is gone"
+        kept = lines
+        faults = len((tmp_path / "faults").read_text().splitlines()) if (tmp_path / "faults").exists() else 0
+        if process.returncode == 0:  # done: begin anew, so that faults go on
+            log.replace(tmp_path / f"done-{seed}.jsonl")
+            kept = set()
+    until = time.monotonic() + 10
+    while (left := marked(str(tmp_path))) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not left, f"left running: {left}"
+    (tmp_path / "plan.json").write_text("{}")
+    log.unlink(missing_ok=True)
+    assert run(tmp_path, Log(log)) == found
+
+
+def go_on(folder: Path) -> None:
+    """A run with --resume that may be killed at any time."""
+    with contextlib.suppress(ValueError):  # a final whose every configuration failed ends the run in one line
+        run(folder, Log(folder / "log.jsonl"), task_s=0.5)
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"MARKED={mark}".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
