@@ -1,17 +1,19 @@
-"""Binaries of the gathered kernel, made ahead of time by processes that never touch a GPU."""
+"""Binaries of the Triton kernels, made ahead of time by processes that never touch a GPU. Importing it needs Triton."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sparvar_kernels.binary import Build, compile_for, resources
 from sparvar_kernels.configs import TritonConfig
-from sparvar_kernels.problem import DTYPES, AttentionProblem
-from sparvar_kernels.scales import ScaleSchedule
-from sparvar_kernels.variants import Cs4a, Dense, Pooled, Variant
+from sparvar_kernels.layer_triton import Layer
+from sparvar_kernels.policy import Policy, plan_layers
+from sparvar_kernels.problem import AttentionProblem
+from sparvar_tune.bench import decision_scales
 from sparvar_tune.workers import Job, Pool
 
 COMPILE_S = 180.0  # no kernel of ours takes a tenth of it
@@ -19,21 +21,10 @@ COMPILE_S = 180.0  # no kernel of ours takes a tenth of it
 
 @dataclass(frozen=True)
 class Binary:
-    """Everything the gathered kernel is specialised on; scales and models that agree on it share the binary."""
+    """Everything a kernel is specialised on, and for which GPUs; scales and models that agree on it share the binary."""
 
-    head_dim: int
-    dtype: str
-    logit_bound: float | None
-    config: TritonConfig
-    epilogue: int
-    masked: bool
-    bias: bool
+    build: Build
     capability: tuple[int, int]
-
-    @property
-    def problem(self) -> AttentionProblem:
-        """The smallest problem that needs it."""
-        return AttentionProblem(ScaleSchedule(((1, 1),)), 0, 1, 1, self.head_dim, self.dtype, 1.0, self.logit_bound)
 
 
 @dataclass(frozen=True)
@@ -54,15 +45,10 @@ class Compiled:
 
 def compile_payload(payload: dict[str, Any]) -> dict[str, Any]:
     """What a worker process is asked: compiles a `Binary` of JSON values, which is then in Triton's cache on disk."""
-    from sparvar_kernels.binary import compile_for, resources, source
-    from sparvar_kernels.gathered_triton import gathered_kernel
-    from sparvar_kernels.layer_triton import gathered_constants, gathered_types
-
-    config, capability = TritonConfig(**payload["config"]), tuple(payload["capability"])
-    job = Binary(**{**payload, "config": config, "capability": capability})
-    constants = gathered_constants(job.problem, job.config, epilogue=job.epilogue, bias=job.bias, masked=job.masked)
-    made = source(gathered_kernel, gathered_types(DTYPES[job.dtype]), constants, True)
-    return asdict(resources(compile_for(made, job.capability, job.config.options)))
+    fields = payload["build"]
+    pairs = {name: tuple((k, v) for k, v in fields[name]) for name in ("types", "constants", "options")}
+    build = Build(**{**fields, **pairs})
+    return asdict(resources(compile_for(build, tuple(payload["capability"]))))
 
 
 def compile_all(jobs: Iterable[Binary], processes: int, say: Callable[[str], None]) -> dict[Binary, Compiled]:
@@ -82,26 +68,15 @@ def compile_all(jobs: Iterable[Binary], processes: int, say: Callable[[str], Non
 
 
 def binaries(
-    problem: AttentionProblem, variants: Iterable[Variant], configs: Sequence[TritonConfig], capability: tuple[int, int]
-) -> list[Binary]:
-    """What timing `configs` on one layer's variants needs: a launch for every decision scale they look back at.
+    policy: Policy, problems: Mapping[int, AttentionProblem], layer: int, scale_index: int, config: TritonConfig,
+    capability: tuple[int, int],
+) -> list[Binary]:  # fmt: skip
+    """What calling one layer of a policy at a scale launches there with `config`, and at the decision scales it looks back at.
 
-    A residual adds an epilogue, lists of odd lengths a mask, pooled keys a bias.
+    Found by planning the layer on the CPU as a call would on the GPU.
     """
-    by_decision: dict[int | None, list[Variant]] = {}
-    kinds: set[tuple[bool, bool, bool]] = set()  # epilogue, masked, bias
-    for v in variants:
-        if isinstance(v, Pooled):
-            kinds.add((False, True, True))
-        elif not isinstance(v, Dense):
-            by_decision.setdefault(getattr(v, "decision_scale", None), []).append(v)
-    free = by_decision.pop(None, [])
-    for i, group in enumerate(by_decision.values() or [free] * bool(free)):
-        together = group + (free if i == 0 and by_decision else [])  # lists without a residual ride along
-        residual = any(getattr(v, "residual", True) and getattr(v, "decision_scale", None) is not None for v in together)
-        kinds.add((residual, any(not isinstance(v, Cs4a) for v in together), False))
-    p = problem
-    return [
-        Binary(p.head_dim, p.dtype, None if bias else p.logit_bound, config, int(residual), masked, bias, capability)
-        for config in configs for residual, masked, bias in sorted(kinds)
-    ]  # fmt: skip
+    schedule = problems[scale_index].schedule
+    configs = [config if s == scale_index else TritonConfig() for s in range(len(schedule))]
+    planned = Layer(plan_layers(policy, schedule)[layer], [problems[s] for s in range(len(schedule))], configs, "cpu")
+    scales = [*decision_scales(policy, layer, scale_index), scale_index]
+    return list(dict.fromkeys(Binary(build, capability) for s in scales for build in planned.builds(s)))

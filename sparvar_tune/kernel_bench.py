@@ -312,7 +312,7 @@ def record_space(case: Case) -> File:
     choices = TritonConfig.space()
     configs = [TritonConfig(**point) for point in points(choices)]
     configs = [c for c in configs if not why_not(bench.problem, "triton", c, capability)]
-    jobs = binaries(bench.problem, variants_of(case.policy, 0, case.scale_index), configs, capability)
+    jobs = [b for c in configs for b in binaries(case.policy, bench.problems, 0, case.scale_index, c, capability)]
     compile_all(jobs, os.cpu_count() or 2, lambda text: None)
     ways: dict[str, Callable[[], object]] = {}
     failures: dict[int, str] = {}
@@ -338,10 +338,9 @@ def measure_all(say: Callable[[str], None], keep: Callable[[dict[str, Any]], Non
     chosen = [c for c in cases() if only in c.name]
     jobs = []
     for case in chosen:
-        p = case.problem(case.scale_index)
-        jobs += binaries(
-            p, variants_of(case.policy, 0, case.scale_index), case_space(case, p), torch.cuda.get_device_capability()
-        )
+        problems = {s: case.problem(s) for s in range(len(case.schedule))}
+        for config in case_space(case, problems[case.scale_index]):
+            jobs += binaries(case.policy, problems, 0, case.scale_index, config, torch.cuda.get_device_capability())
     begun = time.monotonic()
     compile_all(jobs, os.cpu_count() or 2, say)
     raw: dict[str, Any] = {

@@ -120,7 +120,7 @@ class Workshop:
         missing = [b for b in binaries if self._missing(keys[b])]
         self._need(len(missing))
         for b, made in (self.compiler(missing, self.compilers, status) if missing else {}).items():
-            what = f"binary {b.head_dim} {b.dtype} {_words(asdict(b.config))} epilogue={b.epilogue}"
+            what = f"binary {b.build.kernel}: {_words(dict((*b.build.constants, *b.build.options)))}"[:480]
             self.log.keep(
                 Line(keys[b], what, None if made.failure else made, None, made.failure and one_line(made.failure)[:300])
             )

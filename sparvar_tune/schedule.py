@@ -18,7 +18,7 @@ from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.registry import why_not
-from sparvar_tune.bench import distinct_layers, variants_of
+from sparvar_tune.bench import distinct_layers
 from sparvar_tune.compiling import Binary, binaries
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.measure import paired_speedup, timing
@@ -109,7 +109,7 @@ class Schedule:
 
     def _compile(self, configs: Mapping[int, Sequence[TritonConfig]]) -> dict[tuple[int, TritonConfig], Code]:
         """(scale, configuration) -> the code that runs it. Equal codes run alike."""
-        wanted = {(scale.index, c): self._binaries(scale, [c]) for scale in self.scales for c in configs[scale.index]}
+        wanted = {(scale.index, c): self._binaries(scale, c) for scale in self.scales for c in configs[scale.index]}
         made = self.workshop.compile((b for group in wanted.values() for b in group), self.status)
         failed = [m for m in made.values() if m.failure]
         self._tell(f"{len(made)} binaries, {len(failed)} failed" + (f": {failed[0].failure}" if failed else ""))
@@ -119,13 +119,10 @@ class Schedule:
             for at, group in wanted.items()
         }  # fmt: skip
 
-    def _binaries(self, scale: Scale, configs: Sequence[TritonConfig]) -> list[Binary]:
-        problem = self.workload.problem(scale.index)
-        found: dict[Binary, None] = {}
-        for layer in scale.kinds:
-            variants = variants_of(self.policy, layer, scale.index)
-            found |= dict.fromkeys(binaries(problem, sorted(variants, key=repr), configs, self.capability))
-        return list(found)
+    def _binaries(self, scale: Scale, config: TritonConfig) -> list[Binary]:
+        problems = {s: self.workload.problem(s) for s in range(len(self.workload.schedule))}
+        found = (binaries(self.policy, problems, layer, scale.index, config, self.capability) for layer in scale.kinds)
+        return list(dict.fromkeys(b for group in found for b in group))
 
     def _screen(self, compiled: Mapping[tuple[int, TritonConfig], Code]) -> dict[Scale, list[TritonConfig]]:
         """The finalists of every scale, by a short look at each distinct binary; the default stays pinned."""

@@ -1,7 +1,7 @@
 """The second layer alone: a policy that was searched on other silicon, timed and certified on this one.
 
 What may be dropped depends on the model; how it runs fastest depends on the GPU. So a policy is searched once per model and
-preset, and another GPU takes it over from that profile: it times launches, draws the held-out pictures itself, and writes its own.
+preset; another GPU takes it over from that profile, times launches, draws the held-out pictures itself, and writes its own.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ LAYERS = [
     {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles", "runs"}, {"misses"},
     {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
-    {"bench", "compiling"}, {"timer"}, {"measurements"},
+    {"bench"}, {"compiling"}, {"timer"}, {"measurements"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "predict", "schedule", "recorded"}, {"timed", "kernel_bench"},
     {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report"}, {"transfer"}, {"commands"}, {"cli"},

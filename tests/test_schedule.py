@@ -34,13 +34,11 @@ SOAK = int(os.environ.get("SPARVAR_SOAK", "40"))
 
 
 def made_up_code(jobs, _processes, _say):
-    """No compiler: a binary's code is its name, the register limit changes nothing, one pipeline depth fails."""
-    out = {}
-    for job in dict.fromkeys(jobs):
-        c = job.config
-        code = f"{c.block_m} {c.block_n} {c.num_warps} {c.num_stages} {job.epilogue}"
-        out[job] = Compiled(128, 1000, 0, code)
-    return out
+    """No compiler: a binary's code is its name, which the register limit does not change."""
+    unlimited = {job: [kv for kv in job.build.options if kv[0] != "maxnreg"] for job in dict.fromkeys(jobs)}
+    return {
+        job: Compiled(128, 1000, 0, f"{job.build.kernel} {job.build.constants} {options}") for job, options in unlimited.items()
+    }
 
 
 def workshop(folder: Path, log: Log, workers: int = 2, compiler=made_up_code, task_s: float = 20.0) -> Workshop:
@@ -148,7 +146,7 @@ def test_an_unsteady_final_is_measured_again(tmp_path):
 def test_a_compiler_that_fails_costs_its_configuration(tmp_path):
     def broken(jobs: list[Binary], processes, say):
         return {
-            job: Compiled(failure="died: SIGSEGV") if job.config.block_m == 128 else made
+            job: Compiled(failure="died: SIGSEGV") if ("BLOCK_M", 128) in job.build.constants else made
             for job, made in made_up_code(jobs, processes, say).items()
         }
 

@@ -7,6 +7,7 @@ ahead of time (on a machine without the GPU, too) is the one that runs: same sou
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import subprocess
@@ -38,19 +39,49 @@ class Resources:
     code: str
 
 
-def source(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], aligned: bool) -> ASTSource:
-    """types: argument -> "*bf16", "i32", "fp32" of everything that is no constant. aligned: pointers and strides."""
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    attrs = {}
-    for i, name in enumerate(kernel.arg_names):
-        if aligned and (signature[name].startswith("*") or name.startswith("stride_")):
-            attrs[i,] = [["tt.divisibility", ALIGNMENT]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attrs)
+@dataclass(frozen=True)
+class Build:
+    """Everything a binary is made of but the target. kernel: "module.function" of this package.
+
+    types: argument -> "*bf16", "i32", "fp32" of everything that is no constant. aligned: pointers and strides are
+    multiples of 16. Plain values, so that a process without the GPU can be asked for it.
+    """
+
+    kernel: str
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int], ...]
+    aligned: bool
+
+    @classmethod
+    def of(
+        cls, kernel: Any, types: Mapping[str, str], constants: Mapping[str, int], options: Mapping[str, int], aligned: bool
+    ) -> Build:
+        """constants: they come last among the kernel's arguments, in order."""
+        if kernel.arg_names[-len(constants) :] != list(constants):
+            raise AssertionError(f"{kernel.fn.__name__}: constants must come last, in order")
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        return cls(name, tuple(types.items()), tuple(constants.items()), tuple(sorted(options.items())), aligned)
+
+    @property
+    def function(self) -> Any:
+        module, _, name = self.kernel.partition(".")
+        return getattr(importlib.import_module(f"sparvar_kernels.{module}"), name)
+
+    @property
+    def source(self) -> ASTSource:
+        types, attrs = dict(self.types), {}
+        signature = {name: types.get(name, "constexpr") for name in self.function.arg_names}
+        for i, name in enumerate(signature):
+            if self.aligned and (signature[name].startswith("*") or name.startswith("stride_")):
+                attrs[i,] = [["tt.divisibility", ALIGNMENT]]
+        return ASTSource(fn=self.function, signature=signature, constexprs=dict(self.constants), attrs=attrs)
 
 
-def compile_for(made: ASTSource, capability: tuple[int, int], options: Mapping[str, int]) -> Any:
+def compile_for(build: Build, capability: tuple[int, int]) -> Any:
     """The binary for GPUs of `capability`; needs no GPU. Taken from Triton's cache on disk when it is there."""
-    return triton.compile(made, target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32), options=dict(options))
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    return triton.compile(build.source, target=target, options=dict(build.options))
 
 
 def resources(binary: Any) -> Resources:
@@ -72,17 +103,12 @@ class Launcher:
     In Triton's interpreter tensors must be given instead of pointers; `pointer` does what is right.
     """
 
-    def __init__(
-        self, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, int], aligned: bool,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.kernel = kernel
-        self.tail = tuple(constants.values())
-        if kernel.arg_names[-len(constants) :] != list(constants):
-            raise AssertionError(f"{kernel.__name__}: constants must come last, in order")
+    def __init__(self, build: Build, device: torch.device) -> None:
+        self.kernel = build.function
+        self.tail = tuple(value for _, value in build.constants)
         if INTERPRETED:
             return
-        binary = compile_for(source(kernel, types, constants, aligned), torch.cuda.get_device_capability(device), options)
+        binary = compile_for(build, torch.cuda.get_device_capability(device))
         binary._init_handles()
         self.run, self.function, self.packed = binary.run, binary.function, binary.packed_metadata
         self.index = device.index if device.index is not None else torch.cuda.current_device()
@@ -104,16 +130,6 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 
 @lru_cache(maxsize=512)
-def _launcher(
-    kernel: Any, types: tuple[tuple[str, str], ...], constants: tuple[tuple[str, Any], ...],
-    options: tuple[tuple[str, int], ...], aligned: bool, device: torch.device,
-) -> Launcher:  # fmt: skip
-    return Launcher(kernel, dict(types), dict(constants), dict(options), aligned, device)
-
-
-def launcher(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, int], aligned: bool,
-    device: torch.device,
-) -> Launcher:  # fmt: skip
+def launcher(build: Build, device: torch.device) -> Launcher:
     """The launcher, compiled at first use and kept."""
-    return _launcher(kernel, tuple(types.items()), tuple(constants.items()), tuple(sorted(options.items())), aligned, device)
+    return Launcher(build, device)

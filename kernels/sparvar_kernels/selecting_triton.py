@@ -7,8 +7,22 @@ binary search over the bits of a non-negative float) and writes the keys in asce
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from sparvar_kernels.binary import TYPES, Build, launcher, pointer
+from sparvar_kernels.cs4a import children, source_tiles, window_first
+from sparvar_kernels.problem import AttentionProblem
+from sparvar_kernels.scales import Tile, partition
+from sparvar_kernels.variants import Cs4a, at_decision
+from sparvar_kernels.work import Lists
+
+LOG2E = 1.4426950408889634
+MASS_KEYS = 64  # keys a step of the mass kernel
 
 
 @triton.jit
@@ -117,3 +131,140 @@ def select_kernel(  # type: ignore[no-untyped-def]
     out = keys_ptr + list_at + i_b * batch_step + i * head_step + i_row * row_step
     _emit(out, table_ptr, offs, taken, tl.cumsum(taken) - taken, most, CHILDREN)
     _emit(out, table_ptr, rest, taken_r, tl.sum(taken) + tl.cumsum(taken_r) - taken_r, most, CHILDREN)
+
+
+@lru_cache(maxsize=256)
+def _sample_rows(grid: tuple[int, int], tile: Tile, sample: int, device: str) -> Tensor:
+    return partition(grid, tile).rows[:, ::sample].int().contiguous().to(device)
+
+
+@lru_cache(maxsize=256)
+def _on_device(values: tuple[int, ...], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _mass_block(problem: AttentionProblem, each: int) -> tuple[int, int]:
+    """(query rows a program, of which a tile with `each` sampled rows takes so many)."""
+    samples = max(8, 1 << (each - 1).bit_length())
+    return max(64 if problem.dtype == "fp32" else 128, samples), samples
+
+
+@lru_cache(maxsize=256)
+def mass_build(problem: AttentionProblem, each: int, aligned: bool) -> Build:
+    """What `column_mass` launches; each: sampled rows of a tile."""
+    block_m, samples = _mass_block(problem, each)
+    kind = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}[problem.dtype]
+    mass = "fp32" if problem.dtype == "fp32" else "bf16"
+    types = {"q_ptr": f"*{kind}", "k_ptr": f"*{kind}", "lse_ptr": "*fp32", "mass_ptr": f"*{mass}",
+             "rows_ptr": "*i32", "heads_ptr": "*i32", "scale_log2e": "fp32"}  # fmt: skip
+    ints = [n for n in mass_kernel.arg_names if n.startswith(("stride_", "num_")) or n in ("mass_keys", "keys_each")]
+    head_dim = problem.head_dim
+    constants = {"EACH": each, "SAMPLES": samples, "IEEE": problem.dtype == "fp32", "HEAD_DIM": head_dim,
+                 "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()), "BLOCK_M": block_m, "BLOCK_N": MASS_KEYS}  # fmt: skip
+    options = {"num_warps": 8 if block_m >= 128 else 4, "num_stages": 3}
+    return Build.of(mass_kernel, types | dict.fromkeys(ints, "i32"), constants, options, aligned)
+
+
+def sampled_rows(problem: AttentionProblem, tile: Tile, sample: int) -> int:
+    """How many rows of a tile `column_mass` looks at."""
+    return _sample_rows(problem.grid, tile, sample, "cpu").shape[1]
+
+
+def column_mass(
+    q: Tensor, k: Tensor, lse: Tensor, problem: AttentionProblem, heads: tuple[int, ...], tile: Tile, sample: int
+) -> Tensor:
+    """[B, h, T, >= Nk]: softmax probability of each key summed over the sampled queries of each tile.
+
+    bf16, which ranks keys to within 0.4 % of their mass; fp32 for fp32 inputs.
+
+    lse [B, H, Nq] fp32, unit stride along Nq: natural log of the sum of exponentials over all keys.
+    """
+    q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
+    device = str(q.device)
+    rows = _sample_rows(problem.grid, tile, sample, device)
+    tiles, each = rows.shape
+    block_m, samples = _mass_block(problem, each)
+    padded = -(-problem.num_keys // 16) * 16
+    precision = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+    mass = torch.empty(problem.batch, len(heads), tiles, padded, dtype=precision, device=q.device)
+    groups = -(-tiles // (block_m // samples))
+    block_n, programs = MASS_KEYS, groups * problem.batch * len(heads)
+    chunks = max(1, min(-(-problem.num_keys // (4 * block_n)), -(-528 // programs)))
+    keys_each = -(-problem.num_keys // (chunks * block_n)) * block_n
+    aligned = not (q.data_ptr() | k.data_ptr() | q.stride(0) | q.stride(1) | q.stride(2) | k.stride(0) | k.stride(1)
+                   | k.stride(2) | lse.stride(0) | lse.stride(1)) & 15  # fmt: skip
+    run = launcher(mass_build(problem, each, aligned), q.device)
+    run(
+        (-(-problem.num_keys // keys_each), groups, problem.batch * len(heads)),
+        pointer(q), pointer(k), pointer(lse), pointer(mass), pointer(rows), pointer(_on_device(heads, device)),
+        *q.stride()[:3], *k.stride()[:3], *lse.stride()[:2],
+        len(heads), tiles, problem.num_keys, padded, keys_each, problem.softmax_scale * LOG2E,
+    )  # fmt: skip
+    return mass
+
+
+@lru_cache(maxsize=256)
+def _child_table(problem: AttentionProblem, decision_scale: int, expand: bool, device: str) -> tuple[Tensor, Tensor, int]:
+    """(table [Nk, most], weights [Nk], most) of `children`; itself alone where lists stay on the decision scale's keys."""
+    if not expand:
+        n = problem.schedule.num_keys(decision_scale)
+        return torch.arange(n, dtype=torch.int32, device=device), torch.ones(n, dtype=torch.int32, device=device), 1
+    table, weight = children(problem.schedule, decision_scale, problem.scale_index, device)
+    return table.contiguous(), weight.contiguous(), table.shape[1]
+
+
+@lru_cache(maxsize=256)
+def _list_sources(problem: AttentionProblem, variant: Cs4a, rows: int, device: str) -> Tensor:
+    """[rows] int32: the decision-scale tile each list takes its mass from."""
+    if variant.keys == "index" and problem.scale_index != variant.decision_scale:
+        return source_tiles(problem.schedule, problem.scale_index, variant).int().to(device)
+    return torch.arange(rows, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=256)
+def _first_keys(problem: AttentionProblem, variant: Cs4a, device: str) -> Tensor | None:
+    first = window_first(problem.schedule, variant, device)
+    return None if first is None else first.to(torch.int8).contiguous()
+
+
+def _expands(variant: Cs4a, problem: AttentionProblem) -> bool:
+    """True if listed keys of the decision scale stand for several of this one."""
+    return variant.keys == "place" and problem.scale_index != variant.decision_scale
+
+
+def _there(variant: Cs4a, problem: AttentionProblem) -> Cs4a:
+    there = at_decision(variant, problem.schedule, problem.scale_index) if _expands(variant, problem) else variant
+    assert isinstance(there, Cs4a)
+    return there
+
+
+@lru_cache(maxsize=256)
+def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype) -> Build:
+    """What `select` launches for lists of `variant` in the stage at `problem`."""
+    most = _child_table(problem, variant.decision_scale, _expands(variant, problem), "cpu")[2]
+    n = problem.schedule.num_keys(variant.decision_scale)
+    main = 1 << (n.bit_length() - 1)
+    types = {name: "*i32" for name in ("keys_ptr", "source_ptr", "table_ptr", "weight_ptr")}
+    types |= {"mass_ptr": f"*{TYPES[mass]}", "first_ptr": "*i8"}
+    ints = ("list_at", "head_step", "batch_step", "row_step", "num_heads", "num_tiles", "num_keys", "mass_keys", "width", "most")
+    constants = {"EXACT": mass == torch.float32, "HAS_FIRST": _first_keys(problem, _there(variant, problem), "cpu") is not None,
+                 "CHILDREN": most, "MAIN": main, "TAIL": max(16, 1 << (n - main).bit_length())}  # fmt: skip
+    return Build.of(select_kernel, types | dict.fromkeys(ints, "i32"), constants, {"num_warps": 8, "num_stages": 1}, True)
+
+
+def select(mass: Tensor, keys: Tensor, lists: Lists, problem: AttentionProblem, decision: AttentionProblem) -> None:
+    """Fills `lists` in the key buffer of the stage at `problem` from mass [B, h, T_S, >= Nk_S] of the decision scale."""
+    device, variant = str(mass.device), lists.variant
+    expand = _expands(variant, problem)
+    table, weight, most = _child_table(problem, variant.decision_scale, expand, device)
+    first = _first_keys(problem, _there(variant, problem), device)
+    sources = _list_sources(problem, variant, lists.rows, device)
+    n = decision.num_keys
+    run = launcher(select_build(variant, problem, mass.dtype), mass.device)
+    run(
+        (lists.rows, problem.batch * len(lists.heads), 1),
+        pointer(mass), pointer(keys), pointer(mass if first is None else first),
+        pointer(sources), pointer(table), pointer(weight),
+        lists.at, lists.head_step, lists.batch_step, lists.row_step, len(lists.heads), mass.shape[2], n, mass.shape[3],
+        lists.width, most,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The work of one launch as a table: which program does which query rows of which head against which list.
+"""The work of one launch: a table (which program does which query rows of which head against which list) and the lists.
 
 One table mixes heads of any variant. It is built once per (layer plan, scale, batch) from plain geometry and stays on the
 device, so a call copies nothing and waits for nothing.
@@ -6,12 +6,20 @@ device, so a call copies nothing and waits for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparvar_kernels.scales import Tile
+from sparvar_kernels.configs import TritonConfig
+from sparvar_kernels.cs4a import band_lists, keys_kept, source_tiles
+from sparvar_kernels.csla import csla_lists
+from sparvar_kernels.problem import AttentionProblem
+from sparvar_kernels.scales import Tile, partition
+from sparvar_kernels.variants import Cs4a, Csla, Reuse, Variant, at_decision
 
 FIELDS = 16  # int32 a program, one 64-byte line: the ten below, zeros after
 LIST_PAD = 256  # readable entries behind every list: the largest key block
@@ -85,3 +93,92 @@ def work_table(parts: list[Part], block_m: int) -> Tensor:
     table = torch.cat(out)
     blocks = -(-table[:, 7] // 256)  # lists of about one length keep their head-by-head order
     return table[torch.argsort(blocks, descending=True, stable=True)].contiguous()
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Where a part's lists lie, so that a decision scale can fill them: see `work.Part`. rows: lists a head has."""
+
+    variant: Cs4a
+    heads: tuple[int, ...]
+    at: int
+    head_step: int
+    batch_step: int
+    row_step: int
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One launch: its key buffer and table on the device, and what a decision scale has to fill in beforehand."""
+
+    keys: Tensor
+    table: Tensor
+    masked: bool
+    dynamic: tuple[Lists, ...]
+
+
+def build_stage(
+    groups: Sequence[tuple[Variant, tuple[int, ...]]], problem: AttentionProblem, config: TritonConfig, device: str,
+    slots: Sequence[tuple[int, ...] | None], outs: Sequence[tuple[int, ...] | None],
+) -> Stage:  # fmt: skip
+    """The stage of some variants, each with its heads. Raises ValueError where a query tile would see no key."""
+    schedule, s = problem.schedule, problem.scale_index
+    whole = torch.arange(problem.num_keys, dtype=torch.int32)
+    static, size, parts, dynamic = [], 0, [], []
+    for (variant, heads), slot, out in zip(groups, slots, outs, strict=True):
+        tile = getattr(variant, "tile", Tile(0, config.block_m))
+        tiles = tiles_of(problem.grid, tile)
+        many = len(tiles.rows)
+        if isinstance(variant, Cs4a):
+            made, width = _dynamic_lists(variant, heads, problem, size)
+            shared = variant.keys == "place" and s != variant.decision_scale  # lists lie by tile of the decision scale
+            sources = source_tiles(schedule, s, variant) if shared else torch.arange(many)
+            parts.append(Part(tiles, heads, size, made.head_step, made.batch_step, sources.int() * made.row_step,
+                              torch.full((many,), width, dtype=torch.int32), slot, out))  # fmt: skip
+            dynamic.append(made)
+            block = torch.zeros(problem.batch, len(heads), made.rows, made.row_step, dtype=torch.int32)
+            if made.width < width:
+                block[..., made.width : width] = band_lists(schedule, s, variant)
+            static.append(block.flatten())
+        elif isinstance(variant, Csla):
+            lists = csla_lists(schedule, s, variant)
+            width = lists.keys.shape[-1]
+            counts = torch.full((many,), width) if lists.counts is None else lists.counts[0, 0]
+            parts.append(Part(tiles, heads, size, 0, 0, torch.arange(many, dtype=torch.int32) * width, counts, slot, out))
+            static.append(lists.keys.flatten())
+        else:
+            count = 0 if isinstance(variant, Reuse) else len(whole)
+            parts.append(
+                Part(tiles, heads, size, 0, 0, torch.zeros(many, dtype=torch.int32), torch.full((many,), count), slot, out)
+            )
+            static.append(whole[:count])
+        size += static[-1].numel()
+    if size >= 1 << 31:
+        raise ValueError(f"scale {s}: key lists of {size} entries; want less than 2**31 (fewer images at once)")
+    table = work_table(parts, config.block_m)
+    keys = torch.cat([*static, torch.zeros(LIST_PAD, dtype=torch.int32)])
+    masked = bool((table[:, 7] % config.block_n != 0).any())
+    return Stage(keys.to(device), table.to(device), masked, tuple(dynamic))
+
+
+@lru_cache(maxsize=256)
+def shared_stage(*arguments: Any) -> Stage:
+    """A stage of geometry alone: every layer with the same groups uses one."""
+    return build_stage(*arguments)
+
+
+def _dynamic_lists(variant: Cs4a, heads: tuple[int, ...], problem: AttentionProblem, at: int) -> tuple[Lists, int]:
+    """Where the lists lie, and how long each is once the band of a paper's group is behind what is chosen."""
+    schedule, s = problem.schedule, problem.scale_index
+    own = s == variant.decision_scale
+    if variant.keys == "place" and not own:
+        there = at_decision(variant, schedule, s)
+        rows = len(partition(schedule.grids[variant.decision_scale], there.tile).counts)  # type: ignore[union-attr]
+    else:
+        rows = len(partition(problem.grid, variant.tile).counts)
+    full = keys_kept(variant, schedule, s)
+    chosen = full if variant.keys == "place" else keys_kept(variant, schedule, variant.decision_scale)
+    step = -(-full // 4) * 4
+    return Lists(variant, heads, at, rows * step, len(heads) * rows * step, step, rows, chosen), full
