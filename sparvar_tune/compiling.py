@@ -51,19 +51,21 @@ def compile_payload(payload: dict[str, Any]) -> dict[str, Any]:
     return asdict(resources(compile_for(build, tuple(payload["capability"]))))
 
 
-def compile_all(jobs: Iterable[Binary], processes: int, say: Callable[[str], None]) -> dict[Binary, Compiled]:
+def compilers(processes: int) -> Pool:
+    """Processes that compile and see no GPU; each is started when there is a job for it."""
+    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return Pool(f"{__name__}:compile_payload", [environment] * max(1, processes))
+
+
+def compile_all(jobs: Iterable[Binary], pool: Pool, say: Callable[[str], None]) -> dict[Binary, Compiled]:
     """Every distinct binary; a compiler that raises, hangs or crashes is a failure of that binary alone."""
     distinct = {str(i): job for i, job in enumerate(dict.fromkeys(jobs))}
     found: dict[Binary, Compiled] = {}
-    if not distinct:
-        return found
-    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with Pool(f"{__name__}:compile_payload", [environment] * min(processes, len(distinct))) as pool:
-        for outcome in pool.run(Job(key, asdict(job), COMPILE_S) for key, job in distinct.items()):
-            value: Any = outcome.value
-            failure = f"{outcome.failure}: {outcome.detail}"[:300]
-            found[distinct[outcome.key]] = Compiled(failure=failure) if outcome.failure else Compiled(**value)
-            say(f"compiling: {len(found)}/{len(distinct)}")
+    for outcome in pool.run(Job(key, asdict(job), COMPILE_S) for key, job in distinct.items()):
+        value: Any = outcome.value
+        failure = f"{outcome.failure}: {outcome.detail}"[:300]
+        found[distinct[outcome.key]] = Compiled(failure=failure) if outcome.failure else Compiled(**value)
+        say(f"compiling: {len(found)}/{len(distinct)}")
     return found
 
 

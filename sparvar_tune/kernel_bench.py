@@ -29,7 +29,7 @@ from sparvar_kernels.registry import why_not
 from sparvar_kernels.scales import ScaleSchedule, Tile
 from sparvar_kernels.variants import Cs4a, Csla, Reuse, Variant
 from sparvar_tune.bench import Bench, variants_of
-from sparvar_tune.compiling import binaries, compile_all
+from sparvar_tune.compiling import binaries, compile_all, compilers
 from sparvar_tune.machine import version_of
 from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import MODELS
@@ -313,7 +313,8 @@ def record_space(case: Case) -> File:
     configs = [TritonConfig(**point) for point in points(choices)]
     configs = [c for c in configs if not why_not(bench.problem, "triton", c, capability)]
     jobs = [b for c in configs for b in binaries(case.policy, bench.problems, 0, case.scale_index, c, capability)]
-    compile_all(jobs, os.cpu_count() or 2, lambda text: None)
+    with compilers(os.cpu_count() or 2) as pool:
+        compile_all(jobs, pool, lambda text: None)
     ways: dict[str, Callable[[], object]] = {}
     failures: dict[int, str] = {}
     for i, config in enumerate(configs):
@@ -342,7 +343,8 @@ def measure_all(say: Callable[[str], None], keep: Callable[[dict[str, Any]], Non
         for config in case_space(case, problems[case.scale_index]):
             jobs += binaries(case.policy, problems, 0, case.scale_index, config, torch.cuda.get_device_capability())
     begun = time.monotonic()
-    compile_all(jobs, os.cpu_count() or 2, say)
+    with compilers(os.cpu_count() or 2) as pool:
+        compile_all(jobs, pool, say)
     raw: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version_of("triton"),
         "driver": _driver(), "date": datetime.date.today().isoformat(), "compile_s": time.monotonic() - begun,

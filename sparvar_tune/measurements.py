@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from sparvar_kernels.policy import Policy
-from sparvar_tune.compiling import Binary, Compiled, compile_all
+from sparvar_tune.compiling import Binary, Compiled, compile_all, compilers
 from sparvar_tune.json_reader import Reader, ReadError, to_plain
 from sparvar_tune.runs import append_line, read_lines
 from sparvar_tune.schema import ProfileError, Workload, one_line
@@ -25,7 +25,7 @@ from sparvar_tune.timer import Task, Times, exact, payload_of
 from sparvar_tune.workers import Job, Outcome, Pool
 
 TASK_S = 60.0  # a task takes well under a second; the first of a scale also plans lists
-Compiler = Callable[[Iterable[Binary], int, Callable[[str], None]], dict[Binary, Compiled]]
+Compiler = Callable[[Iterable[Binary], Pool, Callable[[str], None]], dict[Binary, Compiled]]
 FINAL = "raised"  # failures that a second try would repeat
 
 
@@ -100,16 +100,20 @@ class Workshop:
     """
 
     def __init__(
-        self, identity: Identity, log: Log, compilers: int, environments: Sequence[Mapping[str, str]],
+        self, identity: Identity, log: Log, processes: int, environments: Sequence[Mapping[str, str]],
         timer: str = "sparvar_tune.timer:time_task", compiler: Compiler = compile_all, task_s: float = TASK_S,
     ) -> None:  # fmt: skip
-        self.identity, self.log, self.compilers, self.compiler, self.task_s = identity, log, compilers, compiler, task_s
+        self.identity, self.log, self.compiler, self.task_s = identity, log, compiler, task_s
         self.pool = Pool(timer, environments) if environments else None
+        self.compilers = compilers(processes)
+        if self.pool:
+            self.pool.start()  # while the first binaries are made
 
     def __enter__(self) -> Workshop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.compilers.close()
         if self.pool:
             self.pool.close()
 

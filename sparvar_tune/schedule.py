@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from sparvar_kernels.configs import TritonConfig
@@ -126,7 +126,7 @@ class Schedule:
 
     def _screen(self, compiled: Mapping[tuple[int, TritonConfig], Code]) -> dict[Scale, list[TritonConfig]]:
         """The finalists of every scale, by a short look at each distinct binary; the default stays pinned."""
-        tasks: dict[Task, tuple[Scale, TritonConfig]] = {}
+        groups: dict[Task, Scale] = {}
         same = 0
         for scale in self.scales:
             distinct: dict[tuple[str, ...], TritonConfig] = {}
@@ -136,25 +136,39 @@ class Schedule:
                 if code is not None:
                     distinct.setdefault(code, c)
             for layer in self._looked_at(scale):
-                tasks |= {Task(scale.index, layer, (c,), SCREENED, False): (scale, c) for c in distinct.values()}
-        found = self.workshop.time(list(tasks), self.workload, self.policy, self.status)
+                groups[Task(scale.index, layer, tuple(distinct.values()), SCREENED, False)] = scale
         spent: dict[tuple[Scale, TritonConfig], float] = {}
-        failures: dict[Scale, list[str]] = {}
-        for task, (scale, config) in tasks.items():
-            times = found[task]
-            if isinstance(times, str):
-                failures.setdefault(scale, []).append(times)
-            ms = float("inf") if isinstance(times, str) else median(times.tuned_ms[0]) * scale.kinds[task.layer]
-            spent[scale, config] = spent.get((scale, config), 0.0) + ms
-        self._tell(
-            f"{len(spent)} configurations looked at, {same} equal to another's binary, {sum(map(len, failures.values()))} failed"
-        )
+        failed = 0
+        for task, times in self._looks(list(groups)).items():
+            scale = groups[task]
+            for config, ms in zip(task.configs, times, strict=True):
+                failed += ms == float("inf")
+                spent[scale, config] = spent.get((scale, config), 0.0) + ms * scale.kinds[task.layer]
+        self._tell(f"{len(spent)} configurations looked at, {same} equal to another's binary, {failed} failed")
         finalists = {}
         for scale in self.scales:
             ran = sorted((ms, i, c) for i, ((at, c), ms) in enumerate(spent.items()) if at is scale and ms < float("inf"))
             best = [c for _, _, c in ran[:FINALISTS]]
             finalists[scale] = best if scale.default in best else [*best, scale.default]
         return finalists
+
+    def _looks(self, groups: list[Task]) -> dict[Task, list[float]]:
+        """Median time of every configuration of every group (infinite: it failed).
+
+        A group is one task, for one worker to set up once. Where one of it fails, each is tried alone.
+        """
+        found = self.workshop.time(groups, self.workload, self.policy, self.status)
+        broken = [task for task in groups if isinstance(found[task], str)]
+        alone = {(task, c): replace(task, configs=(c,)) for task in broken for c in task.configs}
+        found |= self.workshop.time(list(alone.values()), self.workload, self.policy, self.status)
+
+        def medians(times: Times | str) -> list[float]:
+            return [float("inf")] if isinstance(times, str) else [median(ms) for ms in times.tuned_ms]
+
+        return {
+            task: [medians(found[alone[task, c]])[0] for c in task.configs] if task in broken else medians(found[task])
+            for task in groups
+        }
 
     def _looked_at(self, scale: Scale) -> list[int]:
         kinds = list(scale.kinds)

@@ -64,6 +64,11 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Starts every process now, so that their imports go on while the caller does something else."""
+        for worker in self._workers:
+            worker.start()
+
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         """Outcomes as they finish. A job is pulled when a worker is free and every outcome before has been handed out.
 
@@ -114,15 +119,23 @@ class _Worker:
         self.job: Job | None = None
         self.number = 0  # of the job, so that its answer is told from an older one's
         self.failed_starts = 0
+        self.ready = False  # the process has said that it takes jobs
         self.lost = ""  # why no process is tried here any more
+
+    def start(self) -> None:
+        if not self.process and not self.lost:
+            self._start()
 
     def take(self, job: Job) -> None:
         """Gives the job to the process, or starts one for it. TypeError or ValueError if the payload is no JSON."""
         self.number += 1
         self.request, self.job = frame([self.number, job.payload]), job
-        if self.process and (self.process.poll() is not None or wait([self.wire], 0)):
+        if self.process and self.ready and (self.process.poll() is not None or wait([self.wire], 0)):
             self.end()  # it died, or spoke out of turn, since its last job: not this one's fault
-        (self._ask if self.process else self._start)()
+        if not self.process:
+            self._start()
+        elif self.ready:
+            self._ask()  # else it is starting, and asked once it is ready
 
     def look(self, heard: bool) -> Outcome | None:
         """The outcome of the job, if it is known by now. An answer counts even when it is read after the deadline."""

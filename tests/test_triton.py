@@ -38,7 +38,7 @@ from sparvar_kernels.problem import DTYPES
 from sparvar_kernels.variants import at_decision
 from sparvar_tune import profiles
 from sparvar_tune.bench import Bench
-from sparvar_tune.compiling import Binary, compile_all
+from sparvar_tune.compiling import Binary, compile_all, compilers
 from sparvar_tune.gpus import GPUS
 from sparvar_tune.models import MODELS
 from sparvar_tune.policies import paper_policy
@@ -327,7 +327,8 @@ def test_shipped_configurations_fit_every_target():
     """Compiled without a GPU: shared memory as `shared_bytes` says and within the GPU table, registers, hardly a spill."""
     jobs = aot_jobs()
     assert {job.capability for job in jobs} == set(TARGETS)
-    found = compile_all([*jobs, *ranking_builds()], 2, lambda text: None)
+    with compilers(2) as pool:
+        found = compile_all([*jobs, *ranking_builds()], pool, lambda text: None)
     for job, result in found.items():
         assert result.failure is None, (job, result)
         assert result.registers <= 255 and result.spill_bytes <= 1024, (job, result)

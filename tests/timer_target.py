@@ -28,7 +28,8 @@ def time_task(payload: dict) -> object:
         file.write(seed + "\n")
     plan = json.loads((folder / "plan.json").read_text()) if (folder / "plan.json").exists() else {}
     rng = random.Random(f"{plan.get('seed')} {seed} {sum(1 for line in (folder / 'calls').open() if line == seed + chr(10))}")
-    bad = plan.get("always", {}).get(json.dumps(task["configs"][0], sort_keys=True)) if not task["dense"] else None
+    orders = (plan.get("always", {}).get(json.dumps(config, sort_keys=True)) for config in task["configs"])
+    bad = next((fault for fault in orders if fault), None) if not task["dense"] else None
     fault = bad or (rng.choice(FAULTS) if rng.random() < plan.get("faults", 0.0) else None)
     if fault:
         with (folder / "faults").open("a") as file:
