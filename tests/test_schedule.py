@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 
 from sparvar_kernels.configs import TritonConfig
+from sparvar_tune import timed
 from sparvar_tune.compiling import Binary, Compiled
-from sparvar_tune.gpus import GPUS
+from sparvar_tune.gpus import GPUS, detect_gpu
 from sparvar_tune.measurements import Identity, Log, Workshop, read_log
 from sparvar_tune.models import MODELS
 from sparvar_tune.policies import paper_policy
 from sparvar_tune.schedule import Found, Schedule, space
-from sparvar_tune.schema import ProfileError, Workload
+from sparvar_tune.schema import Profile, ProfileError, Workload
+from sparvar_tune.workers import Job, Pool
 
 from timer_target import made_up_ms  # isort: skip
 
@@ -216,3 +218,31 @@ def marked(mark: str) -> list[int]:
             if f"MARKED={mark}".encode() in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
     return found
+
+
+@pytest.mark.gpu
+def test_gpu_workers_outlive_broken_contexts():
+    jobs = [Job(f"{i} {do}", {"do": do}, 60.0) for i in range(3) for do in ("fine", "break", "fill", "fine")]
+    with Pool("gpu_target:target", [{"PYTHONPATH": PATH}]) as pool:
+        outcomes = list(pool.run(jobs))
+    assert [o.key for o in outcomes] == [job.key for job in jobs]
+    for o in outcomes:
+        assert (o.value == 8.0) if o.key.endswith("fine") else o.failure == "raised", o
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_gpu_schedule_from_start_to_replay(tmp_path, mode):
+    gpu = detect_gpu()
+    w = Workload.of(MODEL, MODEL.default_resolution, "1.000")
+    policy = paper_policy(w.schedule, MODEL.layers, MODEL.heads)
+    target = timed.Target(MODEL, gpu, "near-lossless", MODEL.default_resolution, "1.000", 1, policy)
+    first: list[Profile] = []
+    made = timed.time_policy(target, timed.Shop(tmp_path, mode=mode), print, lambda text: None, first.append)
+    assert made.why_not() is None and first[0].why_not() is None
+    assert [row.scale_index for row in made.rows] == [7, 8, 9] and all(row.tuned and row.tuned.n == 30 for row in made.rows)
+    assert any(f"of {mode} calls" in note for note in made.notes)
+    lines = read_log(tmp_path / timed.LOG)
+    assert lines and not any(line.failure for line in lines)
+    again = timed.replay(made, [tmp_path / timed.LOG], gpu) if mode == "eager" else None
+    assert again is None or (again.rows, again.notes) == (made.rows, made.notes[1:])

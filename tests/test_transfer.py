@@ -1,0 +1,90 @@
+"""A policy searched on one silicon taken over by another: found by what it is, timed and certified anew, or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny
+
+from sparvar_kernels import Cs4a, Csla, Policy, Rule, Tile
+from sparvar_tune import certify, machine, profiles, schema, transfer
+from sparvar_tune.adapters import load_adapter
+from sparvar_tune.fidelity import Constraint
+from sparvar_tune.gpus import GPUS
+from sparvar_tune.models import find_model
+from sparvar_tune.schedule import Found
+from sparvar_tune.timed import Shop
+from sparvar_tune.tune import SEARCHED, NothingMeetsTheBound, Request
+
+SHIPPED = Path(__file__).parent.parent / "profiles"
+T = schema.Timing(1.0, 1.0, 1.0, 30)
+
+
+def test_only_a_policy_searched_on_other_silicon_and_these_weights_is_taken_over(tmp_path):
+    shipped = profiles.load(SHIPPED / "cpu" / "pocketvar.json")
+    weights = shipped.workload.weights_sha256
+    found = transfer.find_policy("pocketvar.json", weights, GPUS["h100-sxm"], (tmp_path, SHIPPED))
+    assert found and found[0] == shipped and found[1] == SHIPPED / "cpu" / "pocketvar.json"
+    assert transfer.find_policy("pocketvar.json", "0" * 64, GPUS["h100-sxm"], (SHIPPED,)) is None
+    assert transfer.find_policy("pocketvar.json", weights, GPUS["cpu"], (SHIPPED,)) is None, "its own is no other silicon's"
+    assert transfer.find_policy("hart.json", weights, GPUS["h100-sxm"], (SHIPPED,)) is None
+    taken = dataclasses.replace(shipped, policy_source="searched on h200, certified again here")
+    profiles.save(taken, tmp_path / "cpu" / "pocketvar.json")
+    assert transfer.find_policy("pocketvar.json", weights, GPUS["h100-sxm"], (tmp_path,)) is None, "a copy is no source"
+
+
+@pytest.fixture
+def taken_over(monkeypatch, tmp_path):
+    """`transfer` on the tiny model, launches not timed; returns a function of the bound and the gain to pretend."""
+    tiny.install(monkeypatch.setattr)
+    model = find_model("pocketvar")
+    adapter = load_adapter(model, "cpu")
+    windows = (-1, -1, -1, 3, 3, 5, 5)
+    rules = (Rule(6, "A", Csla(windows, 3, Tile(8, 8))), Rule(6, "B", Cs4a(4, 0.5, Tile(4, 4))))
+    policy = Policy(("AB", "BA"), rules)
+    row = schema.Row(6, "cpu", (("score_elements", 1 << 20),), "measured", "dense", T, T, schema.Speedup(2.0, 2.0, 2.0, 30))
+    monkeypatch.setattr(transfer, "workshop", lambda gpu, shop: contextlib.nullcontext())
+    monkeypatch.setattr(transfer.torch.cuda, "get_device_capability", lambda: (9, 0))
+    here = machine.silicon(GPUS["h100-sxm"], False)
+    monkeypatch.setattr(transfer, "silicon", lambda gpu, here_: here)
+    measured = certify.compare_on
+
+    def run(psnr_db: float, gain: float) -> schema.Profile:
+        def compare(*args, **kwargs):
+            trial = measured(*args, **kwargs)
+            trial.tuned_ms = [ms / gain for ms in trial.dense_ms]
+            return trial
+
+        class Timed:
+            def __init__(self, *_):
+                pass
+
+            def find(self, keep):
+                return Found((row,), 16, ("a note",))
+
+        monkeypatch.setattr(transfer, "compare_on", compare)
+        monkeypatch.setattr(transfer, "Schedule", Timed)
+        bound = Constraint(psnr_db, 0.0)
+        request = Request(model, "256", "1.000", GPUS["h100-sxm"], "near-lossless", bound, 60.0, 12, 0, False, tmp_path)
+        source = dataclasses.replace(profiles.load(SHIPPED / "cpu" / "pocketvar.json"), policy=policy)
+        return transfer.transfer(request, adapter, source, Shop(tmp_path), lambda text: None, lambda text: None)
+
+    return run
+
+
+def test_it_is_certified_again_and_says_where_it_comes_from(taken_over):
+    made = taken_over(1.0, 2.0)
+    assert made.evidence and made.evidence.n == 12 and made.policy_state == "measured" and made.silicon.gpu == "h100-sxm"
+    assert made.policy_source.startswith("searched on cpu (") and made.policy_source != SEARCHED
+    assert made.generation and made.generation.speedup.median == pytest.approx(2.0)
+    assert [row.scale_index for row in made.rows] == [6] and made.notes[-1] == "a note"
+
+
+def test_it_is_refused_where_pictures_or_times_do_not_hold(taken_over):
+    with pytest.raises(NothingMeetsTheBound, match=r"dB short.*give --search"):
+        taken_over(150.0, 2.0)
+    with pytest.raises(NothingMeetsTheBound, match=r"no gain.*give --search"):
+        taken_over(1.0, 0.9)
