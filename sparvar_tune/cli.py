@@ -74,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--seed", type=whole, default=0, help="of the search; 0..2**31")
     tune.add_argument("--out", type=Path, help="folder that gets <gpu>/<model>.json (default: this user's profiles)")
     tune.add_argument("--resume", action="store_true", help="go on after the finished trials of the last run")
+    tune.add_argument("--storage", metavar="URL", help="share trials with other runs: sqlite:///FILE, journal:///FILE, "
+                      "postgresql://USER@HOST/NAME or mysql://USER@HOST/NAME (docs/many-machines.md)")  # fmt: skip
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
 
     generate = command("generate", "draw one picture dense and tuned, side by side, as a PNG")

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -32,8 +32,9 @@ from sparvar_tune.models import Model
 from sparvar_tune.pairs import held_out_pairs, search_pairs
 from sparvar_tune.policies import Table, describe, menu
 from sparvar_tune.schedule import points
-from sparvar_tune.search import Found, candidates, finished, front, open_study, search
+from sparvar_tune.search import Found, candidates, finished, front, join_study, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
+from sparvar_tune.storage import one_line, open_shared
 
 SEARCH_PAIRS, FEWEST_PAIRS = 10, 12  # ten: every class of pocketvar once; with eight, predictions were 0.4 dB off
 PAIR_COST, LAUNCH_COST = 1.75, 5.0  # in dense rests, measured on 2 cores: certifying a pair, tuning the launches
@@ -46,7 +47,7 @@ class NothingMeetsTheBound(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What to tune. `budget_s` is wall time from here to the profile; `scratch` keeps the trials."""
+    """What to tune. `budget_s` is wall time from here to the profile; `scratch` keeps the trials, or `storage` (a URL) does."""
 
     model: Model
     resolution: str
@@ -59,6 +60,7 @@ class Request:
     seed: int
     resume: bool
     scratch: Path
+    storage: str | None = field(default=None, repr=False)  # may hold a password
 
 
 @contextmanager
@@ -90,7 +92,8 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
     def left() -> float:
         return request.budget_s - (time.monotonic() - begun)
 
-    with exclusive(request.scratch):
+    shared = open_shared(request.storage) if request.storage else None
+    with one_line(request.storage) if request.storage else exclusive(request.scratch):
         table = measure_options(adapter, status)
         say(f"[{time.monotonic() - begun:4.0f} s] measured {sum(map(len, table.error.values()))} options "
             f"on {adapter.model.layers} x {adapter.model.heads} heads")  # fmt: skip
@@ -104,14 +107,15 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
             reserve = (held_out * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
             say(f"[{time.monotonic() - begun:4.0f} s] the budget allows {held_out} held-out pairs instead of {request.pairs}")
             judge.held_out = held_out
-        study = open_study(request.scratch, _space(request, adapter), request.seed, request.resume)
+        space = _space(request, adapter)
+        study = join_study(shared, space) if shared else open_study(request.scratch, space, request.seed, request.resume)
         if finished(study):
             say(f"[{time.monotonic() - begun:4.0f} s] going on after {len(finished(study))} finished trials")
 
         def tell(found: Found) -> None:
             say(f"[{time.monotonic() - begun:4.0f} s] {trial_line(found, judge, left() - reserve)}")
 
-        search(study, judge, lambda: left() < reserve, tell)
+        search(study, judge, lambda: left() < reserve, tell, shared)
         done = finished(study)
         points = ", ".join(f"{judge.dense_ms / f.verdict.latency_ms:.2f}x {f.verdict.psnr_db:.1f} dB" for f in front(done))
         say(
@@ -207,7 +211,11 @@ def _space(request: Request, adapter: Adapter) -> str:
     """Names everything a trial's numbers depend on; trials of another space are never mixed in."""
     parts = (request.model.slug, request.gpu.slug, repr(request.constraint), request.pairs, adapter.weights_sha256,
              profiles.kernel_hash(request.gpu), repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
-    return f"{request.model.slug}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    text = repr(parts)
+    if request.storage:  # trials from elsewhere: only from silicon and a schedule like this one's
+        here = silicon(request.gpu, True)
+        text += repr((here.name, here.threads, adapter.schedule.grids))
+    return f"{request.model.slug}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _best_reachable(done: list[Found], request: Request, judge: Judge) -> str:
