@@ -137,9 +137,13 @@ def unbroken() -> Iterator[None]:
 
 def finished(study: optuna.Study) -> list[Found]:
     """Every finished trial of the study, oldest first."""
+    return _finished(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def _finished(trials: Sequence[optuna.trial.FrozenTrial]) -> list[Found]:
     out = []
-    for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if "knobs" in t.user_attrs:
+    for t in trials:
+        if t.state == TrialState.COMPLETE and "knobs" in t.user_attrs:
             out.append(
                 Found(t.number, Knobs(**json.loads(t.user_attrs["knobs"])), Verdict(**json.loads(t.user_attrs["verdict"])))
             )
@@ -177,9 +181,10 @@ def search(
     while not until():
         if shared:
             shared.stale(study)
-        found = finished(study)
+        trials = study.get_trials(deepcopy=False)
+        found = _finished(trials)
         with unbroken():
-            planned = next_planned(found, _under_way(study))
+            planned = next_planned(found, _under_way(trials))
             if planned:  # a trial with its knobs from the first moment on, so that nobody takes them for free
                 study.enqueue_trial(asdict(planned), user_attrs={"knobs": json.dumps(asdict(planned))})
             trial = study.ask()  # what another process enqueued a moment ago is as good
@@ -234,9 +239,8 @@ def _planned(trial: optuna.trial.FrozenTrial) -> Knobs | None:
     return Knobs(**json.loads(trial.user_attrs["knobs"])) if "knobs" in trial.user_attrs else None
 
 
-def _under_way(study: optuna.Study) -> set[Knobs]:
-    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-    return {knobs for t in trials if (knobs := _planned(t))}
+def _under_way(trials: Sequence[optuna.trial.FrozenTrial]) -> set[Knobs]:
+    return {knobs for t in trials if not t.state.is_finished() and (knobs := _planned(t))}
 
 
 def _taken(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs) -> bool:

@@ -115,7 +115,7 @@ def _secrets(url: str) -> list[str]:
     """Everything of the URL a driver might repeat and nobody should read: longest first."""
     with suppress(ArgumentError, ValueError):
         target = sqlalchemy.make_url(url)
-        words = [str(target.password or ""), *(v for value in target.query.values() for v in ([value, *value]))]
+        words = [target.password, *(value for name, value in target.query.items() if name not in ("host", "port"))]
         raw = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
         return sorted((w for w in {*words, raw} if isinstance(w, str) and len(w) > 2), key=len, reverse=True)
     return [url]
