@@ -7,7 +7,6 @@ run once and its time counted on both sides.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -21,15 +20,15 @@ from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.fidelity import Constraint, PictureFidelity, class_mean, compare_pictures, hash_pairs, lower_bound
 from sparvar_tune.judge import first_touched, make_attention
 from sparvar_tune.lpips import Lpips
-from sparvar_tune.measure import Stopwatch, paired_speedup, timing
+from sparvar_tune.measure import CLOCK, Clock, Stopwatch, paired_speedup, timing
 from sparvar_tune.schema import Evidence, Generation, Row, Yardstick
 
 
 class Timed:
     """Attention that adds up the milliseconds spent at each scale."""
 
-    def __init__(self, inner: Any, device: str) -> None:
-        self.inner, self.stopwatch = inner, Stopwatch(device)
+    def __init__(self, inner: Any, stopwatch: Stopwatch) -> None:
+        self.inner, self.stopwatch = inner, stopwatch
         self.skip_scales: tuple[int, ...] = inner.skip_scales
         self.spent_ms: dict[int, float] = {}
 
@@ -52,13 +51,13 @@ class Outcome:
 
 def run_pairs(
     adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None], lpips: Lpips | None = None,
-    give_up: Callable[[dict[str, list[Outcome]]], bool] = lambda outcomes: False,
+    give_up: Callable[[dict[str, list[Outcome]]], bool] = lambda outcomes: False, clock: Clock = CLOCK,
 ) -> dict[str, list[Outcome]]:  # fmt: skip
     """Every pair's picture every way (attention callables by name; "dense" must be one), in rotating order.
 
     Ends early once `give_up` says so after a pair.
     """
-    stopwatch, begun = Stopwatch(adapter.device), time.monotonic()
+    stopwatch, begun = Stopwatch(adapter.device, clock), clock()
     outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
     for i, pair in enumerate(pairs):
         states: list[Any] = []
@@ -68,7 +67,7 @@ def run_pairs(
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if hasattr(ways[name], "reset"):
                 ways[name].reset()
-            attend, pictures = Timed(ways[name], adapter.device), list[Tensor]()
+            attend, pictures = Timed(ways[name], stopwatch), list[Tensor]()
             ms = stopwatch(lambda: pictures.append(adapter.finish(states[0], attend)))  # noqa: B023
             made[name] = (pictures[0], shared + ms, attend.spent_ms)
         for name, (picture, ms, spent) in made.items():
@@ -76,7 +75,7 @@ def run_pairs(
             outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense), lpips(picture, dense) if lpips else None))
         if give_up(outcomes):
             break
-        left = (time.monotonic() - begun) / (i + 1) * (len(pairs) - i - 1)
+        left = (clock() - begun) / (i + 1) * (len(pairs) - i - 1)
         say(f"pair {i + 1}/{len(pairs)}: {_so_far(outcomes)}, {left:.0f} s left")
     return outcomes
 
@@ -103,12 +102,12 @@ class Trial:
 
 def compare_on(
     adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None],
-    doomed: Callable[[Sequence[PictureFidelity], Sequence[Pair]], bool] = lambda found, pairs: False,
+    doomed: Callable[[Sequence[PictureFidelity], Sequence[Pair]], bool] = lambda found, pairs: False, clock: Clock = CLOCK,
 ) -> Trial:  # fmt: skip
     """Dense and tuned pictures of every pair, timed side by side; of the first pairs only once `doomed` says so."""
     ways = {"dense": adapter.dense, "tuned": make_attention(adapter, policy, launches)}
     dense, tuned = run_pairs(
-        adapter, ways, pairs, say, give_up=lambda outcomes: doomed([o.fidelity for o in outcomes["tuned"]], pairs)
+        adapter, ways, pairs, say, clock=clock, give_up=lambda outcomes: doomed([o.fidelity for o in outcomes["tuned"]], pairs)
     ).values()
     return Trial(
         list(pairs[: len(tuned)]), [o.fidelity for o in tuned], [o.ms for o in dense], [o.ms for o in tuned],

@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--log", type=Path, help="folder that gets a GPU's measurements as <gpu>/<model>.jsonl")
     tune.add_argument("--images", type=positive, default=1, help="pictures drawn at once")
+    tune.add_argument("--storage", metavar="URL", help="share trials with other runs: sqlite:///FILE, journal:///FILE, "
+                      "postgresql://USER@HOST/NAME or mysql://USER@HOST/NAME (docs/many-machines.md)")  # fmt: skip
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
 
     generate = command("generate", "draw one picture dense and tuned, side by side, as a PNG")

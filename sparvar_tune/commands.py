@@ -8,7 +8,7 @@ import datetime
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from sparvar_tune.models import MODELS, Model, find_model
 from sparvar_tune.names import CUSTOM, PRESETS
 from sparvar_tune.pairs import held_out_pairs
 from sparvar_tune.policies import decision_scale, describe, menu, paper_policy
+
+if TYPE_CHECKING:
+    from sparvar_tune.tune import Request
 
 
 def _status(text: str) -> None:
@@ -62,6 +65,8 @@ def tune(args: argparse.Namespace) -> int:
         raise ValueError("tune: want --model M (sparvar-tune show --models lists them) or --from-misses")
     gpu, model, resolution, aspect = _target(args)
     out = (args.out or profiles.user_folder()) / gpu.slug / _file_name(model, args.preset, resolution, aspect)
+    if args.storage and (model.adapter is None or not is_here(gpu)):
+        _say("--storage: not used, there is no search here")
     if model.adapter is None and gpu.slug != "cpu" and is_here(gpu):
         return _time_schedule(args, gpu, model, resolution, aspect, out)
     if model.adapter is None or not is_here(gpu):
@@ -69,6 +74,10 @@ def tune(args: argparse.Namespace) -> int:
     from sparvar_tune.tune import Request
     from sparvar_tune.tune import tune as run
 
+    if args.storage and not args.dry_run:
+        from sparvar_tune.storage import open_shared
+
+        open_shared(args.storage)  # refuses now rather than after the model was loaded
     adapter = load_adapter(model, gpu.device)
     if adapter.schedule != model.schedule(resolution, aspect):
         raise ValueError(f"{model.slug}: its adapter draws {model.default_resolution} ({model.default_aspect}) only; leave out "
@@ -82,7 +91,7 @@ def tune(args: argparse.Namespace) -> int:
     out = out.with_name(_file_name(model, preset, resolution, aspect))
     request = Request(
         model, resolution, aspect, gpu, preset, constraint, args.budget, args.pairs, args.seed, args.resume,
-        run_folder(gpu, out),
+        run_folder(gpu, out), args.storage,
     )  # fmt: skip
     _say(f"tuning {model.slug} on {gpu.slug} ({silicon(gpu, True).name}, {torch.get_num_threads()} threads)")
     _say(f"  wanted: lower 95 % bound of PSNR >= {constraint.psnr_db:g} dB and of SSIM >= {constraint.ssim:g}, over "
@@ -90,7 +99,7 @@ def tune(args: argparse.Namespace) -> int:
     for name, db, similarity in adapter.yardsticks():
         _say(f"  yardstick: {name}: {db:.2f} dB, SSIM {similarity:.4f}")
     if args.dry_run:
-        return _dry_run(request.scratch, out, adapter, args)
+        return _dry_run(request, out, adapter, args)
     _probe_writable(out)
     profile = _take_over(args, request, adapter, out) or run(request, adapter, _say, _status)
     profiles.save(profile, out)
@@ -154,7 +163,7 @@ def _probe_writable(out: Path) -> None:
     probe.unlink()
 
 
-def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespace) -> int:
+def _dry_run(request: Request, out: Path, adapter: Adapter, args: argparse.Namespace) -> int:
     schedule = adapter.schedule
     _say("space: every (layer, head, scale) takes one option; prices per scale and a tilt over layers choose among them")
     for scale in range(decision_scale(schedule), len(schedule)):
@@ -164,11 +173,12 @@ def _dry_run(scratch: Path, out: Path, adapter: Adapter, args: argparse.Namespac
     _say(
         f"  fixed points: paper ({describe(paper_policy(schedule, adapter.model.layers, adapter.model.heads))}); drop last scale"
     )
+    from sparvar_tune.storage import place
     from sparvar_tune.tune import SEARCH_PAIRS
 
     _say(f"plan: measure every option on a capture; search on {SEARCH_PAIRS} pairs (paper's setting, bisection, then TPE); "
          f"certify on {args.pairs} others; budget {args.budget:.0f} s")  # fmt: skip
-    _say(f"trials go to {scratch}\nprofile goes to {out}")
+    _say(f"trials go to {place(request.storage) if request.storage else request.scratch}\nprofile goes to {out}")
     return 0
 
 

@@ -18,7 +18,7 @@ from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.fidelity import CONFIDENCE, Constraint, PictureFidelity, class_mean, compare_pictures, t_quantile
-from sparvar_tune.measure import Stopwatch
+from sparvar_tune.measure import CLOCK, Clock, Stopwatch
 from sparvar_tune.policies import Table, assign, decision_scale, paper_policy
 from sparvar_tune.search import Knobs, Verdict
 
@@ -61,10 +61,10 @@ class Judge:
     """Callable: knobs -> verdict, from the search pairs; `held_out` pairs will have the last word."""
 
     def __init__(self, adapter: Adapter, pairs: Sequence[Pair], constraint: Constraint, held_out: int, table: Table,
-                 say: Callable[[str], None]) -> None:  # fmt: skip
+                 say: Callable[[str], None], clock: Clock = CLOCK) -> None:  # fmt: skip
         self.adapter, self.pairs, self.constraint = adapter, pairs, constraint
         self.held_out, self.table = held_out, table
-        self.stopwatch = Stopwatch(adapter.device)
+        self.stopwatch = Stopwatch(adapter.device, clock)
         self.references: list[Reference] = []
         for i, pair in enumerate(pairs):
             state = adapter.start(pair, first_touched(adapter))

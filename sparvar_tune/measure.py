@@ -63,18 +63,22 @@ def interleaved(
     return {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in marks.items()}
 
 
+Clock = Callable[[], float]  # seconds since some moment; a replay gives one that recorded times turn
+CLOCK: Clock = time.perf_counter
+
+
 class Stopwatch:
     """Milliseconds of one call, with the device finished on both sides."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, clock: Clock = CLOCK) -> None:
+        self.device, self.clock = device, clock
 
     def __call__(self, work: Callable[[], object]) -> float:
         self._settle()
-        begun = time.perf_counter()
+        begun = self.clock()
         work()
         self._settle()
-        return (time.perf_counter() - begun) * 1e3
+        return (self.clock() - begun) * 1e3
 
     def _settle(self) -> None:
         if self.device.startswith("cuda"):

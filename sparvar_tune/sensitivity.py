@@ -11,14 +11,14 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.scales import ScaleSchedule
 from sparvar_tune.capture import Recorder
-from sparvar_tune.measure import Stopwatch
+from sparvar_tune.measure import CLOCK, Clock, Stopwatch
 from sparvar_tune.policies import Table, menu
 
 
 def measure_table(
     capture: Recorder, dense_outputs: dict[tuple[int, int], torch.Tensor], dense_ms: dict[int, float],
     schedule: ScaleSchedule, *, device: str, softmax_scale: float, logit_bound: float | None,
-    progress: Callable[[str], None],
+    progress: Callable[[str], None], clock: Clock = CLOCK,
 ) -> Table:  # fmt: skip
     """Errors and times of all options.
 
@@ -28,7 +28,7 @@ def measure_table(
     scales = tuple(dense_ms)
     layers = 1 + max(layer for layer, _ in capture.calls)
     heads = next(iter(capture.calls.values()))[0].shape[1]
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(device, clock)
     error: dict[int, dict[str, Any]] = {s: {"dense": ((0.0,) * heads,) * layers} for s in scales}
     time_ms: dict[int, dict[str, float]] = {s: {"dense": dense_ms[s] / heads} for s in scales}
     decision_ms: dict[str, float] = {}
@@ -63,10 +63,10 @@ def head_errors(sparse: torch.Tensor, dense: torch.Tensor) -> tuple[float, ...]:
 
 
 def dense_pass(
-    capture: Recorder, dense: Any, scales: range, device: str
+    capture: Recorder, dense: Any, scales: range, device: str, clock: Clock = CLOCK
 ) -> tuple[dict[tuple[int, int], torch.Tensor], dict[int, float]]:
     """Dense outputs by (layer, scale) and mean time of one layer (ms) by scale."""
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(device, clock)
     layers = 1 + max(layer for layer, _ in capture.calls)
     outputs: dict[tuple[int, int], torch.Tensor] = {}
     spent = dict.fromkeys(scales, 0.0)

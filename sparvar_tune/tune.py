@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -24,14 +23,15 @@ from sparvar_tune.fidelity import CONFIDENCE, Constraint
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.judge import Judge, build_policy, first_touched, make_attention
 from sparvar_tune.machine import silicon, versions
-from sparvar_tune.measure import Stopwatch, quantile
+from sparvar_tune.measure import CLOCK, Clock, quantile
 from sparvar_tune.models import Model
 from sparvar_tune.pairs import held_out_pairs, search_pairs
 from sparvar_tune.policies import Table, describe, menu
 from sparvar_tune.runs import exclusive
 from sparvar_tune.schedule import points
-from sparvar_tune.search import Found, candidates, finished, front, open_study, search
+from sparvar_tune.search import Found, candidates, finished, front, join_study, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
+from sparvar_tune.storage import one_line, open_shared
 
 SEARCH_PAIRS, FEWEST_PAIRS = 10, 12  # ten: every class of pocketvar once; with eight, predictions were 0.4 dB off
 PAIR_COST, LAUNCH_COST = 1.75, 5.0  # in dense rests, measured on 2 cores: certifying a pair, tuning the launches
@@ -45,7 +45,7 @@ class NothingMeetsTheBound(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What to tune. `budget_s` is wall time from here to the profile; `scratch` keeps the trials."""
+    """What to tune. `budget_s` is wall time from here to the profile; `scratch` keeps the trials, or `storage` (a URL) does."""
 
     model: Model
     resolution: str
@@ -58,45 +58,48 @@ class Request:
     seed: int
     resume: bool
     scratch: Path
+    storage: str | None = field(default=None, repr=False)  # may hold a password
 
 
-def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None]) -> schema.Profile:
-    """The certified profile. `say` prints a line to keep, `status` one to overwrite.
+def tune(
+    request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None], clock: Clock = CLOCK
+) -> schema.Profile:
+    """The certified profile. `say` prints a line to keep, `status` one to overwrite; all times are `clock`'s.
 
     Raises NothingMeetsTheBound, ValueError (folder busy or unwritable), KeyboardInterrupt (finished trials are kept).
     """
-    begun = time.monotonic()
+    begun = clock()
 
     def left() -> float:
-        return request.budget_s - (time.monotonic() - begun)
+        return request.budget_s - (clock() - begun)
 
-    with exclusive(request.scratch):
-        table = measure_options(adapter, status)
-        say(f"[{time.monotonic() - begun:4.0f} s] measured {sum(map(len, table.error.values()))} options "
+    shared = open_shared(request.storage) if request.storage else None
+    with one_line(request.storage) if request.storage else exclusive(request.scratch):
+        table = measure_options(adapter, status, clock)
+        say(f"[{clock() - begun:4.0f} s] measured {sum(map(len, table.error.values()))} options "
             f"on {adapter.model.layers} x {adapter.model.heads} heads")  # fmt: skip
         pairs = search_pairs(adapter.num_classes, SEARCH_PAIRS)
-        judge = Judge(adapter, pairs, request.constraint, request.pairs, table, status)
+        judge = Judge(adapter, pairs, request.constraint, request.pairs, table, status, clock)
         # per held-out pair the shared start, the dense and the tuned rest, in terms of the dense rest; and launches
         reserve = (request.pairs * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
         held_out = request.pairs
         if reserve > 0.8 * left():
             held_out = max(FEWEST_PAIRS, int(request.pairs * 0.7 * max(0.0, left()) / reserve))
             reserve = (held_out * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
-            say(f"[{time.monotonic() - begun:4.0f} s] the budget allows {held_out} held-out pairs instead of {request.pairs}")
+            say(f"[{clock() - begun:4.0f} s] the budget allows {held_out} held-out pairs instead of {request.pairs}")
             judge.held_out = held_out
-        study = open_study(request.scratch, _space(request, adapter), request.seed, request.resume)
+        space = _space(request, adapter)
+        study = join_study(shared, space) if shared else open_study(request.scratch, space, request.seed, request.resume)
         if finished(study):
-            say(f"[{time.monotonic() - begun:4.0f} s] going on after {len(finished(study))} finished trials")
+            say(f"[{clock() - begun:4.0f} s] going on after {len(finished(study))} finished trials")
 
         def tell(found: Found) -> None:
-            say(f"[{time.monotonic() - begun:4.0f} s] {trial_line(found, judge, left() - reserve)}")
+            say(f"[{clock() - begun:4.0f} s] {trial_line(found, judge, left() - reserve)}")
 
-        search(study, judge, lambda: left() < reserve, tell)
+        search(study, judge, lambda: left() < reserve, tell, shared)
         done = finished(study)
         points = ", ".join(f"{judge.dense_ms / f.verdict.latency_ms:.2f}x {f.verdict.psnr_db:.1f} dB" for f in front(done))
-        say(
-            f"[{time.monotonic() - begun:4.0f} s] time against PSNR, the front of {len(done)} trials: {points or 'none complete'}"
-        )
+        say(f"[{clock() - begun:4.0f} s] time against PSNR, the front of {len(done)} trials: {points or 'none complete'}")
         ranked = candidates(done)
         attempt, needed = 0, 0.0
         for candidate in ranked:
@@ -105,18 +108,20 @@ def tune(request: Request, adapter: Adapter, say: Callable[[str], None], status:
             if candidate.verdict.shortfall_db > -needed or attempt == ATTEMPTS or nothing:
                 continue
             attempt += 1
-            say(f"[{time.monotonic() - begun:4.0f} s] certifying trial {candidate.number}: {describe(policy)}")
+            say(f"[{clock() - begun:4.0f} s] certifying trial {candidate.number}: {describe(policy)}")
             launches, configs = tune_launches(adapter, policy, judge, status)
-            trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, held_out), status, judge.doomed)
+            trial = compare_on(
+                adapter, policy, launches, held_out_pairs(adapter.num_classes, held_out), status, judge.doomed, clock
+            )
             if len(trial.pairs) < held_out:
                 mean = fmean(f.psnr_db for f in trial.found)
-                say(f"[{time.monotonic() - begun:4.0f} s] given up after {len(trial.pairs)} held-out pairs: PSNR {mean:.2f} dB")
+                say(f"[{clock() - begun:4.0f} s] given up after {len(trial.pairs)} held-out pairs: PSNR {mean:.2f} dB")
                 needed = max(needed, 0.2) - min(0.0, candidate.verdict.shortfall_db)
                 continue
             confidence = 1 - (1 - CONFIDENCE) * 2.0**-attempt if attempt > 1 else CONFIDENCE
             proof, shortfall = evidence(trial, adapter, request.constraint, confidence)
             gain = generation(trial, adapter).speedup
-            say(f"[{time.monotonic() - begun:4.0f} s] {held_out} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
+            say(f"[{clock() - begun:4.0f} s] {held_out} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
                 f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); SSIM {proof.ssim_mean:.4f}, lower bound "
                 f"{proof.ssim_lower:.4f} (wanted {request.constraint.ssim:g}); {gain.median:.2f}x")  # fmt: skip
             if shortfall <= 0 and gain.low > 1:
@@ -139,15 +144,15 @@ def trial_line(found: Found, judge: Judge, search_left: float) -> str:
     )
 
 
-def measure_options(adapter: Adapter, status: Callable[[str], None]) -> Table:
+def measure_options(adapter: Adapter, status: Callable[[str], None], clock: Clock = CLOCK) -> Table:
     """The table of every option, on one captured generation."""
     scales = range(first_touched(adapter), len(adapter.schedule))
     capture = Recorder(adapter.dense, tuple(scales))
     adapter.finish(adapter.start(search_pairs(adapter.num_classes, 1)[0], scales[0]), capture)
-    outputs, dense_ms = dense_pass(capture, adapter.dense, scales, adapter.device)
+    outputs, dense_ms = dense_pass(capture, adapter.dense, scales, adapter.device, clock)
     return measure_table(
         capture, outputs, dense_ms, adapter.schedule, device=adapter.device, softmax_scale=adapter.softmax_scale,
-        logit_bound=adapter.logit_bound, progress=lambda name: status(f"measuring options: {name}"),
+        logit_bound=adapter.logit_bound, progress=lambda name: status(f"measuring options: {name}"), clock=clock,
     )  # fmt: skip
 
 
@@ -163,7 +168,6 @@ def tune_launches(
     capture = Recorder(adapter.dense, tuple(range(first, len(adapter.schedule))))
     adapter.finish(judge.references[0].state, capture)
     choices = points(kernel.config.space())
-    stopwatch = Stopwatch(adapter.device)
     spent: dict[tuple[int, int], list[float]] = {}
     layers = range(0, adapter.model.layers, max(1, adapter.model.layers // 4))
     for _round in range(2):
@@ -172,7 +176,7 @@ def tune_launches(
             attend = make_attention(adapter, policy, dict.fromkeys(range(len(adapter.schedule)), launch))
             for layer in layers:
                 for s in range(first, len(adapter.schedule)):
-                    ms = stopwatch(lambda: attend(*capture.calls[layer, s], layer, s))  # noqa: B023
+                    ms = judge.stopwatch(lambda: attend(*capture.calls[layer, s], layer, s))  # noqa: B023
                     spent.setdefault((s, c), []).append(ms)
             status(f"launch configurations: {c + 1}/{len(choices)}")
     configs = {}
@@ -187,7 +191,11 @@ def _space(request: Request, adapter: Adapter) -> str:
     """Names everything a trial's numbers depend on; trials of another space are never mixed in."""
     parts = (request.model.slug, request.gpu.slug, repr(request.constraint), request.pairs, adapter.weights_sha256,
              profiles.kernel_hash(request.gpu), repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
-    return f"{request.model.slug}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    text = repr(parts)
+    if request.storage:  # trials from elsewhere: only from silicon and a schedule like this one's
+        here = silicon(request.gpu, True)
+        text += repr((here.name, here.threads, adapter.schedule.grids))
+    return f"{request.model.slug}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _best_reachable(done: list[Found], request: Request, judge: Judge) -> str:

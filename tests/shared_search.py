@@ -1,0 +1,41 @@
+"""`python shared_search.py URL TRIALS SLEEP_S LOG [GRACE_S]`: one search on a shared storage whose judge only sleeps.
+
+Runs until the study has TRIALS finished trials. LOG gets "begin" once joined, a line per trial told, and "end"; each with
+the monotonic time, which processes of one machine share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from sparvar_tune import search
+from sparvar_tune.storage import open_shared
+
+
+def main(url: str, trials: str, sleep_s: str, log: str, grace_s: str = "60") -> None:
+    shared = open_shared(url, 1, int(grace_s))
+    study = search.join_study(shared, "space")
+
+    def note(what: str, **more: object) -> None:
+        with Path(log).open("a") as file:
+            file.write(json.dumps({"what": what, "at": time.monotonic(), **more}) + "\n")
+
+    def judge(knobs: search.Knobs) -> search.Verdict:
+        note("judge", knobs=asdict(knobs))
+        time.sleep(float(sleep_s))
+        price = math.sqrt(knobs.price_last * knobs.price_second / 1.65)
+        return search.Verdict(50 + 10 * math.log10(price), 60.0 / price - 1.0, 35.0, 0.97, True)
+
+    note("begin")
+    until = lambda: len(search.finished(study)) >= int(trials)  # noqa: E731
+    search.search(study, judge, until, lambda f: note("told", number=f.number, knobs=asdict(f.knobs)), shared)
+    note("end")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
