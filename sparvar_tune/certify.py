@@ -136,16 +136,14 @@ def generation(trial: Trial, adapter: Adapter) -> Generation:
     )
 
 
-def measured_rows(
-    trial: Trial, adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], configs: Mapping[int, Mapping[str, int]]
-) -> tuple[Row, ...]:
+def measured_rows(trial: Trial, adapter: Adapter, policy: Policy, launches: Mapping[int, Launch]) -> tuple[Row, ...]:
     """One row per scale with a rule: one layer's attention, averaged over layers, list making included."""
     rows, layers = [], adapter.model.layers
     for s in sorted({r.scale_index for r in policy.rules}):
         dense = [spent[s] / layers for spent in trial.dense_scales]
         tuned = [spent[s] / layers for spent in trial.tuned_scales]
         rows.append(Row(
-            s, launches[s].kernel, tuple(sorted(configs[s].items())), "measured", adapter.dense_name,
+            s, launches[s].kernel, tuple(sorted(vars(launches[s].config).items())), "measured", adapter.dense_name,
             timing(tuned), timing(dense), paired_speedup(dense, tuned),
         ))  # fmt: skip
     return tuple(rows)

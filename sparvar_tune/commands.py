@@ -101,7 +101,9 @@ def tune(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(request, out, adapter, args)
     _probe_writable(out)
-    profile = _take_over(args, request, adapter, out) or run(request, adapter, _say, _status)
+    profile = _take_over(args, request, adapter, out) or run(
+        request, adapter, _say, _status, time_launches=_launch_timer(args, request, adapter, out)
+    )
     profiles.save(profile, out)
     _say("")
     _print_profile(profile, out)
@@ -128,6 +130,17 @@ def _take_over(args: argparse.Namespace, request: Any, adapter: Adapter, out: Pa
         return None
     _keep_log(args.log, request.scratch / timed.LOG, request.gpu, out)
     return profile
+
+
+def _launch_timer(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> Any:
+    """On a GPU the function that finds a policy's launches; None on a CPU."""
+    if request.gpu.slug == "cpu":
+        return None
+    from sparvar_tune import timed
+    from sparvar_tune.tune import workload
+
+    shop = dataclasses.replace(_shop(args, request.gpu, out), folder=run_folder(request.gpu, out) / "launches", resume=True)
+    return lambda policy: timed.time_launches(policy, workload(request, adapter), request.gpu, shop, _say, _status)
 
 
 def _shop(args: argparse.Namespace, gpu: Gpu, out: Path) -> Any:
@@ -436,11 +449,10 @@ def verify(args: argparse.Namespace) -> int:
          f"{gain.speedup.median:.2f}x "
          f"(95 % interval {gain.speedup.low:.2f}..{gain.speedup.high:.2f})")  # fmt: skip
     if args.write and faithful and faster:
-        configs = {row.scale_index: dict(row.config) for row in profile.rows}
         new = dataclasses.replace(
             profile, created=datetime.date.today().isoformat(), silicon=silicon(gpu, True), versions=versions(),
             kernel_hash=profiles.kernel_hash(gpu), generation=gain, state="measured",
-            rows=measured_rows(trial, adapter, profile.policy, launches, configs),
+            rows=measured_rows(trial, adapter, profile.policy, launches),
             notes=decision_cost(trial, adapter, profile.policy),
         )  # fmt: skip
         path = profiles.user_folder() / gpu.slug / _file_name(model, profile.preset, resolution, aspect)

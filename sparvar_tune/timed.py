@@ -91,22 +91,32 @@ class Target:
         return replace(one, batch=one.batch * self.images)
 
 
+def time_launches(
+    policy: Policy, workload: Workload, gpu: Gpu, shop: Shop, say: Callable[[str], None], status: Callable[[str], None],
+    keep: Callable[[Found], None] = lambda found: None,
+) -> Found:  # fmt: skip
+    """The fastest launches of a policy on this machine's GPU; `keep` gets the first usable ones.
+
+    Raises ValueError: no configuration runs, folder busy; ProfileError when measurements cannot be kept.
+    """
+    with workshop(gpu, shop) as made:
+        return Schedule(workload, policy, gpu, torch.cuda.get_device_capability(), made, say, status).find(keep)
+
+
 def time_policy(
     target: Target, shop: Shop, say: Callable[[str], None], status: Callable[[str], None], keep: Callable[[Profile], None]
 ) -> Profile:
     """The profile of the policy, every sparse scale timed here; `keep` gets a usable one as soon as there is one.
 
-    Raises ValueError: no configuration runs, folder busy; ProfileError when measurements cannot be kept.
+    Raises what `time_launches` raises.
     """
-    capability = torch.cuda.get_device_capability()
-    with workshop(target.gpu, shop) as made:
-        here = silicon(target.gpu, is_here(target.gpu))
-        schedule = Schedule(target.workload, target.policy, target.gpu, capability, made, say, status)
+    here, tuned_with, kernels = silicon(target.gpu, is_here(target.gpu)), versions(), kernel_hash(target.gpu)
 
-        def profile(found: Found) -> Profile:
-            return profile_of(target, found, here, versions(), made.identity.kernel_hash)
+    def profile(found: Found) -> Profile:
+        return profile_of(target, found, here, tuned_with, kernels)
 
-        return profile(schedule.find(lambda found: keep(profile(found))))
+    found = time_launches(target.policy, target.workload, target.gpu, shop, say, status, lambda first: keep(profile(first)))
+    return profile(found)
 
 
 def profile_of(target: Target, found: Found, here: Silicon, tuned_with: Versions, kernels: str) -> Profile:

@@ -6,25 +6,20 @@ preset; another GPU takes it over from that profile, times launches, draws the h
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from sparvar_tune import profiles, schema
 from sparvar_tune.adapters import Adapter
-from sparvar_tune.certify import compare_on, decision_cost, evidence, generation
+from sparvar_tune.certify import compare_on, evidence, generation
 from sparvar_tune.fidelity import CONFIDENCE
 from sparvar_tune.gpus import GPUS, Gpu
-from sparvar_tune.machine import silicon, versions
 from sparvar_tune.pairs import held_out_pairs
 from sparvar_tune.policies import describe
 from sparvar_tune.runtime import launch_of
-from sparvar_tune.schedule import Schedule
-from sparvar_tune.timed import Shop, workshop
-from sparvar_tune.tune import SEARCHED, NothingMeetsTheBound, Request, workload
+from sparvar_tune.timed import Shop, time_launches
+from sparvar_tune.tune import SEARCHED, NothingMeetsTheBound, Request, make_profile, workload
 
 
 def find_policy(name: str, weights_sha256: str, gpu: Gpu, folders: Sequence[Path]) -> tuple[schema.Profile, Path] | None:
@@ -57,8 +52,7 @@ def transfer(
     begun, policy = time.monotonic(), source.policy
     say(f"policy of {source.silicon.gpu} ({source.created}): {describe(policy)}")
     shape = workload(request, adapter)
-    with workshop(request.gpu, shop) as made:
-        found = Schedule(shape, policy, request.gpu, torch.cuda.get_device_capability(), made, say, status).find(lambda _: None)
+    found = time_launches(policy, shape, request.gpu, shop, say, status)
     launches = {row.scale_index: launch_of(row) for row in found.rows}
     trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs), status)
     proof, shortfall = evidence(trial, adapter, request.constraint, CONFIDENCE)
@@ -68,11 +62,5 @@ def transfer(
     if shortfall > 0 or gain.speedup.low <= 1:
         what = f"{shortfall:.2f} dB short" if shortfall > 0 else f"{gain.speedup.low:.2f}x at the low end, no gain"
         raise NothingMeetsTheBound(f"the policy searched on {source.silicon.gpu} does not do here ({what}): give --search")
-    return schema.Profile(
-        schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
-        policy=policy, policy_state="measured",
-        policy_source=f"searched on {source.silicon.gpu} ({source.created}), certified again here", evidence=proof,
-        workload=shape, silicon=silicon(request.gpu, True), versions=versions(), kernel_hash=profiles.kernel_hash(request.gpu),
-        generation=gain, rows=found.rows, seed=request.seed, trials=found.tried,
-        notes=(*decision_cost(trial, adapter, policy), *found.notes),
-    )  # fmt: skip
+    source_words = f"searched on {source.silicon.gpu} ({source.created}), certified again here"
+    return make_profile(request, adapter, policy, source_words, trial, proof, launches, found, found.tried)

@@ -28,6 +28,8 @@ from sparvar_tune.models import Model
 from sparvar_tune.pairs import held_out_pairs, search_pairs
 from sparvar_tune.policies import Table, describe, menu
 from sparvar_tune.runs import exclusive
+from sparvar_tune.runtime import launch_of
+from sparvar_tune.schedule import Found as Timed
 from sparvar_tune.schedule import points
 from sparvar_tune.search import Found, candidates, finished, front, join_study, open_study, search
 from sparvar_tune.sensitivity import dense_pass, measure_table
@@ -62,9 +64,12 @@ class Request:
 
 
 def tune(
-    request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None], clock: Clock = CLOCK
-) -> schema.Profile:
+    request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None], clock: Clock = CLOCK,
+    time_launches: Callable[[Policy], Timed] | None = None,
+) -> schema.Profile:  # fmt: skip
     """The certified profile. `say` prints a line to keep, `status` one to overwrite; all times are `clock`'s.
+
+    time_launches: finds the launches of a policy (on a GPU: `timed.time_launches`); None: by running it on a capture.
 
     Raises NothingMeetsTheBound, ValueError (folder busy or unwritable), KeyboardInterrupt (finished trials are kept).
     """
@@ -109,7 +114,10 @@ def tune(
                 continue
             attempt += 1
             say(f"[{clock() - begun:4.0f} s] certifying trial {candidate.number}: {describe(policy)}")
-            launches, configs = tune_launches(adapter, policy, judge, status)
+            found = time_launches(policy) if time_launches else None
+            launches = (
+                {r.scale_index: launch_of(r) for r in found.rows} if found else tune_launches(adapter, policy, judge, status)
+            )
             trial = compare_on(
                 adapter, policy, launches, held_out_pairs(adapter.num_classes, held_out), status, judge.doomed, clock
             )
@@ -125,7 +133,7 @@ def tune(
                 f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); SSIM {proof.ssim_mean:.4f}, lower bound "
                 f"{proof.ssim_lower:.4f} (wanted {request.constraint.ssim:g}); {gain.median:.2f}x")  # fmt: skip
             if shortfall <= 0 and gain.low > 1:
-                return make_profile(request, adapter, policy, trial, proof, launches, configs, len(done))
+                return make_profile(request, adapter, policy, SEARCHED, trial, proof, launches, found, len(done))
             needed = max(needed, shortfall) - candidate.verdict.shortfall_db
         raise NothingMeetsTheBound(_best_reachable(done, request, judge))
 
@@ -156,14 +164,12 @@ def measure_options(adapter: Adapter, status: Callable[[str], None], clock: Cloc
     )  # fmt: skip
 
 
-def tune_launches(
-    adapter: Adapter, policy: Policy, judge: Judge, status: Callable[[str], None]
-) -> tuple[dict[int, Launch], dict[int, dict[str, int]]]:
+def tune_launches(adapter: Adapter, policy: Policy, judge: Judge, status: Callable[[str], None]) -> dict[int, Launch]:
     """The fastest launch configuration per sparse scale, by running the policy over one captured generation."""
     kernel = KERNELS[kernel_for(adapter.device.split(":")[0])]
     scales = sorted({r.scale_index for r in policy.rules})
     if not scales:
-        return {}, {}
+        return {}
     first = first_touched(adapter)
     capture = Recorder(adapter.dense, tuple(range(first, len(adapter.schedule))))
     adapter.finish(judge.references[0].state, capture)
@@ -179,12 +185,8 @@ def tune_launches(
                     ms = judge.stopwatch(lambda: attend(*capture.calls[layer, s], layer, s))  # noqa: B023
                     spent.setdefault((s, c), []).append(ms)
             status(f"launch configurations: {c + 1}/{len(choices)}")
-    configs = {}
-    for s in scales:
-        best = min(range(len(choices)), key=lambda c: quantile(spent[s, c], 0.5))
-        configs[s] = choices[best]
-    launches = {s: Launch(kernel.name, kernel.config(**configs[s])) for s in scales}
-    return launches, configs
+    best = {s: choices[min(range(len(choices)), key=lambda c: quantile(spent[s, c], 0.5))] for s in scales}
+    return {s: Launch(kernel.name, kernel.config(**best[s])) for s in scales}
 
 
 def _space(request: Request, adapter: Adapter) -> str:
@@ -213,17 +215,17 @@ def _best_reachable(done: list[Found], request: Request, judge: Judge) -> str:
 
 
 def make_profile(
-    request: Request, adapter: Adapter, policy: Policy, trial: Trial, proof: schema.Evidence,
-    launches: dict[int, Launch], configs: dict[int, dict[str, int]], trials: int,
+    request: Request, adapter: Adapter, policy: Policy, source: str, trial: Trial, proof: schema.Evidence,
+    launches: dict[int, Launch], timed: Timed | None, trials: int,
 ) -> schema.Profile:  # fmt: skip
-    """The profile of a certified policy."""
+    """The profile of a certified policy. timed: its launches' own times where there are some, else those of `trial`."""
+    rows, notes = (timed.rows, timed.notes) if timed else (measured_rows(trial, adapter, policy, launches), ())
     return schema.Profile(
         schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
-        policy=policy, policy_state="measured", policy_source=SEARCHED,
+        policy=policy, policy_state="measured", policy_source=source,
         evidence=proof, workload=workload(request, adapter), silicon=silicon(request.gpu, True), versions=versions(),
-        kernel_hash=profiles.kernel_hash(request.gpu), generation=generation(trial, adapter),
-        rows=measured_rows(trial, adapter, policy, launches, configs), seed=request.seed, trials=trials,
-        notes=decision_cost(trial, adapter, policy),
+        kernel_hash=profiles.kernel_hash(request.gpu), generation=generation(trial, adapter), rows=rows, seed=request.seed,
+        trials=trials, notes=(*decision_cost(trial, adapter, policy), *notes),
     )  # fmt: skip
 
 

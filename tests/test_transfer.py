@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import tiny
 
 from sparvar_kernels import Cs4a, Csla, Policy, Rule, Tile
-from sparvar_tune import certify, machine, profiles, schema, transfer
+from sparvar_tune import certify, machine, profiles, schema, transfer, tune
 from sparvar_tune.adapters import load_adapter
 from sparvar_tune.fidelity import Constraint
 from sparvar_tune.gpus import GPUS
@@ -46,10 +45,8 @@ def taken_over(monkeypatch, tmp_path):
     rules = (Rule(6, "A", Csla(windows, 3, Tile(8, 8))), Rule(6, "B", Cs4a(4, 0.5, Tile(4, 4))))
     policy = Policy(("AB", "BA"), rules)
     row = schema.Row(6, "cpu", (("score_elements", 1 << 20),), "measured", "dense", T, T, schema.Speedup(2.0, 2.0, 2.0, 30))
-    monkeypatch.setattr(transfer, "workshop", lambda gpu, shop: contextlib.nullcontext())
-    monkeypatch.setattr(transfer.torch.cuda, "get_device_capability", lambda: (9, 0))
     here = machine.silicon(GPUS["h100-sxm"], False)
-    monkeypatch.setattr(transfer, "silicon", lambda gpu, here_: here)
+    monkeypatch.setattr(tune, "silicon", lambda gpu, here_: here)
     measured = certify.compare_on
 
     def run(psnr_db: float, gain: float) -> schema.Profile:
@@ -58,15 +55,8 @@ def taken_over(monkeypatch, tmp_path):
             trial.tuned_ms = [ms / gain for ms in trial.dense_ms]
             return trial
 
-        class Timed:
-            def __init__(self, *_):
-                pass
-
-            def find(self, keep):
-                return Found((row,), 16, ("a note",))
-
         monkeypatch.setattr(transfer, "compare_on", compare)
-        monkeypatch.setattr(transfer, "Schedule", Timed)
+        monkeypatch.setattr(transfer, "time_launches", lambda *_: Found((row,), 16, ("a note",)))
         bound = Constraint(psnr_db, 0.0)
         request = Request(model, "256", "1.000", GPUS["h100-sxm"], "near-lossless", bound, 60.0, 12, 0, False, tmp_path)
         source = dataclasses.replace(profiles.load(SHIPPED / "cpu" / "pocketvar.json"), policy=policy)
