@@ -21,9 +21,9 @@ LAYERS = [
     {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles", "runs"}, {"misses"},
     {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
-    {"bench"}, {"compiling"}, {"timer"}, {"measurements"},
-    {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
-    {"sensitivity", "runtime", "predict", "schedule", "recorded"}, {"timed", "kernel_bench"},
+    {"bench", "costmodel"}, {"compiling"}, {"timer"}, {"measurements"},
+    {"sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
+    {"sensitivity", "runtime", "schedule", "recorded"}, {"predict", "timed", "kernel_bench"}, {"costfit"},
     {"storage"}, {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report"}, {"transfer"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}

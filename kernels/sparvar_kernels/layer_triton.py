@@ -23,8 +23,19 @@ from sparvar_kernels.pooled import pool_keys
 from sparvar_kernels.problem import DTYPES, AttentionProblem
 from sparvar_kernels.scales import Tile
 from sparvar_kernels.selecting_triton import column_mass, mass_build, sampled_rows, select, select_build
-from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant, at_decision
-from sparvar_kernels.work import FIELDS, LIST_PAD, Lists, Part, Stage, build_stage, shared_stage, tiles_of, work_table
+from sparvar_kernels.variants import Cs4a, Dense, Pooled, Variant, at_decision
+from sparvar_kernels.work import (
+    FIELDS,
+    LIST_PAD,
+    Lists,
+    Part,
+    Stage,
+    build_stage,
+    launch_groups,
+    shared_stage,
+    tiles_of,
+    work_table,
+)
 
 POINTERS = ("q", "k", "v", "out", "keys", "table", "extra", "bias")
 ADD_RESIDUAL, TAKE_RESIDUAL = 1, 2
@@ -189,16 +200,9 @@ class Layer:
         """The launches of scale s: one, or one per decision scale where its variants have several."""
         if s in self.launches:
             return self.launches[s]
-        wanted: dict[int | None, list[tuple[Variant, tuple[int, ...]]]] = {}
-        for variant, heads in self.plans[s].groups:
-            if isinstance(variant, Csla | Cs4a | Reuse):
-                wanted.setdefault(variant.decision_scale, []).append((variant, heads))
-        free = wanted.pop(None, [])
-        if free and wanted:  # lists without a residual ride along
-            wanted[next(iter(wanted))] += free
-        elif free:
-            wanted[None] = free
-        self.launches[s] = [(decision, self._stage(s, decision, groups)[1]) for decision, groups in wanted.items()]
+        self.launches[s] = [
+            (decision, self._stage(s, decision, groups)[1]) for decision, groups in launch_groups(self.plans[s].groups).items()
+        ]
         return self.launches[s]
 
     def _stage(self, s: int, decision: int | None, groups: list[tuple[Variant, tuple[int, ...]]]) -> tuple[Stage, Gather]:

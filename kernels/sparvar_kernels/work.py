@@ -119,6 +119,20 @@ class Stage:
     dynamic: tuple[Lists, ...]
 
 
+Groups = list[tuple[Variant, tuple[int, ...]]]
+
+
+def launch_groups(groups: Sequence[tuple[Variant, tuple[int, ...]]]) -> dict[int | None, Groups]:
+    """Decision scale -> the variants over key lists, with their heads, that one launch takes; None where there is no decision."""
+    wanted: dict[int | None, Groups] = {}
+    for variant, heads in groups:
+        if isinstance(variant, Csla | Cs4a | Reuse):
+            wanted.setdefault(variant.decision_scale, []).append((variant, heads))
+    if len(wanted) > 1 and (free := wanted.pop(None, [])):  # lists without a residual ride along
+        wanted[next(iter(wanted))] += free
+    return wanted
+
+
 def build_stage(
     groups: Sequence[tuple[Variant, tuple[int, ...]]], problem: AttentionProblem, config: TritonConfig, device: str,
     slots: Sequence[tuple[int, ...] | None], outs: Sequence[tuple[int, ...] | None],
