@@ -11,19 +11,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sparvar_tune.json_reader import Reader, unique_keys
+from sparvar_tune.models import MAX_IMAGES
 from sparvar_tune.profiles import user_folder, write_atomic
 from sparvar_tune.schema import ProfileError
 
 
 @dataclass(frozen=True)
 class Missed:
-    """What `load_profile` was asked for. Slugs of the tables, as in a profile's `workload`."""
+    """What `load_profile` was asked for. Slugs of the tables, as in a profile's `workload`; images at once."""
 
     gpu: str
     model: str
     preset: str
     resolution: str
     aspect: str
+    images: int = 1
+
+    def why_not(self) -> str | None:
+        return None if 1 <= self.images <= MAX_IMAGES else f"images: got {self.images}, want 1..{MAX_IMAGES}"
 
 
 def file() -> Path:
@@ -61,7 +66,10 @@ def read() -> list[Missed]:
     found: dict[Missed, None] = {}
     for line in lines:
         try:
-            found[Reader().read(Missed, json.loads(line, object_pairs_hook=unique_keys), "")] = None
+            data = json.loads(line, object_pairs_hook=unique_keys)
+            if isinstance(data, dict):
+                data.setdefault("images", 1)  # lines from before several were counted
+            found[Reader().read(Missed, data, "")] = None
         except (ValueError, RecursionError):
             continue
     return list(found)
