@@ -19,11 +19,11 @@ LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
     {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton", "selecting_triton"},
     {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
-    {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"}, {"misses"},
+    {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles"}, {"misses", "overlay"},
     {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"costmodel", "sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "predict", "schedule", "recorded"}, {"kernel_bench"},
-    {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report"}, {"commands"}, {"cli"},
+    {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report", "verifying"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 
