@@ -17,6 +17,7 @@ from sparvar_tune.schema import ProfileError, Speedup, Versions, is_date, one_li
 
 OVERLAY_SCHEMA = 1
 OK, DEMOTED = "ok", "demoted"
+LEAST = 6  # pairs behind a verdict on time: fewer are all on one side of 1 by chance in over 5 % of cases
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Verified:
     def why_not(self) -> str | None:
         if self.verdict not in (OK, DEMOTED):
             return f'verdict: got {self.verdict!r}, want "{OK}" or "{DEMOTED}"'
+        if self.speedup is not None and self.speedup.n < LEAST:
+            return f"speedup.n: got {self.speedup.n}, want >= {LEAST}"
         certain = self.speedup is not None and self.speedup.low > 1
         if (self.verdict == DEMOTED and certain) or (self.verdict == OK and self.speedup is None):
             return f"verdict: got {self.verdict!r}, which the speedup does not bear out"

@@ -21,7 +21,7 @@ from sparvar_tune.gpus import Gpu
 from sparvar_tune.machine import device_name, silicon, versions
 from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import Model
-from sparvar_tune.overlay import DEMOTED, OK, Overlay, Verified
+from sparvar_tune.overlay import DEMOTED, LEAST, OK, Overlay, Verified
 from sparvar_tune.pairs import held_out_pairs
 from sparvar_tune.policies import UNVERIFIED
 from sparvar_tune.schedule import DENSE_NAME, Bench, distinct_layers
@@ -59,7 +59,9 @@ def verify(tuned: runtime.Tuned, model: Model, pairs: int, budget_s: float, writ
         found = time_rows(profile, gpu, write, begun + budget_s, say, status)
     else:
         found = compare_pictures(profile, gpu, model, pairs, begun + budget_s, say, status)
-    if write and found.renewed is not None:
+    if write and found.renewed is None:
+        say("not written as a profile: a check failed, or something was left out")
+    elif write and found.renewed is not None:
         path = profiles.user_folder() / gpu.slug / profiles.name_of(found.renewed)
         profiles.save(found.renewed, path)
         sha256 = hashlib.sha256(profiles.read_bytes(path)).hexdigest()
@@ -107,12 +109,15 @@ def compare_pictures(
         say(f"{len(psnr)} of {pairs} pairs: the others did not fit into the budget")
     configs = {row.scale_index: dict(row.config) for row in profile.rows}
     rows = measured_rows(trial, adapter, profile.policy, launches, configs)
-    judged = tuple(_judge(row.scale_index, row.speedup, profile.policy) for row in rows)
+    enough = len(psnr) >= LEAST
+    judged = tuple(_judge(row.scale_index, row.speedup, profile.policy) for row in rows) if enough else ()
     _say_rows(judged, rows, say)
+    if not enough:
+        say(f"rows are left as they are: {LEAST} pairs at least tell a gain from chance; give --budget or --pairs more")
     verdict, reason = OK, f"{pictures}, {_interval(gain.speedup)}"
     if not faithful:
         verdict, reason = DEMOTED, f"pictures: {pictures}"
-    elif not faster and all(v.verdict == OK for v in judged):  # else the rows to blame run dense, and the others may stay
+    elif enough and not faster and all(v.verdict == OK for v in judged):  # else the rows to blame go
         verdict, reason = DEMOTED, f"the whole picture is not certainly faster: {_interval(gain.speedup)}"
     renewed = replace(
         profile, created=datetime.date.today().isoformat(), silicon=silicon(gpu, True), versions=versions(),
@@ -120,7 +125,7 @@ def compare_pictures(
         notes=decision_cost(trial, adapter, profile.policy),
     )  # fmt: skip
     good = faithful and faster
-    return Finding(verdict, reason, judged, good, renewed if good else None)
+    return Finding(verdict, reason, judged, good, renewed if good and len(psnr) == pairs else None)
 
 
 def time_rows(profile: Profile, gpu: Gpu, every: bool, deadline: float, say: Say, status: Say) -> Finding:
@@ -162,8 +167,6 @@ def time_rows(profile: Profile, gpu: Gpu, every: bool, deadline: float, say: Say
             kernel_hash=profiles.kernel_hash(gpu), state="measured", rows=tuple(rows),
             notes=(UNVERIFIED, "times are of eager calls on random inputs, planning done, events on the device"),
         )  # fmt: skip
-    elif every:
-        say("not written as a profile: not every row was timed, or its policy was certified with times of whole pictures")
     reason = f"{len(judged)} of {len(order)} rows timed on random inputs, no pictures compared"
     return Finding(OK, reason, tuple(judged), good, renewed)
 

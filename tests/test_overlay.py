@@ -121,6 +121,7 @@ def test_overlay_round_trips_and_is_checked():
     for changes, said in (
         ({"rows": (Verified(6, BAD, OK, ""), Verified(5, GOOD, OK, ""))}, "ascending"), ({"verdict": "fine"}, "verdict"),
         ({"rows": (Verified(5, GOOD, DEMOTED, "no"),)}, "bear out"), ({"rows": (Verified(5, None, OK, ""),)}, "bear out"),
+        ({"rows": (Verified(5, dataclasses.replace(GOOD, n=5), OK, ""),)}, "want >= 6"),
         ({"created": "today"}, "created"), ({"kernel_hash": ""}, "kernel_hash"), ({"schema": 2}, "schema"),
     ):  # fmt: skip
         with pytest.raises(ProfileError, match=said):
@@ -306,7 +307,7 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(verifying, "compare_on", faked)
-            good = verifying.verify(tuned, models.find_model("pocketvar"), 4, budget, False, said.append, said.append)
+            good = verifying.verify(tuned, models.find_model("pocketvar"), 6, budget, False, said.append, said.append)
         return good, runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
 
     required = dataclasses.replace(profile().evidence, required_psnr_db=1.0)
@@ -316,7 +317,8 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
     good, after = check(tuned, **{"whole": 1.1})
     assert not good and after.policy().rules == () and "not certainly faster" in after.explain()
     _, after = check(tuned, budget=1e-9)
-    assert "2 of 4 pairs" in "\n".join(said) and not after.demoted
+    assert "2 of 6 pairs" in "\n".join(said) and "rows are left as they are" in "\n".join(said)
+    assert not after.demoted and after.overlay.rows == ()
     strict = dataclasses.replace(profile().evidence, psnr_mean_db=150.0, psnr_lower_db=140.0, required_psnr_db=140.0)
     tuned, _ = loaded(tmp_path, workload=weights, evidence=strict)
     good, after = check(tuned)
