@@ -16,7 +16,7 @@ from sparvar_tune import __version__
 from sparvar_tune.names import DEFAULT_PRESET, PRESETS
 
 COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "bench")
-DEFAULT_BUDGET = "290s"
+DEFAULT_BUDGET, VERIFY_BUDGET = "290s", "55s"
 
 
 def duration(text: str) -> float:
@@ -63,9 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
         p.add_argument("--aspect", help="height / width with three decimals, such as 1.000 (default)")
         return p
 
+    def images(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--images", type=positive, default=1, help="how many at once the profile is for (default 1)")
+
     tune = command(
         "tune", "search a policy, certify it on held-out pictures, write the profile (the default command)", model=False
     )
+    images(tune)
     tune.add_argument("--from-misses", action="store_true", help="tune what load_profile(..., record_miss=True) did not find")
     tune.add_argument("--min-psnr", type=float, help="dB the lower confidence bound must reach, instead of the preset's")
     tune.add_argument("--min-ssim", type=float, help="the same for SSIM")
@@ -81,7 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--merge", type=Path, nargs="+", metavar="LOG", help="measurements of other runs or machines, to use as own"
     )
     tune.add_argument("--log", type=Path, help="folder that gets a GPU's measurements as <gpu>/<model>.jsonl")
-    tune.add_argument("--images", type=positive, default=1, help="pictures drawn at once")
     tune.add_argument("--storage", metavar="URL", help="share trials with other runs: sqlite:///FILE, journal:///FILE, "
                       "postgresql://USER@HOST/NAME or mysql://USER@HOST/NAME (docs/many-machines.md)")  # fmt: skip
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
@@ -93,17 +96,23 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
 
     show = command("show", "print a profile, or the tables with --gpus and --models", model=False)
+    images(show)
     show.add_argument("--profile", type=Path)
+    show.add_argument("--seal", action="store_true", help="keep a hand edit of --profile FILE: check it, rewrite its checksum")
     show.add_argument("--gpus", action="store_true")
     show.add_argument("--models", action="store_true")
     show.add_argument("--trials", action="store_true", help="the trials of the last search, as CSV")
 
     explain = command("explain", "say what would run on this machine, and why")
+    images(explain)
     explain.add_argument("--profile", type=Path)
 
-    verify = command("verify", "re-time a profile and re-check its pictures on this machine")
+    verify = command("verify", "re-time a profile on this machine and re-check its pictures; what fails runs dense from then on")
+    images(verify)
     verify.add_argument("--profile", type=Path)
     verify.add_argument("--pairs", type=positive, default=8)
+    verify.add_argument("--budget", type=duration, default=duration(VERIFY_BUDGET),
+                        help=f"wall time; rows it does not reach stay as they are (default {VERIFY_BUDGET})")  # fmt: skip
     verify.add_argument("--write", action="store_true", help="store the new times as this user's profile")
 
     compare = command("compare", "dense, the paper's fixed setting and the tuned profiles in one table, interleaved in one run")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import math
 import sys
 from pathlib import Path
@@ -17,11 +16,11 @@ from sparvar_kernels.registry import KERNELS, kernel_for
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
 from sparvar_tune import misses, profiles, runtime, schema
 from sparvar_tune.adapters import Adapter, load_adapter
-from sparvar_tune.fidelity import Constraint, class_mean, compare_pictures, lower_bound, relative_l2
+from sparvar_tune.fidelity import Constraint, compare_pictures, relative_l2
 from sparvar_tune.gpus import GPUS, Gpu
 from sparvar_tune.machine import choose_gpu, is_here, silicon, versions
 from sparvar_tune.measure import Stopwatch
-from sparvar_tune.models import MODELS, Model, find_model
+from sparvar_tune.models import MAX_IMAGES, MODELS, Model, find_model
 from sparvar_tune.names import CUSTOM, PRESETS
 from sparvar_tune.pairs import held_out_pairs
 from sparvar_tune.policies import decision_scale, describe, menu, paper_policy
@@ -49,8 +48,16 @@ def _target(args: argparse.Namespace) -> tuple[Gpu, Model, str, str]:
     return gpu, model, resolution, aspect
 
 
-def _file_name(model: Model, preset: str, resolution: str, aspect: str) -> str:
-    return profiles.profile_name(model.slug, preset, resolution, aspect, (model.default_resolution, model.default_aspect))
+def _file_name(model: Model, preset: str, resolution: str, aspect: str, images: int = 1) -> str:
+    default = (model.default_resolution, model.default_aspect)
+    return profiles.profile_name(model.slug, preset, resolution, aspect, default, images)
+
+
+def _refuse_images(args: argparse.Namespace, model: Model) -> None:
+    if args.images > MAX_IMAGES:
+        raise ValueError(f"--images {args.images}: want 1..{MAX_IMAGES}")
+    if model.adapter is not None and args.images != 1:
+        raise ValueError(f"--images {args.images}: {model.slug}'s adapter draws one image at a time; leave out --images")
 
 
 def run_folder(gpu: Gpu, profile: Path) -> Path:
@@ -64,7 +71,8 @@ def tune(args: argparse.Namespace) -> int:
     if args.model is None:
         raise ValueError("tune: want --model M (sparvar-tune show --models lists them) or --from-misses")
     gpu, model, resolution, aspect = _target(args)
-    out = (args.out or profiles.user_folder()) / gpu.slug / _file_name(model, args.preset, resolution, aspect)
+    _refuse_images(args, model)
+    out = (args.out or profiles.user_folder()) / gpu.slug / _file_name(model, args.preset, resolution, aspect, args.images)
     if args.storage and (model.adapter is None or not is_here(gpu)):
         _say("--storage: not used, there is no search here")
     if model.adapter is None and gpu.slug != "cpu" and is_here(gpu):
@@ -158,10 +166,10 @@ def _tune_misses(args: argparse.Namespace) -> int:
     _say(f"{len(wanted)} recorded misses of {gpu.slug} in {misses.file()}")
     failed = 0
     for i, m in enumerate(wanted):
-        _say(f"\nmiss {i + 1}/{len(wanted)}: {m.model} {m.resolution} ({m.aspect}), {m.preset}")
-        target = {**vars(args), "from_misses": False, "model": m.model, "preset": m.preset, "resolution": m.resolution}
+        _say(f"\nmiss {i + 1}/{len(wanted)}: {m.model} {m.resolution} ({m.aspect}), {m.preset}, images: {m.images}")
+        asked = {name: getattr(m, name) for name in ("model", "preset", "resolution", "aspect", "images")}
         try:
-            if tune(argparse.Namespace(**{**target, "aspect": m.aspect})) == 0 and not args.dry_run:
+            if tune(argparse.Namespace(**{**vars(args), "from_misses": False, **asked})) == 0 and not args.dry_run:
                 misses.forget(m)
         except ValueError as error:  # NothingMeetsTheBound and ProfileError among them
             failed += 1
@@ -277,12 +285,18 @@ def bench(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace, gpu: Gpu, model: Model, resolution: str, aspect: str, out: Path) -> int:
     from sparvar_tune.predict import predict_profile
 
-    profile = predict_profile(model, gpu, args.preset, resolution, aspect)
+    found = None
+    if model.adapter is not None:
+        from sparvar_tune.transfer import find_policy
+
+        folders = (*([args.out] if args.out else []), profiles.user_folder(), profiles.shipped_folder())
+        found = find_policy(out.name, None, gpu, folders)
+    profile = predict_profile(model, gpu, args.preset, resolution, aspect, args.images, found[0] if found else None)
     here = is_here(gpu)
     _say(f"{gpu.slug} is {'' if here else 'not '}in this machine and {model.slug} "
          f"{'has no adapter yet' if model.adapter is None else 'can be run'}: nothing can be measured, so")  # fmt: skip
-    _say("  policy:   the paper's fixed setting, marked unverified")
-    _say("  schedule: predicted by a roofline model from the GPU table, marked predicted")
+    _say(f"  policy:   {f'that of {found[1]}' if found else 'the fixed setting of the paper, marked unverified'}")
+    _say("  schedule: predicted from compiled binaries and the GPU table, marked predicted")
     if args.dry_run:
         _say(f"profile would go to {out}")
         return 0
@@ -291,17 +305,18 @@ def _predict(args: argparse.Namespace, gpu: Gpu, model: Model, resolution: str, 
     _say("to make it real:")
     if model.adapter is None:
         _say(f"  the policy: once {model.slug} has an adapter, sparvar-tune --gpu {gpu.slug} --model {model.slug}")
-    else:
+    elif found is None:
         _say(f"  the policy: sparvar-tune --gpu cpu --model {model.slug} (fidelity does not depend on the GPU)")
-    _say(f"  the times:  sparvar-tune verify --gpu {gpu.slug} --model {model.slug} --write, on a machine with that GPU")
+    images = f" --images {args.images}" if args.images != 1 else ""
+    _say(f"  the times:  sparvar-tune verify --gpu {gpu.slug} --model {model.slug}{images} --write, on a machine with that GPU")
     return 0
 
 
 def _print_profile(profile: schema.Profile, path: Path) -> None:
     w, e, g = profile.workload, profile.evidence, profile.generation
     _say(f"{path}")
-    _say(f"  {w.model} {w.resolution} ({w.aspect}), {profile.preset}, on {profile.silicon.name}: {profile.state}, "
-         f"policy {profile.policy_state}")  # fmt: skip
+    _say(f"  {w.model} {w.resolution} ({w.aspect}), batch {w.batch}, {profile.preset}, on {profile.silicon.name}: "
+         f"{profile.state}, policy {profile.policy_state}")  # fmt: skip
     _say(f"  policy: {describe(profile.policy)}")
     if e is not None:
         _say(f"  pictures: PSNR {e.psnr_mean_db:.2f} dB, lower {e.confidence:.1%} bound {e.psnr_lower_db:.2f} (wanted "
@@ -382,13 +397,20 @@ def show(args: argparse.Namespace) -> int:
         return 0
     if args.trials:
         return _show_trials(args)
+    if args.seal:
+        if args.profile is None:
+            raise ValueError("show --seal: want --profile FILE, the edited file")
+        profile = profiles.seal(args.profile)
+        _say(f"{args.profile}: sealed: it has the checksum of what it now says, for which nobody measured anything")
+        _print_profile(profile, args.profile)
+        return 0
     if args.profile:
         _print_profile(profiles.load(args.profile), args.profile)
         return 0
     if args.model is None:
         raise ValueError("show: want --model M, --profile FILE, --gpus or --models")
     tuned = runtime.load_profile(
-        args.model, gpu=args.gpu, preset=args.preset, resolution=args.resolution, aspect=args.aspect
+        args.model, gpu=args.gpu, preset=args.preset, resolution=args.resolution, aspect=args.aspect, images=args.images
     )  # fmt: skip
     if tuned.profile is None or tuned.path is None:
         raise ValueError(f"nothing to show: {'; '.join(tuned.reasons)}; run sparvar-tune --gpu {args.gpu} --model {args.model}")
@@ -415,50 +437,29 @@ def _show_trials(args: argparse.Namespace) -> int:
 
 def explain(args: argparse.Namespace) -> int:
     tuned = runtime.load_profile(
-        args.model, gpu=args.gpu, preset=args.preset, resolution=args.resolution, aspect=args.aspect, path=args.profile
+        args.model, gpu=args.gpu, preset=args.preset, resolution=args.resolution, aspect=args.aspect, images=args.images,
+        path=args.profile,
     )  # fmt: skip
     _say(tuned.explain())
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
-    from sparvar_tune.certify import compare_on, decision_cost, generation, measured_rows
+    from sparvar_tune import verifying
 
     gpu, model, resolution, aspect = _target(args)
+    _refuse_images(args, model)
     if not is_here(gpu):
         raise ValueError(f"verify: {gpu.slug} is not in this machine; run it where it is")
     tuned = runtime.load_profile(
-        args.model, gpu=args.gpu, preset=args.preset, resolution=resolution, aspect=aspect, path=args.profile
+        args.model, gpu=args.gpu, preset=args.preset, resolution=resolution, aspect=aspect, images=args.images, path=args.profile
     )  # fmt: skip
-    if tuned.profile is None or tuned.path is None:
+    if tuned.profile is None:
         raise ValueError(f"nothing to verify: {'; '.join(tuned.reasons)}")
-    profile, adapter = tuned.profile, load_adapter(model, gpu.device)
-    if profile.workload.weights_sha256 not in (None, adapter.weights_sha256):
-        raise ValueError(f"{tuned.path}: its policy was certified on other weights; tune again")
-    launches = {row.scale_index: runtime.launch_of(row) for row in profile.rows}
-    trial = compare_on(adapter, profile.policy, launches, held_out_pairs(adapter.num_classes, args.pairs), _status)
-    gain = generation(trial, adapter)
-    psnr = [f.psnr_db for f in trial.found]
-    classes = [label for label, _ in trial.pairs]
-    mean, low = class_mean(psnr, classes), lower_bound(psnr, classes)
-    required = profile.evidence.required_psnr_db if profile.evidence else adapter.required(profile.preset)[0]
-    faithful, faster = mean + (mean - low) >= required, gain.speedup.low > 1
-    _say(f"pictures: {'ok' if faithful else 'FAIL'}: PSNR {mean:.2f} dB over {len(psnr)} pairs (90 % interval {low:.2f}.."
-         f"{2 * mean - low:.2f}, certified bound was for {required:.2f})")  # fmt: skip
-    _say(f"time:     {'ok' if faster else 'FAIL'}: {gain.dense.p50_ms:.0f} -> {gain.tuned.p50_ms:.0f} ms, "
-         f"{gain.speedup.median:.2f}x "
-         f"(95 % interval {gain.speedup.low:.2f}..{gain.speedup.high:.2f})")  # fmt: skip
-    if args.write and faithful and faster:
-        new = dataclasses.replace(
-            profile, created=datetime.date.today().isoformat(), silicon=silicon(gpu, True), versions=versions(),
-            kernel_hash=profiles.kernel_hash(gpu), generation=gain, state="measured",
-            rows=measured_rows(trial, adapter, profile.policy, launches),
-            notes=decision_cost(trial, adapter, profile.policy),
-        )  # fmt: skip
-        path = profiles.user_folder() / gpu.slug / _file_name(model, profile.preset, resolution, aspect)
-        profiles.save(new, path)
-        _say(f"wrote {path}")
-    return 0 if faithful and faster else 1
+    images = profiles.images_of(tuned.profile.workload, model)
+    if args.profile is None and images != args.images:
+        raise ValueError(f"verify: no profile for {args.images} images at once; tune for that, or give --images {images}")
+    return 0 if verifying.verify(tuned, model, args.pairs, args.budget, args.write, _say, _status) else 1
 
 
 def compare(args: argparse.Namespace) -> int:

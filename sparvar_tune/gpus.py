@@ -11,6 +11,7 @@ Peaks are the vendor's; nothing here is measured. Where a figure comes from, for
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from sparvar_tune.names import unknown_name
 
 KIB, MIB = 1 << 10, 1 << 20
 MEMORY_TOLERANCE = 0.10
+DISTANCE_LIMIT = 1.0  # a factor of two in whatever two GPUs differ most in
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,36 @@ def find_gpu(slug: str) -> Gpu:
         return GPUS[ALIASES.get(slug, slug)]
     except KeyError:
         raise unknown_name("gpu", slug, GPUS) from None
+
+
+_RATES = (("SMs", "sms"), ("memory bandwidth", "memory_gbps"), ("bf16 rate", "bf16_tflops"))
+
+
+def distance(a: Gpu, b: Gpu) -> float:
+    """How far a launch tuned on `b` is from one for `a`: the largest |log2 ratio| of SMs, memory bandwidth and bf16 rate.
+
+    Infinite where the compute capability differs, whatever the family is called: binaries and limits are others then.
+    """
+    if a.slug == b.slug:
+        return 0.0
+    if a.capability is None or a.capability != b.capability:
+        return math.inf
+    return max(_log_ratio(a, b, field) for _, field in _RATES)
+
+
+def _log_ratio(a: Gpu, b: Gpu, field: str) -> float:
+    ours, theirs = getattr(a, field), getattr(b, field)
+    return math.log2(max(ours, theirs) / min(ours, theirs)) if ours and theirs else math.inf
+
+
+def apart(a: Gpu, b: Gpu) -> str:
+    """What `distance` rests on, such as "2.35x in memory bandwidth (distance 1.24, at most 1 serves)"."""
+    far = distance(a, b)
+    if math.isinf(far):
+        ours, theirs = (".".join(map(str, g.capability)) if g.capability else "none" for g in (a, b))
+        return f"compute capability {theirs}, here {ours}"
+    what = max(_RATES, key=lambda rate: _log_ratio(a, b, rate[1]))[0]
+    return f"{2**far:.2f}x in {what} (distance {far:.2f}, at most {DISTANCE_LIMIT:g} serves)"
 
 
 def match_gpu(name: str, capability: tuple[int, int] | None, sms: int, memory_bytes: int) -> Gpu | None:

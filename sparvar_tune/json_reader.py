@@ -2,11 +2,15 @@
 
 The annotations are the schema: every field must be there, no other may be, every value must have the field's type, and
 each class may refuse the whole with `why_not() -> str | None`. Errors name the dotted path of the field.
+
+A file also holds the `checksum` of its values: a flipped digit mostly makes another sound file, which no check of fields sees.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import types
 import typing
@@ -29,6 +33,29 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         raise ReadError("a key stands twice in one object")
     return out
+
+
+def checksum(data: dict[str, Any]) -> str:
+    """sha256 of the values in one form, whatever order and spacing the file has them in; `checksum` itself left out.
+
+    Raises ValueError on infinities, NaN and integers of thousands of digits.
+    """
+    values = {name: value for name, value in data.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def sealed_text(data: dict[str, Any]) -> str:
+    """A file's text: sorted keys, one value a line, its checksum. Raises ValueError as `checksum` does."""
+    data = {**data, "checksum": checksum(data)}
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def why_not_sealed(data: dict[str, Any]) -> str | None:
+    """Why `data`, whose fields were found sound, is not what its checksum was made of, or None."""
+    got = data.get("checksum")
+    if got == checksum(data):
+        return None
+    return "checksum: missing" if got is None else f"checksum: {_short(got)} is not that of its values"
 
 
 class Reader:

@@ -37,6 +37,11 @@ def silicon(gpu: Gpu, here: bool) -> Silicon:
     return Silicon(gpu.slug, gpu.family, gpu.name, gpu.capability, gpu.sms, gpu.memory_bytes, None)
 
 
+def device_name(here: Silicon) -> str:
+    """What times measured on this silicon hold for: its name, and for a CPU how many threads it may use."""
+    return here.name if here.threads is None else f"{here.name}, {here.threads} threads"
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():

@@ -6,24 +6,30 @@ One JSON line each, appended in one write, so that several processes may record 
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sparvar_tune.json_reader import Reader, unique_keys
+from sparvar_tune.json_reader import Reader, ReadError
+from sparvar_tune.models import MAX_IMAGES
 from sparvar_tune.profiles import user_folder, write_atomic
+from sparvar_tune.runs import append_line, read_lines
 from sparvar_tune.schema import ProfileError
 
 
 @dataclass(frozen=True)
 class Missed:
-    """What `load_profile` was asked for. Slugs of the tables, as in a profile's `workload`."""
+    """What `load_profile` was asked for. Slugs of the tables, as in a profile's `workload`; images at once."""
 
     gpu: str
     model: str
     preset: str
     resolution: str
     aspect: str
+    images: int = 1
+
+    def why_not(self) -> str | None:
+        return None if 1 <= self.images <= MAX_IMAGES else f"images: got {self.images}, want 1..{MAX_IMAGES}"
 
 
 def file() -> Path:
@@ -34,36 +40,20 @@ def record(missed: Missed) -> None:
     """Remembers it, once. Raises ProfileError where the folder cannot be written."""
     if missed in read():
         return
-    line = json.dumps(asdict(missed), sort_keys=True) + "\n"
     try:
-        file().parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file(), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            # a line feed first: what a killed process left half-written must not swallow this line
-            os.write(handle, (line if _whole() else "\n" + line).encode())
-        finally:
-            os.close(handle)
+        append_line(file(), asdict(missed))
     except OSError as error:
         raise ProfileError(f"{file()}: cannot record a miss ({error.strerror})") from None
 
 
-def _whole() -> bool:
-    raw = file().read_bytes()
-    return not raw or raw.endswith(b"\n")
-
-
 def read() -> list[Missed]:
     """Everything recorded, oldest first, each once; lines that are not one of ours are skipped."""
-    try:
-        lines = file().read_bytes().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return []
     found: dict[Missed, None] = {}
-    for line in lines:
-        try:
-            found[Reader().read(Missed, json.loads(line, object_pairs_hook=unique_keys), "")] = None
-        except (ValueError, RecursionError):
-            continue
+    for data in read_lines(file()):
+        if isinstance(data, dict):
+            data.setdefault("images", 1)  # lines from before several were counted
+        with suppress(ReadError):
+            found[Reader().read(Missed, data, "")] = None
     return list(found)
 
 

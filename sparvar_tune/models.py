@@ -16,6 +16,7 @@ Schedules = Mapping[str, Mapping[str, ScaleSchedule]]
 
 # cosine attention multiplies unit queries by exp(min(s, ln 100)), s learned per head
 COSINE_BOUND = 100.0
+MAX_IMAGES = 256  # at once
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparvar_kernels.registry import KERNELS, kernel_for
-from sparvar_tune.gpus import Gpu
+from sparvar_tune.gpus import DISTANCE_LIMIT, GPUS, Gpu, apart, distance
 from sparvar_tune.json_reader import ReadError
-from sparvar_tune.models import find_model
+from sparvar_tune.models import Model, find_model
 from sparvar_tune.names import DEFAULT_PRESET
-from sparvar_tune.schema import Profile, ProfileError, Versions, from_json, one_line, plain, read, to_json
+from sparvar_tune.schema import Profile, ProfileError, Versions, Workload, from_json, one_line, plain, read, to_json
 
 MAX_BYTES = 1 << 20
 
 
 def load(path: Path) -> Profile:
-    """The profile in the file. Raises ProfileError: unreadable, over 1 MiB, not UTF-8, not a profile, newer schema."""
+    """The profile in the file. Raises ProfileError: unreadable, over 1 MiB, not UTF-8, not a profile, edited, another schema."""
+    return parse(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What the file holds. Raises ProfileError: unreadable, over 1 MiB."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -28,10 +33,21 @@ def load(path: Path) -> Profile:
         raise ProfileError(f"{path}: {error.strerror or error}") from None
     if len(raw) > MAX_BYTES:
         raise ProfileError(f"{path}: over {MAX_BYTES} bytes, no profile is; restore the file or tune again")
+    return raw
+
+
+def parse(raw: bytes, path: Path, *, check_seal: bool = True) -> Profile:
+    """The profile in a file's bytes; `path` is for messages. Raises ProfileError as `load` does."""
     try:
-        return from_json(raw.decode("utf-8"), str(path))
+        return from_json(raw.decode("utf-8"), str(path), check_seal=check_seal)
     except UnicodeDecodeError as error:
         raise ProfileError(f"{path}: not UTF-8 (byte {error.start}); restore the file or tune again") from None
+
+
+def seal(path: Path) -> Profile:
+    """Keeps a hand edit: gives the file the checksum of what it now holds. Raises ProfileError as `load` and `save` do."""
+    save(parse(read_bytes(path), path, check_seal=False), path)
+    return load(path)
 
 
 def save(profile: Profile, path: Path) -> None:
@@ -71,13 +87,15 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.unlink(partial)
 
 
-def profile_name(model: str, preset: str, resolution: str, aspect: str, default: tuple[str, str]) -> str:
-    """File name of a workload; what is the model's default (resolution, aspect) or preset is left out."""
+def profile_name(model: str, preset: str, resolution: str, aspect: str, default: tuple[str, str], images: int = 1) -> str:
+    """File name of a workload; what is the model's default (resolution, aspect) or preset, or one image, is left out."""
     parts = [model]
     if (resolution, aspect) != default:
         parts += [resolution, aspect]
     if preset != DEFAULT_PRESET:
         parts.append(preset)
+    if images != 1:
+        parts.append(f"images-{images}")
     return "--".join(parts) + ".json"
 
 
@@ -104,12 +122,16 @@ def user_folder() -> Path:
 
 @dataclass(frozen=True)
 class Match:
-    """A profile found; `reason` says how it was matched ("exact silicon", or which relative's it is)."""
+    """A profile found; `reason` says how it was matched ("exact silicon", or which relative's it is).
+
+    sha256: of the file's bytes, by which an overlay knows it.
+    """
 
     profile: Profile
     path: Path
     exact: bool
     reason: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -119,27 +141,46 @@ class Miss:
     reason: str
 
 
-def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> Match | Miss:
-    """The profile `name` for `gpu`: its own first, then one of the same family.
+def near(gpu: Gpu) -> tuple[Gpu, ...]:
+    """The other GPUs whose profiles serve `gpu`, nearest first."""
+    found = [g for g in GPUS.values() if g.slug != gpu.slug and distance(gpu, g) <= DISTANCE_LIMIT]
+    return tuple(sorted(found, key=lambda g: distance(gpu, g)))
 
-    Raises ProfileError for a bad file, and for one that is in another's place: what a file says it was tuned for must
-    be what its folder and name say, or a copied file would pass as exact silicon.
+
+def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> Match | Miss:
+    """The profile `name` for `gpu`: its own first, then those of `relatives` in their order.
+
+    A miss names the nearest of the other GPUs that has one, and how far off it is. Raises ProfileError for a bad file, and
+    for one that is in another's place: what a file says it was tuned for must be what its folder and name say, or a copied
+    file would pass as exact silicon.
     """
     looked = []
     for silicon in (gpu, *relatives):
         for folder in folders:
             path = folder / silicon.slug / name
             looked.append(str(path.parent))
-            if not _exists(path):
+            if not exists(path):
                 continue
-            profile = _load_for(path, silicon)
+            profile, sha256 = _load_for(path, silicon)
             if silicon.slug == gpu.slug:
-                return Match(profile, path, True, f"exact silicon ({gpu.slug})")
-            return Match(profile, path, False, f"same family ({silicon.slug} for {gpu.slug}, {gpu.family})")
-    return Miss(f"no {name} for {gpu.slug} or its family ({gpu.family}); looked in {', '.join(looked)}")
+                return Match(profile, path, True, f"exact silicon ({gpu.slug})", sha256)
+            reason = f"same family ({silicon.slug} for {gpu.slug}, {gpu.family}, distance {distance(gpu, silicon):.2f})"
+            return Match(profile, path, False, reason, sha256)
+    missing = f"no {name} for {gpu.slug} or one like it ({gpu.family}); looked in {', '.join(looked)}"
+    return Miss(f"{missing}{_too_far(name, gpu, relatives, folders)}")
 
 
-def _exists(path: Path) -> bool:
+def _too_far(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> str:
+    """What to say of the nearest GPU that has the profile and may not lend it, or nothing."""
+    others = [g for g in GPUS.values() if g.device == gpu.device and g not in (gpu, *relatives)]
+    for other in sorted(others, key=lambda g: (distance(gpu, g), g.family != gpu.family)):
+        if any(exists(folder / other.slug / name) for folder in folders):
+            return f"; {other.slug} has one but is too far: {apart(gpu, other)}"
+    return ""
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file. Raises ProfileError where that cannot be told."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -149,19 +190,35 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _load_for(path: Path, gpu: Gpu) -> Profile:
-    profile = load(path)
-    w = profile.workload
+def name_of(profile: Profile) -> str:
+    """The file name that belongs to what it holds; raises ValueError for an unknown model or a batch that is none of its."""
+    w, model = profile.workload, find_model(profile.workload.model)
+    default = (model.default_resolution, model.default_aspect)
+    return profile_name(w.model, profile.preset, w.resolution, w.aspect, default, images_of(w, model))
+
+
+def images_of(workload: Workload, model: Model) -> int:
+    """How many images at once it is for; raises ValueError where its batch is no number of the model's images."""
+    images, rest = divmod(workload.batch, model.guidance_batch)
+    if rest:
+        raise ValueError(f"batch: got {workload.batch}, want a multiple of {model.guidance_batch}, the rows {model.slug} "
+                         "has for one image")  # fmt: skip
+    return images
+
+
+def _load_for(path: Path, gpu: Gpu) -> tuple[Profile, str]:
+    """The profile and its file's sha256, if the file is in its place."""
+    raw = read_bytes(path)
+    profile = parse(raw, path)
     if profile.silicon.gpu != gpu.slug:
         raise ProfileError(f"{path}: tuned for {profile.silicon.gpu}, but in the folder of {gpu.slug}; move it or tune again")
     try:
-        model = find_model(w.model)
+        name = name_of(profile)
     except ValueError as error:
         raise ProfileError(f"{path}: {one_line(str(error))}") from None
-    name = profile_name(w.model, profile.preset, w.resolution, w.aspect, (model.default_resolution, model.default_aspect))
     if path.name != name:
         raise ProfileError(f"{path}: by what it holds its name is {one_line(name)}; rename it or tune again")
-    return profile
+    return profile, hashlib.sha256(raw).hexdigest()
 
 
 def mismatch(

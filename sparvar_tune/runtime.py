@@ -1,17 +1,18 @@
 """Using a profile: find it, check it against this machine, run attention by it. Imports neither optuna nor pandas.
 
-    tuned = sparvar_tune.load_profile("pocketvar")     # exact silicon -> same family -> dense, and it says which
+    tuned = sparvar_tune.load_profile("pocketvar")     # exact silicon -> near silicon -> dense, and it says which
     sparvar_tune.apply(model, tuned)                   # the model samples with it from now on; .undo() takes it back
     attend = tuned.attention(problem)                  # or one call at a time: attend(q, k, v, layer=17)
 
 Never slower on purpose: a scale whose measured win is not certain, other kernel sources or another shape means dense,
-and `explain()` gives the reason.
+and `explain()` gives the reason. What `sparvar-tune verify` measured on this machine (overlay.py) goes before what the file says.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,29 @@ from sparvar_kernels.dense import dense_attention
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.registry import KERNELS
-from sparvar_tune import adapters
-from sparvar_tune.gpus import GPUS, Gpu
-from sparvar_tune.machine import choose_gpu, silicon, versions
+from sparvar_tune import adapters, overlay
+from sparvar_tune.gpus import Gpu
+from sparvar_tune.machine import choose_gpu, device_name, is_here, silicon, versions
 from sparvar_tune.misses import Missed, record
-from sparvar_tune.models import find_model
+from sparvar_tune.models import MAX_IMAGES, find_model
 from sparvar_tune.names import DEFAULT_PRESET
+from sparvar_tune.overlay import DEMOTED, Overlay
 from sparvar_tune.policies import describe
 from sparvar_tune.profiles import (
-    Miss,
+    Match,
     find,
     kernel_hash,
-    load,
     mismatch,
+    near,
+    parse,
     profile_name,
+    read_bytes,
     shipped_folder,
     user_folder,
 )
 from sparvar_tune.schema import Profile, ProfileError, Row
+
+IMAGES_APART = 4  # a profile for n images at once serves n / 4 to 4 n
 
 
 @dataclass
@@ -48,6 +54,7 @@ class Tuned:
     """A profile made ready for this machine, or the reason there is none (then everything is dense).
 
     reasons: how the profile was found and what differs here. demoted: scale -> why it runs dense all the same.
+    sha256: of the profile file's bytes. overlay: what verify found here for exactly that file, if it did.
     One object serves one image stream; it keeps what decision scales left for later ones.
     """
 
@@ -56,13 +63,17 @@ class Tuned:
     path: Path | None
     reasons: tuple[str, ...]
     demoted: dict[int, str] = field(default_factory=dict)
+    sha256: str | None = None
+    overlay: Overlay | None = None
     _attend: SparseAttention | None = None
 
     def policy(self) -> Policy | None:
-        """The policy as it will run: demoted scales have lost their rules."""
+        """The policy as it will run: demoted scales have lost their rules, and a demoted profile leaves out no scale."""
         if self.profile is None:
             return None
         full = self.profile.policy
+        if self.overlay is not None and self.overlay.verdict == DEMOTED:
+            return Policy(full.heads, ())
         return Policy(full.heads, tuple(r for r in full.rules if r.scale_index not in self.demoted), full.skip_scales)
 
     def sparse_attention(self) -> SparseAttention:
@@ -104,7 +115,10 @@ class Tuned:
         if self.profile is None or policy is None:
             return "\n".join([*lines, "everything runs dense"])
         if problem is not None:
-            return "\n".join([*lines, self._why_not(problem) or self._explain_scale(problem.scale_index)])
+            lines.append(self._why_not(problem) or self._explain_scale(problem.scale_index))
+            if problem.batch != self.profile.workload.batch:
+                lines.append(f"batch is {problem.batch}, tuned for {self.profile.workload.batch}: its gain was not measured")
+            return "\n".join(lines)
         lines.append(f"policy ({self.profile.policy_state}; {self.profile.policy_source}): {describe(policy)}")
         lines += [self._explain_scale(row.scale_index) for row in self.profile.rows]
         return "\n".join(lines)
@@ -117,11 +131,13 @@ class Tuned:
         if row is None:
             return f"scale {scale_index}: dense, because the policy has no rule for it"
         config = ", ".join(f"{k}={v}" for k, v in row.config)
-        if row.speedup is None:
+        local = next((v.speedup for v in self.overlay.rows if v.scale_index == scale_index), None) if self.overlay else None
+        s = local or row.speedup
+        if s is None:
             cost = f"{row.tuned_predicted_ms:.3g} ms predicted against {row.dense_predicted_ms:.3g} dense"
         else:
-            s = row.speedup
-            cost = f"{s.median:.2f}x measured (95 % interval {s.low:.2f}..{s.high:.2f}, n={s.n}) against {row.dense_name}"
+            when = f" here by verify on {self.overlay.created}" if local and self.overlay else ""
+            cost = f"{s.median:.2f}x measured{when} (95 % interval {s.low:.2f}..{s.high:.2f}, n={s.n}) against {row.dense_name}"
         return f"scale {scale_index}: kernel {row.kernel} ({config}), {cost}"
 
 
@@ -132,57 +148,118 @@ def launch_of(row: Row) -> Launch:
 
 def load_profile(
     model: str, *, gpu: str = "auto", preset: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
-    path: Path | None = None, folders: tuple[Path, ...] | None = None, record_miss: bool = False,
+    images: int = 1, path: Path | None = None, folders: tuple[Path, ...] | None = None, record_miss: bool = False,
 ) -> Tuned:  # fmt: skip
     """The profile of `model` for this machine; never raises for a missing one (everything is then dense).
 
-    path: that file and no other; it must be for this model and silicon. record_miss: where there is none, keep a note in
-    this user's folder for `sparvar-tune --from-misses`. Raises ValueError for an unknown model or GPU
-    and ProfileError for a damaged or foreign file.
+    images: how many at once; where that number has no profile, the nearest within a factor of four lends its own. path: that
+    file and no other; it must be for this model and silicon. record_miss: where there is none, keep a note in this user's
+    folder for `sparvar-tune --from-misses`. Raises ValueError for an unknown model or GPU or a number of images out of
+    range, and ProfileError for a damaged or foreign file.
     """
     row, silicon_row = find_model(model), choose_gpu(gpu)
+    if not 1 <= images <= MAX_IMAGES:
+        raise ValueError(f"images: got {images}, want 1..{MAX_IMAGES}")
     if path is not None:
-        profile = load(path)
+        raw = read_bytes(path)
+        profile = parse(raw, path)
         if profile.workload.model != row.slug:
             raise ProfileError(f"{path}: for model {profile.workload.model}, not {row.slug}; give that model or another file")
         if profile.silicon.gpu != silicon_row.slug:
             raise ProfileError(f"{path}: for other silicon ({profile.silicon.gpu}, here {silicon_row.slug}); tune for this one")
-        return prepare(profile, path, silicon_row, ["file given"])
+        return prepare(profile, path, silicon_row, ["file given"], hashlib.sha256(raw).hexdigest())
     resolution, aspect = resolution or row.default_resolution, aspect or row.default_aspect
     row.schedule(resolution, aspect)
-    name = profile_name(row.slug, preset, resolution, aspect, (row.default_resolution, row.default_aspect))
-    relatives = tuple(g for g in GPUS.values() if g.family == silicon_row.family and g.slug != silicon_row.slug)
-    found = find(name, silicon_row, relatives, folders or (user_folder(), shipped_folder()))
-    if isinstance(found, Miss):
-        if record_miss:
-            record(Missed(silicon_row.slug, row.slug, preset, resolution, aspect))
-        return Tuned(silicon_row, None, None, (found.reason,))
-    return prepare(found.profile, found.path, silicon_row, [found.reason])
+    misses = []
+    for count in near_counts(images):
+        name = profile_name(row.slug, preset, resolution, aspect, (row.default_resolution, row.default_aspect), count)
+        found = find(name, silicon_row, near(silicon_row), folders or (user_folder(), shipped_folder()))
+        if isinstance(found, Match):
+            reasons = [found.reason]
+            if count != images:
+                reasons.append(f"no profile for {images} images at once: that for {count} serves, its gains measured for {count}")
+            return prepare(found.profile, found.path, silicon_row, reasons, found.sha256)
+        misses.append(found.reason)
+    if record_miss:
+        record(Missed(silicon_row.slug, row.slug, preset, resolution, aspect, images))
+    return Tuned(silicon_row, None, None, (f"{misses[0]}; nor for another number of images within a factor of {IMAGES_APART}",))
 
 
-def prepare(profile: Profile, path: Path, gpu: Gpu, reasons: list[str]) -> Tuned:
-    """Holds a profile against this machine and demotes what may not win here."""
+def near_counts(images: int) -> list[int]:
+    """Numbers of images whose profiles serve `images`, nearest by ratio first; of two as near the smaller, which gains less."""
+    counts = range(-(-images // IMAGES_APART), min(images * IMAGES_APART, MAX_IMAGES) + 1)
+    return sorted(counts, key=lambda n: (max(n / images, images / n), n))
+
+
+def deciding(policy: Policy, demoted: Container[int] = ()) -> set[int]:
+    """Scales that later sparse scales take keys or residuals from; what was demoted takes nothing.
+
+    The time of such a scale holds the ranking that later ones live on: no reason to make its other heads dense.
+    """
+    decisions = {getattr(r.variant, "decision_scale", None) for r in policy.rules if r.scale_index not in demoted}
+    return {s for s in decisions if s is not None}
+
+
+def prepare(profile: Profile, path: Path, gpu: Gpu, reasons: list[str], sha256: str) -> Tuned:
+    """Holds a profile against this machine, and what verify found here, and demotes what may not win."""
     reasons = [*reasons, f"from {path}"]
-    demoted: dict[int, str] = {}
     now_hash = kernel_hash(gpu)
     reasons += mismatch(profile, gpu=gpu, versions=versions(), kernel_hash=now_hash)
-    if profile.kernel_hash != now_hash:
-        demoted = {r.scale_index: "the kernels changed since it was tuned; run sparvar-tune verify --write" for r in profile.rows}
-    # The time of a decision scale holds the ranking that later scales live on: no reason to make its other heads dense.
-    deciding = {getattr(rule.variant, "decision_scale", None) for rule in profile.policy.rules}
-    for r in profile.rows:
-        if r.speedup is not None and r.speedup.low <= 1 and r.scale_index not in deciding:
-            demoted.setdefault(r.scale_index, f"its measured gain is not certain ({r.speedup.low:.2f}x at the low end)")
-    here, there = silicon(gpu, profile.silicon.gpu == gpu.slug), profile.silicon
+    here, there = silicon(gpu, is_here(gpu)), profile.silicon
+    local, said = _overlay(path.name, gpu, sha256, now_hash, device_name(here))
+    reasons += said
+    demoted = _demotions(profile, profile.kernel_hash != now_hash, local)
     if (here.name, here.threads) != (there.name, there.threads) and profile.state == "measured":
-        reasons.append(f"measured on {there.name} ({there.threads} threads), here {here.name} ({here.threads})")
+        reasons.append(f"measured on {device_name(there)}; here {device_name(here)}")
     if profile.state == "predicted":
         reasons.append("times are predicted, not measured; run sparvar-tune verify --write on this GPU")
     if profile.policy_state == "unverified":
         reasons.append("the policy is unverified on this model")
     if profile.state == "predicted" or profile.policy_state == "unverified":
         warnings.warn(f"{path.name}: {reasons[-1]}", stacklevel=3)
-    return Tuned(gpu, profile, path, tuple(reasons), demoted)
+    return Tuned(gpu, profile, path, tuple(reasons), demoted, sha256, local)
+
+
+def _overlay(name: str, gpu: Gpu, sha256: str, kernel_hash: str, device: str) -> tuple[Overlay | None, list[str]]:
+    """What verify left for exactly this file, these kernels and this device, and what to say of one that is not."""
+    try:
+        found = overlay.find(gpu.slug, name)
+    except ProfileError as error:  # it only ever takes back what verify can find again
+        warnings.warn(f"{error}; ignored", stacklevel=4)
+        return None, [f"what verify found here is ignored: {error}"]
+    if found is None:
+        return None, []
+    pairs = (
+        ("another profile file", found.profile_sha256, sha256), ("other kernel sources", found.kernel_hash, kernel_hash),
+        ("another device", found.device, device),
+    )  # fmt: skip
+    other = [what for what, was, now in pairs if was != now]
+    if other:
+        return None, [f"what verify found on {found.created} is ignored: it was for {', '.join(other)}"]
+    now, said = versions(), [f"verified on {found.created}: {found.reason or found.verdict}"]
+    if (found.versions.torch, found.versions.triton) != (now.torch, now.triton):
+        said.append(f"verified with torch {found.versions.torch} and triton {found.versions.triton or '(none)'}: verify again")
+    return found, said
+
+
+def _demotions(profile: Profile, stale: bool, local: Overlay | None) -> dict[int, str]:
+    """Scale -> why it runs dense all the same. What was measured here goes before what the file says."""
+    by = f"demoted by verify on {local.created}: " if local else ""
+    if local is not None and local.verdict == DEMOTED:
+        return {r.scale_index: by + local.reason for r in profile.rows}
+    demoted: dict[int, str] = {}
+    found = {v.scale_index: v for v in local.rows} if local else {}
+    for r in reversed(profile.rows):  # later scales first: a decision scale is needed only while one of them is sparse
+        s, needed = r.scale_index, r.scale_index in deciding(profile.policy, demoted)
+        if s in found:
+            speedup = found[s].speedup
+            if speedup is None or (speedup.low <= 1 and not needed):
+                demoted[s] = by + (found[s].reason or "its gain is not certain here")
+        elif stale:
+            demoted[s] = "the kernels changed since it was tuned; run sparvar-tune verify --write"
+        elif r.speedup is not None and r.speedup.low <= 1 and not needed:
+            demoted[s] = f"its measured gain is not certain ({r.speedup.low:.2f}x at the low end)"
+    return dict(sorted(demoted.items()))
 
 
 def apply(model: Any, tuned: Tuned) -> Any:

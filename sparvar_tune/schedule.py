@@ -208,7 +208,7 @@ class Schedule:
             self.doubts[scale.index] = doubt
         return Row(
             scale.index, "triton", tuple(sorted(vars(configs[won]).items())), "measured", self.dense_name,
-            timing(tuned[won]), timing(dense), paired_speedup(dense, tuned[won]),
+            timing(tuned[won]), timing(dense), paired_speedup(dense, tuned[won]), mode=self.workshop.identity.mode,
         )  # fmt: skip
 
     def _apart(self, scale: Scale, configs: Sequence[TritonConfig], failure: str) -> Row:

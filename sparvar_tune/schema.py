@@ -2,7 +2,7 @@
 
 A profile has two halves: the `policy` (which head does what at which scale, GPU-independent, with its evidence) and the
 `rows` (how that runs on one GPU, with times). It is plain JSON with sorted keys; every field is checked when read, what is
-not known is refused, and nothing in it is ever executed.
+not known is refused, and nothing in it is ever executed. A checksum of all values tells a damaged digit from a measured one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from sparvar_kernels.registry import why_not as why_not_launch
 from sparvar_kernels.scales import ScaleSchedule
 from sparvar_kernels.variants import Variant, variant_to_dict
 from sparvar_tune.gpus import GPUS
-from sparvar_tune.json_reader import Reader, ReadError, to_plain, unique_keys
+from sparvar_tune.json_reader import Reader, ReadError, sealed_text, to_plain, unique_keys, why_not_sealed
 from sparvar_tune.models import Model
 from sparvar_tune.names import CUSTOM, PRESETS
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_MESSAGE = 400  # characters of a reason; a damaged file may hold a megabyte of text in one field
+MODES = ("eager", "graph")
 MAX_NUMBER = 1 << 20  # no window, tile side or stride of a policy is larger
 
 
@@ -112,7 +113,7 @@ class Evidence:
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 return f"{name}: got {getattr(self, name)}, want {low}..{high}"
-        return _why_not_sha256("data_hash", self.data_hash)
+        return why_not_sha256("data_hash", self.data_hash)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Row:
 
     state "measured": tuned, dense and speedup are times on this silicon; "predicted": the two *_predicted_ms come from
     a roofline model.
+    mode: how the calls were launched while timed, "eager" or "graph" (a replayed CUDA graph); a gain in one is none in the other.
     """
 
     scale_index: int
@@ -133,8 +135,11 @@ class Row:
     speedup: Speedup | None = None
     tuned_predicted_ms: float | None = None
     dense_predicted_ms: float | None = None
+    mode: str = "eager"
 
     def why_not(self) -> str | None:
+        if self.mode not in MODES:
+            return f"mode: got {self.mode!r}, want one of {', '.join(MODES)}"
         if self.kernel not in KERNELS:
             return f"kernel: got {self.kernel!r}, want one of {', '.join(KERNELS)}"
         known = KERNELS[self.kernel].fields
@@ -169,7 +174,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Workload:
-    """What was tuned: a model at one resolution and aspect."""
+    """What was tuned: a model at one resolution and aspect.
+
+    batch: rows of q, k and v, which is images at once times the model's guidance_batch.
+    """
 
     model: str
     resolution: str
@@ -216,7 +224,7 @@ class Workload:
             return f"dtype: got {self.dtype!r}, want fp32, bf16 or fp16"
         if not 0 < self.softmax_scale < 1e6 or not (self.logit_bound is None or 0 < self.logit_bound < 1e6):
             return "softmax_scale and logit_bound: want > 0"
-        return None if self.weights_sha256 is None else _why_not_sha256("weights_sha256", self.weights_sha256)
+        return None if self.weights_sha256 is None else why_not_sha256("weights_sha256", self.weights_sha256)
 
 
 @dataclass(frozen=True)
@@ -285,11 +293,11 @@ class Profile:
             return "evidence: want it exactly when policy_state is measured"
         if (self.state == self.policy_state == "measured") != (self.generation is not None):
             return "generation: want it exactly when state and policy_state are measured"
-        if not _is_date(self.created):
+        if not is_date(self.created):
             return f'created: got {self.created!r}, want a date such as "2026-11-23"'
         if self.trials < 0:
             return f"trials: got {self.trials}, want >= 0"
-        reason = _why_not_sha256("kernel_hash", self.kernel_hash)
+        reason = why_not_sha256("kernel_hash", self.kernel_hash)
         if reason:
             return reason
         w = self.workload
@@ -314,11 +322,13 @@ class Profile:
         return None
 
 
-def _why_not_sha256(name: str, got: str) -> str | None:
+def why_not_sha256(name: str, got: str) -> str | None:
+    """Why `got` is no sha256 in hexadecimal, or None."""
     return None if re.fullmatch("[0-9a-f]{64}", got) else f"{name}: got {got!r}, want the 64 hexadecimal digits of a sha256"
 
 
-def _is_date(text: str) -> bool:
+def is_date(text: str) -> bool:
+    """Whether it is a date as profiles have it, 2026-11-23."""
     try:
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -331,8 +341,8 @@ def _integers(variant: Variant) -> list[int]:
 
 
 def to_json(profile: Profile) -> str:
-    """The file's text: sorted keys, one value a line, measured floats to 6 digits. Raises ValueError on NaN."""
-    return json.dumps(plain(profile), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    """The file's text with its checksum: sorted keys, one value a line, measured floats to 6 digits. ValueError on NaN."""
+    return sealed_text(plain(profile))
 
 
 def plain(profile: Profile) -> dict[str, Any]:
@@ -345,20 +355,30 @@ def plain(profile: Profile) -> dict[str, Any]:
     return data
 
 
-def from_json(text: str, where: str) -> Profile:
-    """The profile in `text`; raises ProfileError naming `where` and the field."""
+def from_json(text: str, where: str, *, check_seal: bool = True) -> Profile:
+    """The profile in `text`; raises ProfileError naming `where` and the field.
+
+    check_seal: False takes an edited text whose checksum is wrong or missing; everything else is checked all the same.
+    """
     try:
         data = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ProfileError(f"{where}: not a profile: {one_line(reason)}; tune again or restore the file") from None
     schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
-        raise ProfileError(f"{where}: {one_line(f'schema {schema}')}, this sparvar-tune reads {SCHEMA}: upgrade sparvar-tune")
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
+        todo = "upgrade sparvar-tune" if schema > SCHEMA else "it is an older one's, tune again (sparvar-tune --gpu G --model M)"
+        raise ProfileError(f"{where}: {one_line(f'schema {schema}')}, this sparvar-tune reads {SCHEMA}: {todo}")
     try:
-        return read(data)
+        # fields first: what is wrong with one says more than that the sum is off
+        profile = read({k: v for k, v in data.items() if k != "checksum"} if isinstance(data, dict) else data)
     except ReadError as error:
         raise ProfileError(f"{where}: {one_line(str(error))}; tune again or restore the file") from None
+    edited = why_not_sealed(data) if check_seal else None
+    if edited:
+        todo = "to keep a hand edit run `sparvar-tune show --profile FILE --seal`"
+        raise ProfileError(f"{where}: edited or damaged: {one_line(edited)}; {todo}")
+    return profile
 
 
 def read(data: Any) -> Profile:

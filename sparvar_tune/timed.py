@@ -29,12 +29,12 @@ LOG = "measurements.jsonl"
 
 @dataclass(frozen=True)
 class Shop:
-    """How to measure. folder: where the run's log lies. resume: go on with it. merge: logs of other runs or machines to use.
+    """How to measure. folder: where the run's log lies; None: nothing is kept. resume: go on with it. merge: other logs to use.
 
     workers: GPUs to time on at once, None for all that are visible. mode: "eager" or "graph" calls.
     """
 
-    folder: Path
+    folder: Path | None
     resume: bool = False
     merge: tuple[Path, ...] = ()
     workers: int | None = None
@@ -50,6 +50,10 @@ def workshop(gpu: Gpu, shop: Shop) -> Iterator[Workshop]:
             raise ValueError(f"{file}: no such log; want a {LOG} of another run on {gpu.slug}")
     v = versions()
     identity = Identity(gpu.slug, torch.cuda.get_device_name(), kernel_hash(gpu), v.torch, v.triton, shop.mode)
+    if shop.folder is None:
+        with Workshop(identity, Log(None, shop.merge), os.cpu_count() or 2, environments) as made:
+            yield made
+        return
     with exclusive(shop.folder):
         path = shop.folder / LOG
         if path.exists() and not shop.resume:
@@ -134,8 +138,7 @@ def replay(profile: Profile, logs: Sequence[Path], gpu: Gpu) -> Found:
     v, s = profile.versions, profile.silicon
     if s.capability is None:
         raise ValueError(f"replay: {s.gpu} has no measurements of launches")
-    mode = profile.rows[0].mode if profile.rows and hasattr(profile.rows[0], "mode") else "eager"
-    identity = Identity(s.gpu, s.name, profile.kernel_hash, v.torch, v.triton, mode)
+    identity = Identity(s.gpu, s.name, profile.kernel_hash, v.torch, v.triton, profile.rows[0].mode if profile.rows else "eager")
     with Workshop(identity, Log(None, logs), 1, ()) as made:
         schedule = Schedule(profile.workload, profile.policy, gpu, s.capability, made, lambda text: None, lambda text: None)
         return schedule.find(lambda found: None)

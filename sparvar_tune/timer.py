@@ -25,7 +25,6 @@ from sparvar_tune.measure import interleaved
 from sparvar_tune.schema import Workload
 
 WARM_S = 0.3  # of work before times that decide: by then an H100 has left its idle clock of 345 MHz
-MODES = ("eager", "graph")
 # Bits of NVML's clock event reasons that mean the chip ran slower than it was asked to.
 SLOWED = {0x4: "power cap", 0x8: "slowdown", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
 

@@ -22,8 +22,8 @@ from sparvar_tune.timed import Shop, time_launches
 from sparvar_tune.tune import SEARCHED, NothingMeetsTheBound, Request, make_profile, workload
 
 
-def find_policy(name: str, weights_sha256: str, gpu: Gpu, folders: Sequence[Path]) -> tuple[schema.Profile, Path] | None:
-    """The profile `name` of other silicon whose policy was searched there, on these weights; None where there is none.
+def find_policy(name: str, weights_sha256: str | None, gpu: Gpu, folders: Sequence[Path]) -> tuple[schema.Profile, Path] | None:
+    """The profile `name` of other silicon whose policy was searched there, on these weights (None: any); None if there is none.
 
     Raises ProfileError for a damaged file.
     """
@@ -32,7 +32,7 @@ def find_policy(name: str, weights_sha256: str, gpu: Gpu, folders: Sequence[Path
             path = folder / other.slug / name
             if path.is_file():
                 found = profiles.load(path)
-                if found.policy_source == SEARCHED and found.workload.weights_sha256 == weights_sha256:
+                if found.policy_source == SEARCHED and weights_sha256 in (None, found.workload.weights_sha256):
                     return found, path
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from sparvar_tune import cli, commands, misses, profiles, runtime, schema, search
+from sparvar_tune import cli, commands, misses, overlay, profiles, runtime, schema, search
 
 HERE = Path(__file__).parent
 TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "45s", "--pairs", "12"]
@@ -94,7 +95,12 @@ def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path):
     assert "other silicon" in refused(capsys, "explain", "--model", "pocketvar", "--gpu", "h200", "--profile", str(path))
     assert "for model pocketvar" in refused(capsys, "explain", "--model", "hart", "--gpu", "cpu", "--profile", str(path))
     code, out, _ = run(capsys, "verify", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path), "--pairs", "4")
-    assert code in (0, 1) and "pictures: ok" in out
+    assert code in (0, 1) and "pictures: ok" in out and "verified in" in out
+    assert overlay.find("cpu", path.name).profile_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 3'))
+    assert "show --profile FILE --seal" in refused(capsys, "show", "--profile", str(path))
+    code, out, _ = run(capsys, "show", "--profile", str(path), "--seal")
+    assert code == 0 and "sealed" in out and profiles.load(path).seed == 3
 
 
 def test_a_bound_nothing_meets_writes_nothing(tiny_model, capsys, tmp_path):
@@ -164,6 +170,11 @@ def test_two_runs_at_once_are_kept_apart(tmp_path):
     (["verify", "--model", "pocketvar", "--gpu", "a100"], "not in this machine"),
     (["generate", "--model", "hart", "--gpu", "cpu"], "no adapter"),
     (["--gpu", "cpu", "--model", "pocketvar", "--min-psnr", "nan"], "0..200"),
+    (["--gpu", "cpu", "--model", "pocketvar", "--images", "4"], "one image at a time"),
+    (["verify", "--gpu", "cpu", "--model", "pocketvar", "--images", "4"], "one image at a time"),
+    (["--gpu", "h100", "--model", "hart", "--images", "257"], "1..256"), (["show", "--seal"], "want --profile"),
+    (["explain", "--gpu", "h100", "--model", "hart", "--images", "257"], "1..256"),
+    (["show", "--gpu", "h100", "--model", "hart", "--images", "0"], "whole number"),
 ])  # fmt: skip
 def test_bad_words_are_one_line(tiny_model, capsys, words, said):
     assert said in refused(capsys, *words)
@@ -171,7 +182,8 @@ def test_bad_words_are_one_line(tiny_model, capsys, words, said):
 
 @pytest.mark.parametrize(("content", "said"), [
     (b'{"schema": 1, "created"', "not a profile"), (b'{"schema": 9}', "upgrade"), (b"\xff\xff", "not UTF-8"),
-    (b'{"schema": 1, "x": NaN}', "NaN"), (b"{}", "missing"), (None, "over 1048576"),
+    (b'{"schema": 1}', "tune again (sparvar-tune --gpu"), (b'{"schema": 2, "x": NaN}', "NaN"), (b"{}", "missing"),
+    (None, "over 1048576"),
 ])  # fmt: skip
 def test_bad_files_are_one_line(tiny_model, capsys, tmp_path, content, said):
     path = tmp_path / "p.json"
@@ -189,6 +201,10 @@ def test_prediction_is_marked(tiny_model, capsys, tmp_path):
     assert [r.scale_index for r in profile.rows] == [10, 11, 12] and profile.workload.prefix == 300
     for row in profile.rows:
         assert 0 < row.tuned_predicted_ms < row.dense_predicted_ms
+    code, out, _ = run(capsys, "--gpu", "a100", "--model", "hart", "--images", "4", "--out", str(tmp_path))
+    four = profiles.load(tmp_path / "a100-80" / "hart--images-4.json")
+    assert code == 0 and "--images 4 --write" in out and four.workload.batch == 8 == 4 * profile.workload.batch
+    assert 2 < four.rows[-1].tuned_predicted_ms / profile.rows[-1].tuned_predicted_ms < 5
     code, out, _ = run(capsys, "--gpu", "h100", "--model", "infinity-8b", "--aspect", "1.750", "--out", str(tmp_path))
     assert code == 0 and (tmp_path / "h100-sxm" / "infinity-8b--1M--1.750.json").is_file()
 
@@ -227,19 +243,30 @@ def test_trials_are_shown_as_csv(tiny_model, capsys):
     assert code == 0 and rows[0].startswith("trial,form,price_last") and len(rows) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*unverified")
+def test_a_gpu_that_is_not_here_is_explained(tiny_model, capsys):
+    for images in ("1", "2"):
+        code, out, _ = run(capsys, "explain", "--gpu", "h100", "--model", "hart", "--images", images)
+        assert code == 0 and "exact silicon" in out and ("that for 1 serves" in out) == (images == "2")
+
+
 def test_json_stays_small_and_plain():
     data = json.loads((HERE.parent / "profiles" / "a100-80" / "hart.json").read_text())
-    assert dataclasses.is_dataclass(schema.Profile) and set(data) == {f.name for f in dataclasses.fields(schema.Profile)}
+    assert dataclasses.is_dataclass(schema.Profile) and set(data) == {
+        "checksum", *(f.name for f in dataclasses.fields(schema.Profile))
+    }  # fmt: skip
 
 
 def test_misses_are_recorded_tuned_and_forgotten(tiny_model, capsys, monkeypatch):
     for _ in range(2):
         tuned = runtime.load_profile("hart", gpu="b200", record_miss=True, folders=(tiny_model,))
         assert tuned.profile is None
-    runtime.load_profile("var-d16", gpu="l40s", record_miss=True, folders=(tiny_model,))
-    assert [(m.model, m.gpu) for m in misses.read()] == [("hart", "b200"), ("var-d16", "l40s")]
+    runtime.load_profile("var-d16", gpu="l40s", record_miss=True, images=4, folders=(tiny_model,))
+    assert [(m.model, m.gpu, m.images) for m in misses.read()] == [("hart", "b200", 1), ("var-d16", "l40s", 4)]
     assert misses.file().read_text().count("\n") == 2  # asked for twice, kept once
-    misses.file().write_bytes(misses.file().read_bytes() + b'{"gpu": "b2')  # a process was killed here
+    lines = misses.file().read_text().replace(', "images": 1', "")  # as before several images were counted
+    assert '"images": 4' in lines and "null" not in lines and lines.count("images") == 1
+    misses.file().write_text(lines + '{"gpu": "b2')  # a process was killed here
     runtime.load_profile("var-d20", gpu="b200", record_miss=True, folders=(tiny_model,))
     code, out, _ = run(capsys, "--gpu", "b200", "--from-misses")
     assert code == 0 and "2 recorded misses of b200" in out and "var-d20" in out

@@ -19,12 +19,13 @@ LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
     {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton", "selecting_triton"},
     {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
-    {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles", "runs"}, {"misses"},
+    {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles", "runs"}, {"misses", "overlay"},
     {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
     {"bench", "costmodel"}, {"compiling"}, {"timer"}, {"measurements"},
     {"sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "schedule", "recorded"}, {"predict", "timed", "kernel_bench"}, {"costfit"},
-    {"storage"}, {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report"}, {"transfer"}, {"commands"}, {"cli"},
+    {"storage"}, {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report", "verifying"}, {"transfer"},
+    {"commands"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import math
@@ -20,8 +22,8 @@ from hypothesis import strategies as st
 import sparvar_kernels
 from sparvar_kernels import Cs4a, Csla, Policy, Pooled, Reuse, Rule, SparseAttention, Tile
 from sparvar_kernels.registry import KERNELS
-from sparvar_tune import profiles, schema
-from sparvar_tune.gpus import GPUS, find_gpu
+from sparvar_tune import json_reader, profiles, schema
+from sparvar_tune.gpus import GPUS, distance, find_gpu
 from sparvar_tune.schema import ProfileError
 
 
@@ -40,7 +42,7 @@ def example() -> schema.Profile:
         5, "cpu", (("score_elements", 4096),), "measured", "sdpa", timing(1.0), timing(3.0), schema.Speedup(3.0, 2.9, 3.1, 32)
     )
     return schema.Profile(
-        schema=1, created="2026-11-23", preset="near-lossless", state="measured",
+        schema=2, created="2026-11-23", preset="near-lossless", state="measured",
         policy=Policy(("ABC", "BBA"), rules), policy_state="measured", policy_source="a test",
         evidence=schema.Evidence(32, 0.95, 36.0, 35.0, 34.5, 0.97, 0.96, 0.93, 0.99, "ab" * 32, (yardstick,)),
         workload=schema.Workload("pocketvar", "256", "1.000", grids, 0, 2, 3, 64, "fp32", 1, 1.0, 20.0, "cd" * 32),
@@ -74,16 +76,27 @@ def paths_of(value, path=()):
             yield from paths_of(v, (*path, i))
 
 
-FIELDS = [p for p in paths_of(json.loads(TEXT)) if p]
+FIELDS = [p for p in paths_of(json.loads(TEXT)) if p and p != ("checksum",)]
 
 
 def put(path, change):
+    """TEXT with one change that is sealed, as by `show --seal`, so that the check of its field is what refuses it."""
     data = json.loads(TEXT)
     at = data
     for step in path[:-1]:
         at = at[step]
     change(at, path[-1])
+    return sealed(data)
+
+
+def sealed(data):
+    with contextlib.suppress(ValueError):  # NaN has no seal
+        data["checksum"] = json_reader.checksum(data)
     return json.dumps(data)
+
+
+def values(text):
+    return {name: value for name, value in json.loads(text).items() if name != "checksum"}
 
 
 HUGE = 10**400
@@ -109,14 +122,15 @@ def test_every_field_is_needed_and_typed(path):
             continue
         # a field of an object is never dispensable; a shorter list of notes or windows may still make a sound profile
         assert wrong is not drop or isinstance(path[-1], int)
-        assert json.loads(schema.to_json(loaded)) == json.loads(text)
+        assert values(schema.to_json(loaded)) == values(text)
 
 
 @pytest.mark.parametrize(("path", "value", "said"), [
     (("rows", 0, "tuned", "p50_ms"), -1.0, "want 0 < p20"), (("rows", 0, "tuned", "p50_ms"), 1e999, "Infinity"),
     (("rows", 0, "kernel"), "cuda", "want one of cpu, triton"), (("rows", 0, "config"), {"score_elements": 0}, "ments=0"),
     (("rows", 0, "config"), {"os.system": 1}, "want exactly"), (("rows", 0, "speedup", "low"), 9.0, "low <= median"),
-    (("rows", 0, "scale_index"), 4, "want [5, 6]"), (("schema",), 2, "upgrade"), (("schema",), 0, "want 1"),
+    (("rows", 0, "scale_index"), 4, "want [5, 6]"), (("schema",), 3, "upgrade"), (("schema",), 1, "tune again"),
+    (("rows", 0, "mode"), "lazy", "want one of eager, graph"),
     (("policy", "rules", 0, "variant", "kind"), "magic", "kind"), (("policy", "heads"), ["ABC"], "class letters"),
     (("policy", "rules", 0, "variant", "tile"), "8x", "tile"), (("policy", "rules", 0, "variant", "top_k"), 2.0, "top_k"),
     (("evidence", "psnr_lower_db"), 30.0, "do not reach"), (("evidence",), None, "exactly when"),
@@ -146,7 +160,7 @@ def test_illegal_launches_are_refused():
     config = {"block_m": 64, "block_n": 64, "num_stages": 3, "num_warps": 4, "maxnreg": 0}
     for row in data["rows"]:
         row.update(kernel="triton", config=config)
-    assert schema.from_json(json.dumps(data), "f").rows[0].kernel == "triton"
+    assert schema.from_json(sealed(data), "f").rows[0].kernel == "triton"
     data["rows"][1]["config"] = {**config, "block_n": 3}
     with pytest.raises(ProfileError, match=r"rows\[1\]: block_n=3: want 16"):
         schema.from_json(json.dumps(data), "f")
@@ -170,8 +184,8 @@ def test_cut_files_are_refused(cut):
         schema.from_json(TEXT[:cut], "f")
 
 
-def test_random_byte_flips_never_crash():
-    """SPARVAR_SOAK sets how many; what a flip turns into another sound profile is read as just that."""
+def test_random_byte_flips_never_crash_or_change_what_is_meant():
+    """SPARVAR_SOAK sets how many; a flipped digit mostly makes another sound profile, which the checksum tells from this one."""
     rng, raw = random.Random(0), TEXT.encode()
     for _ in range(int(os.environ.get("SPARVAR_SOAK", "1500"))):
         broken = bytearray(raw)
@@ -181,7 +195,53 @@ def test_random_byte_flips_never_crash():
             loaded = schema.from_json(broken.decode("utf-8"), "f")
         except (ProfileError, UnicodeDecodeError):
             continue
-        assert loaded.why_not() is None and schema.from_json(schema.to_json(loaded), "f") == loaded
+        assert loaded == example()
+
+
+def test_every_flipped_digit_is_refused():
+    for at, character in enumerate(TEXT):
+        if character.isdigit():
+            with pytest.raises(ProfileError):
+                schema.from_json(TEXT[:at] + str((int(character) + 1) % 10) + TEXT[at + 1 :], "f")
+
+
+def test_what_changes_no_value_is_no_edit():
+    data = json.loads(TEXT)
+    for text in (json.dumps(data), json.dumps(dict(reversed(data.items())), indent=7), TEXT.replace("1000000.0", "1e6") + "\n\n"):
+        assert schema.from_json(text, "f") == example()
+
+
+@pytest.mark.parametrize(("path", "value"), [
+    (("trials",), 13), (("rows", 0, "speedup", "low"), 2.95), (("notes",), []),
+    (("policy", "heads"), ["BBC", "BBA"]), (("rows", 0, "mode"), "graph"), (("generation", "dense_name"), "sdpa "),
+    (("workload", "prefix"), False), (("checksum",), None), (("checksum",), "ab" * 32), (("checksum",), [1]),
+    (("checksum",), "\x1b" * 5000),
+])  # fmt: skip
+def test_an_edit_is_refused_until_sealed(tmp_path, path, value):
+    data = json.loads(TEXT)
+    at = data
+    for step in path[:-1]:
+        at = at[step]
+    at[path[-1]] = value
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(ProfileError) as caught:
+        profiles.load(file)
+    said = str(caught.value)
+    assert said.isprintable() and len(said) < 500
+    if value is False:  # a wrong type stays wrong under any seal
+        with pytest.raises(ProfileError, match="prefix"):
+            profiles.seal(file)
+        return
+    assert "edited or damaged" in said and "--seal" in said
+    assert profiles.seal(file) == profiles.load(file) and (path == ("checksum",)) == (profiles.load(file) == example())
+
+
+def test_a_missing_checksum_is_named():
+    data = json.loads(TEXT)
+    del data["checksum"]
+    with pytest.raises(ProfileError, match="checksum: missing"):
+        schema.from_json(json.dumps(data), "f")
 
 
 json_values = st.recursive(
@@ -294,6 +354,8 @@ def test_unreadable_files(tmp_path):
         profiles.load(path)
     for text, said in (
         ("[" * 100_000, "nested"),
+        (TEXT.replace('"confidence"', '"checksum": 1e999, "confidence"', 1), "unknown field"),
+        (re.sub('"checksum": "[0-9a-f]*"', '"checksum": 1e999', TEXT), "edited or damaged"),
         ('{"schema": 1, "schema": 1}', "twice"),
         ('{"a": NaN}', "NaN"),
         (TEXT.replace('"trials": 12', '"trials": 1e999'), "trials"),
@@ -365,7 +427,7 @@ def changed(part, **changes):
     (dataclasses.replace(example(), notes=("x" * 501,)), "notes[0]: got"),
     (dataclasses.replace(example(), notes=("\ud800",)), "notes[0]: got"),
     (dataclasses.replace(example(), notes=("y" * 500,) * 2500), "bytes, want at most 1048576"),
-    (dataclasses.replace(example(), schema=2), "schema: got 2"),
+    (dataclasses.replace(example(), schema=1), "schema: got 1"),
     (changed("generation", dense=schema.Timing(1.0, math.nan, 2.0, 3)), "generation.dense.p50_ms: got nan"),
     (changed("generation", dense=schema.Timing(3.0, 2.0, 1.0, 3)), "generation.dense: got p20 3.0"),
     (changed("evidence", confidence=0.99999999), "confidence: got 1.0"),  # six digits would make it a certainty
@@ -395,7 +457,8 @@ def test_lookup_exact_then_family_then_miss(tmp_path):
         assert part in found.reason
     profiles.save(on("h100-sxm"), theirs / "h100-sxm" / "pocketvar.json")
     found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
-    assert isinstance(found, profiles.Match) and not found.exact and "h100-sxm for h200" in found.reason
+    assert isinstance(found, profiles.Match) and not found.exact and "h100-sxm for h200, hopper, distance 0.52" in found.reason
+    assert found.sha256 == hashlib.sha256(found.path.read_bytes()).hexdigest()
     profiles.save(on("h200"), theirs / "h200" / "pocketvar.json")
     found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
     assert isinstance(found, profiles.Match) and found.exact and found.path.is_relative_to(theirs)
@@ -412,7 +475,10 @@ def test_lookup_exact_then_family_then_miss(tmp_path):
     (on("h200", aspect="2.000"), "pocketvar.json", "its name is pocketvar--256--2.000.json"),
     (dataclasses.replace(on("h200"), preset="paper"), "pocketvar.json", "its name is pocketvar--paper.json"),
     (on("h200", model="pocketva"), "pocketvar.json", 'model "pocketva": unknown'),
-], ids=range(7))  # fmt: skip
+    (on("h200", batch=4), "pocketvar.json", "its name is pocketvar--images-4.json"),
+    (on("h200"), "pocketvar--images-4.json", "its name is pocketvar.json"),
+    (on("h200", model="hart", batch=3), "hart.json", "want a multiple of 2"),
+], ids=range(10))  # fmt: skip
 def test_a_file_in_anothers_place_is_refused(tmp_path, made, name, said):
     """A copied or renamed file must not pass for another GPU, model, resolution, aspect or preset."""
     profiles.save(made, tmp_path / "h200" / name)
@@ -476,3 +542,32 @@ def test_names():
     default = ("1M", "1.000")
     assert profiles.profile_name("m", "near-lossless", *default, default) == "m.json"
     assert profiles.profile_name("m", "paper", "1M", "1.250", default) == "m--1M--1.250--paper.json"
+    assert profiles.profile_name("m", "paper", *default, default, 4) == "m--paper--images-4.json"
+
+
+def slugs(gpus):
+    return [gpu.slug for gpu in gpus]
+
+
+def test_distance_between_gpus():
+    g = {slug: find_gpu(slug) for slug in GPUS}
+    for a in g.values():
+        assert distance(a, a) == 0 and all(distance(a, b) == distance(b, a) for b in g.values())
+    assert distance(g["rtx5090"], g["b200"]) == math.inf  # one family in name, two binaries
+    assert distance(g["a100-80"], g["l40s"]) == distance(g["cpu"], g["h200"]) == math.inf
+    assert distance(g["h200"], g["h100-sxm"]) == pytest.approx(math.log2(4800 / 3352))
+    assert slugs(profiles.near(g["h200"])) == ["h100-sxm"] and slugs(profiles.near(g["h100-sxm"])) == ["h200", "h100-pcie"]
+    assert profiles.near(g["cpu"]) == profiles.near(g["b200"]) == ()
+
+
+@pytest.mark.parametrize(("has", "wants", "said"), [
+    (["h200"], "h100-pcie", "h200 has one but is too far: 2.35x in memory bandwidth (distance 1.24, at most 1 serves)"),
+    (["a100-80", "rtx5090"], "b200", "rtx5090 has one but is too far: compute capability 12.0, here 10.0"),
+    (["rtx4090", "a100-80"], "l40s", "rtx4090 has one but is too far: 2.19x in bf16 rate"), (["cpu"], "l40s", None),
+])  # fmt: skip
+def test_a_miss_names_the_nearest_that_is_too_far(tmp_path, has, wants, said):
+    for slug in has:
+        profiles.save(on(slug), tmp_path / slug / "pocketvar.json")
+    gpu = find_gpu(wants)
+    found = profiles.find("pocketvar.json", gpu, profiles.near(gpu), (tmp_path,))
+    assert isinstance(found, profiles.Miss) and (said in found.reason if said else "too far" not in found.reason)

@@ -96,7 +96,7 @@ def test_predicted_profiles_warn_once(tmp_path):
 
 def test_another_processor_is_named(tmp_path):
     tuned = stored(tmp_path, profile(silicon=dataclasses.replace(profile().silicon, name="Abacus", threads=64)))
-    assert any("measured on Abacus (64 threads)" in reason for reason in tuned.reasons)
+    assert any("measured on Abacus, 64 threads" in reason for reason in tuned.reasons)
 
 
 def test_apply_and_undo(tmp_path):
