@@ -1,4 +1,4 @@
-"""Binaries of the Triton kernels, made ahead of time by processes that never touch a GPU. Importing it needs Triton."""
+"""Binaries of the Triton kernels, made ahead of time by processes that never touch a GPU."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparvar_kernels.binary import Build, compile_for, resources
 from sparvar_kernels.configs import TritonConfig
-from sparvar_kernels.layer_triton import Layer
 from sparvar_kernels.policy import Policy, plan_layers
 from sparvar_kernels.problem import AttentionProblem
+from sparvar_kernels.registry import KERNELS
 from sparvar_tune.bench import decision_scales
 from sparvar_tune.workers import Job, Pool
+
+if TYPE_CHECKING:  # Triton is optional on a CPU
+    from sparvar_kernels.binary import Build
 
 COMPILE_S = 180.0  # no kernel of ours takes a tenth of it
 
@@ -45,6 +47,8 @@ class Compiled:
 
 def compile_payload(payload: dict[str, Any]) -> dict[str, Any]:
     """What a worker process is asked: compiles a `Binary` of JSON values, which is then in Triton's cache on disk."""
+    from sparvar_kernels.binary import Build, compile_for, resources
+
     fields = payload["build"]
     pairs = {name: tuple((k, v) for k, v in fields[name]) for name in ("types", "constants", "options")}
     build = Build(**{**fields, **pairs})
@@ -75,10 +79,11 @@ def binaries(
 ) -> list[Binary]:  # fmt: skip
     """What calling one layer of a policy at a scale launches there with `config`, and at the decision scales it looks back at.
 
-    Found by planning the layer on the CPU as a call would on the GPU.
+    Found by planning the layer on the CPU as a call would on the GPU. Raises ValueError where Triton is missing.
     """
+    layers = KERNELS["triton"].load()
     schedule = problems[scale_index].schedule
     configs = [config if s == scale_index else TritonConfig() for s in range(len(schedule))]
-    planned = Layer(plan_layers(policy, schedule)[layer], [problems[s] for s in range(len(schedule))], configs, "cpu")
+    planned = layers.Layer(plan_layers(policy, schedule)[layer], [problems[s] for s in range(len(schedule))], configs, "cpu")
     scales = [*decision_scales(policy, layer, scale_index), scale_index]
     return list(dict.fromkeys(Binary(build, capability) for s in scales for build in planned.builds(s)))

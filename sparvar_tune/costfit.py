@@ -37,6 +37,7 @@ from sparvar_tune.costmodel import (
     binary_key,
     efficiency_key,
     keep_likely,
+    key_of,
     launch_ms,
     load_binaries,
     load_fit,
@@ -210,12 +211,9 @@ def _note(
         if made.keys() <= found.keys():
             continue
         for binary in binaries(policy, problems, layer, s, config, gpu.capability):
-            c = dict(binary.build.constants)
-            if not binary.build.kernel.endswith("gathered_kernel") or c["BLOCK_M"] != config.block_m or c["EPILOGUE"] > 1:
-                continue  # the decision scale's own launches are not predicted
-            for key, w in made.items():
-                if (w.masked, w.residual, w.bias) == (c["MASKED"], c["EPILOGUE"] == 1, c["HAS_BIAS"]):
-                    found.setdefault(key, binary)
+            key = key_of(binary.build.kernel, dict(binary.build.constants), problems[s].dtype, config, gpu.capability)
+            if key in made:
+                found.setdefault(key, binary)
 
 
 def compile_table(say: Callable[[str], None]) -> str:

@@ -32,9 +32,9 @@ from sparvar_tune.json_reader import Reader, unique_keys
 HERE = Path(__file__).parent
 FITTED, BINARIES = HERE / "cost_fit.json", HERE / "cost_binaries.json"
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Share of the tensor cores' peak that dense attention reaches: cuDNN on the H100 of reports/kernels-h100.md; elsewhere what
-# FlashAttention-2's paper reports for an A100 (50..73 %).
-DENSE_SHARE, HOPPER_DENSE_SHARE = 0.65, 0.58
+# Share of the tensor cores' peak that dense attention reaches, by width of a head: cuDNN on the H100 of reports/kernels-h100.md;
+# elsewhere what FlashAttention-2's paper reports for an A100 (50..73 %).
+DENSE_SHARE, HOPPER_DENSE_SHARE = {64: 0.55, 128: 0.65}, {64: 0.44, 128: 0.60}
 THREADS_PER_SM = {(8, 0): 2048, (9, 0): 2048, (10, 0): 2048}  # others: 1536
 KEPT = 1.35  # a configuration predicted within this of the best is worth timing: on every recorded space it holds the best
 
@@ -182,7 +182,7 @@ def dense_ms(problem: AttentionProblem, gpu: Gpu, heads: int) -> float:
     """
     if not (gpu.bf16_tflops and gpu.fp32_tflops and gpu.memory_gbps):
         raise ValueError(f"gpu {gpu.slug}: no rates in the table to predict from; measure it instead")
-    share = HOPPER_DENSE_SHARE if gpu.capability == (9, 0) else DENSE_SHARE
+    share = (HOPPER_DENSE_SHARE if gpu.capability == (9, 0) else DENSE_SHARE)[64 if problem.head_dim < 96 else 128]
     peak = gpu.fp32_tflops if problem.dtype == "fp32" else gpu.bf16_tflops
     flops = 4.0 * problem.batch * heads * problem.num_queries * problem.num_keys * problem.head_dim
     moved = 2 * problem.batch * heads * problem.head_dim * (problem.num_queries + problem.num_keys) * BYTES[problem.dtype]
@@ -208,11 +208,40 @@ def layer_ms(
     return total
 
 
+def scale_ms(
+    policy: Policy, problems: Mapping[int, AttentionProblem], kinds: Mapping[int, int], scale_index: int, config: TritonConfig,
+    gpu: Gpu, taken: Mapping[str, Taken],
+) -> float:  # fmt: skip
+    """`layer_ms` averaged over layers; kinds: first layer of each kind -> how many."""
+    fit = load_fit()
+    total = sum(n * layer_ms(policy, problems, k, scale_index, config, gpu, taken, fit) for k, n in kinds.items())
+    return total / len(policy.heads)
+
+
 def binary_key(work: Work, config: TritonConfig, gpu: Gpu) -> str:
     """Names the gathered kernel's binary for a launch on this GPU's target."""
     assert gpu.capability
-    kind = "".join(letter for letter, on in zip("mrb", (work.masked, work.residual, work.bias), strict=True) if on)
-    return f"{gpu.capability[0]}.{gpu.capability[1]} {work.head_dim} {work.dtype} {kind or '-'} {config_key(config)}"
+    return _key(gpu.capability, work.head_dim, work.dtype, (work.masked, work.residual, work.bias), config)
+
+
+def key_of(
+    kernel: str, constants: Mapping[str, int], dtype: str, config: TritonConfig, capability: tuple[int, int]
+) -> str | None:
+    """The `binary_key` of a compiled binary by its constants; None for one that no prediction is about."""
+    if not kernel.endswith(".gathered_kernel") or constants["EPILOGUE"] > 1 or constants["BLOCK_M"] != config.block_m:
+        return None
+    kinds = bool(constants["MASKED"]), constants["EPILOGUE"] == 1, bool(constants["HAS_BIAS"])
+    return _key(capability, constants["HEAD_DIM"], dtype, kinds, config)
+
+
+def _key(capability: tuple[int, int], head_dim: int, dtype: str, kinds: tuple[bool, bool, bool], config: TritonConfig) -> str:
+    kind = "".join(letter for letter, on in zip("mrb", kinds, strict=True) if on)
+    return f"{capability[0]}.{capability[1]} {head_dim} {dtype} {kind or '-'} {config_key(config)}"
+
+
+def may_prune(problem: AttentionProblem, gpu: Gpu) -> bool:
+    """True where predictions were held against measurements: half-precision launches on Hopper."""
+    return gpu.family == "hopper" and problem.dtype != "fp32" and problem.head_dim in (64, 128)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.policy import Policy
 from sparvar_tune import profiles, schema
 from sparvar_tune.bench import distinct_layers
-from sparvar_tune.costmodel import binary_key, dense_ms, layer_ms, load_binaries, load_fit, works
+from sparvar_tune.costmodel import binary_key, dense_ms, load_binaries, load_fit, scale_ms, works
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.machine import is_here, silicon, versions
 from sparvar_tune.models import Model
@@ -51,15 +51,14 @@ def predict_profile(
 def predict_scale(policy: Policy, workload: schema.Workload, scale_index: int, gpu: Gpu) -> dict[TritonConfig, float]:
     """Milliseconds a layer, averaged over layers, of every configuration whose binaries are known."""
     problems = {s: workload.problem(s) for s in range(len(workload.schedule))}
-    kinds, taken, fit = distinct_layers(policy, scale_index), load_binaries(), load_fit()
+    kinds, taken = distinct_layers(policy, scale_index), load_binaries()
     times: dict[TritonConfig, float] = {}
     if not (gpu.bf16_tflops and gpu.capability):
         raise ValueError(f"gpu {gpu.slug}: no rates in the table to predict from; measure it instead")
     for config in space(problems[scale_index], gpu.capability):
         needed = {binary_key(w, config, gpu) for layer in kinds for w in works(policy, problems, layer, scale_index, config)}
         if needed <= taken.keys():
-            total = sum(n * layer_ms(policy, problems, k, scale_index, config, gpu, taken, fit) for k, n in kinds.items())
-            times[config] = total / len(policy.heads)
+            times[config] = scale_ms(policy, problems, kinds, scale_index, config, gpu, taken)
     if not times:
         raise ValueError(
             f"scale {scale_index}: no binary of its kernels is known for {gpu.slug}; on a machine with Triton run "

@@ -1,9 +1,9 @@
 """The schedule of one GPU: for each sparse scale of a policy the launch configuration that runs it fastest there.
 
 Inputs are random (times of these kernels do not depend on values), shapes and policy are the model's. First the default
-configuration of every scale, in alternation with dense attention: a usable profile within seconds. Then binaries are made, each
-once, by processes that never touch the GPU; every configuration gets a short look; the best few run again in alternation with
-the default and with dense attention.
+configuration of every scale, in alternation with dense attention: a usable profile within seconds. Then binaries are made,
+each once, by processes that never touch the GPU; every configuration that the cost model does not rule out gets a short look;
+the best few run again in alternation with the default and with dense attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sparvar_kernels.policy import Policy
 from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.registry import why_not
 from sparvar_tune.bench import distinct_layers
-from sparvar_tune.compiling import Binary, binaries
+from sparvar_tune.compiling import Binary, Compiled, binaries
+from sparvar_tune.costmodel import Taken, keep_likely, key_of, may_prune, scale_ms
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.measure import paired_speedup, timing
 from sparvar_tune.measurements import Workshop
@@ -82,6 +83,7 @@ class Schedule:
         self.clocks: list[Clocks] = []
         self.setup_ms: dict[int, float] = {}
         self.doubts: dict[int, str] = {}
+        self.taken: dict[str, Taken] = {}
         self.scales: list[Scale] = []
         for s in sorted({r.scale_index for r in policy.rules}):
             configs = tuple(space(workload.problem(s), capability))
@@ -111,6 +113,7 @@ class Schedule:
         """(scale, configuration) -> the code that runs it. Equal codes run alike."""
         wanted = {(scale.index, c): self._binaries(scale, c) for scale in self.scales for c in configs[scale.index]}
         made = self.workshop.compile((b for group in wanted.values() for b in group), self.status)
+        self._note_taken(wanted, made)
         failed = [m for m in made.values() if m.failure]
         self._tell(f"{len(made)} binaries, {len(failed)} failed" + (f": {failed[0].failure}" if failed else ""))
         return {
@@ -118,6 +121,26 @@ class Schedule:
             else (str(at[1].block_m), *(f"{made[b].code} {made[b].registers} {made[b].shared_bytes}" for b in group))
             for at, group in wanted.items()
         }  # fmt: skip
+
+    def _note_taken(self, wanted: Mapping[tuple[int, TritonConfig], list[Binary]], made: Mapping[Binary, Compiled]) -> None:
+        """What binaries take, for predictions."""
+        for (_, config), group in wanted.items():
+            for b in group:
+                key = key_of(b.build.kernel, dict(b.build.constants), self.workload.dtype, config, self.capability)
+                if key and not made[b].failure:
+                    self.taken[key] = Taken(made[b].registers, made[b].shared_bytes, made[b].spill_bytes)
+
+    def _likely(self, scale: Scale, configs: Sequence[TritonConfig]) -> list[TritonConfig]:
+        """Those that may be the fastest by the cost model, where it was tested; all of them elsewhere."""
+        problems = {s: self.workload.problem(s) for s in range(len(self.workload.schedule))}
+        if not may_prune(problems[scale.index], self.gpu) or len(configs) < 2:
+            return list(configs)
+        try:
+            return keep_likely({
+                c: scale_ms(self.policy, problems, scale.kinds, scale.index, c, self.gpu, self.taken) for c in configs
+            })  # fmt: skip
+        except KeyError:  # a launch whose binary the model does not know: look at everything
+            return list(configs)
 
     def _binaries(self, scale: Scale, config: TritonConfig) -> list[Binary]:
         problems = {s: self.workload.problem(s) for s in range(len(self.workload.schedule))}
@@ -127,7 +150,7 @@ class Schedule:
     def _screen(self, compiled: Mapping[tuple[int, TritonConfig], Code]) -> dict[Scale, list[TritonConfig]]:
         """The finalists of every scale, by a short look at each distinct binary; the default stays pinned."""
         groups: dict[Task, Scale] = {}
-        same = 0
+        same = pruned = 0
         for scale in self.scales:
             distinct: dict[tuple[str, ...], TritonConfig] = {}
             for c in scale.configs:
@@ -135,8 +158,10 @@ class Schedule:
                 same += code in distinct
                 if code is not None:
                     distinct.setdefault(code, c)
+            likely = self._likely(scale, list(distinct.values()))
+            pruned += len(distinct) - len(likely)
             for layer in self._looked_at(scale):
-                groups[Task(scale.index, layer, tuple(distinct.values()), SCREENED, False)] = scale
+                groups[Task(scale.index, layer, tuple(likely), SCREENED, False)] = scale
         spent: dict[tuple[Scale, TritonConfig], float] = {}
         failed = 0
         for task, times in self._looks(list(groups)).items():
@@ -144,7 +169,8 @@ class Schedule:
             for config, ms in zip(task.configs, times, strict=True):
                 failed += ms == float("inf")
                 spent[scale, config] = spent.get((scale, config), 0.0) + ms * scale.kinds[task.layer]
-        self._tell(f"{len(spent)} configurations looked at, {same} equal to another's binary, {failed} failed")
+        self._tell(f"{len(spent)} configurations looked at, {same} equal to another's binary, {pruned} predicted too slow, "
+                   f"{failed} failed")  # fmt: skip
         finalists = {}
         for scale in self.scales:
             ran = sorted((ms, i, c) for i, ((at, c), ms) in enumerate(spent.items()) if at is scale and ms < float("inf"))

@@ -110,3 +110,16 @@ def test_shipped_profiles_are_sound_and_current(path):
     assert profile.workload.schedule == model.schedule(profile.workload.resolution, profile.workload.aspect)
     assert schema.to_json(profile) == path.read_text()
     assert profile.kernel_hash == profiles.kernel_hash(GPUS[profile.silicon.gpu]), "the kernels changed: tune this profile again"
+
+
+def test_a_machine_without_triton_predicts_and_searches():
+    """The default install on a CPU: the front door's words must not need a GPU's compiler."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from sparvar_tune import tune, transfer\n"
+        "from sparvar_tune.cli import main\n"
+        "sys.exit(main(['--gpu', 'a100', '--model', 'hart', '--dry-run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "predicted" in done.stdout

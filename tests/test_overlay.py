@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from sparvar_tune import machine, models, overlay, profiles, runtime, schema, ve
 from sparvar_tune.gpus import find_gpu
 from sparvar_tune.overlay import DEMOTED, OK, Overlay, Verified
 from sparvar_tune.schema import ProfileError, Speedup
+from sparvar_tune.timer import Times
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unverified")
 CPU = find_gpu("cpu")
@@ -174,30 +176,24 @@ CONFIG = (("block_m", 64), ("block_n", 64), ("maxnreg", 0), ("num_stages", 5), (
 
 @pytest.fixture
 def gpu(monkeypatch, home):
-    """An H100 whose times (ms) are {scale: (dense, tuned or an exception)}; returns that and what was said."""
+    """An H100 whose times (ms) are {scale: (dense, tuned; None: it raises)}; returns that and what was said."""
     here = schema.Silicon("h100-sxm", "hopper", "NVIDIA H100 80GB HBM3", (9, 0), 132, 1 << 36, None)
     times, said, calls = {}, [], []
 
-    class Bench:
-        def __init__(self, policy, problems, layer, scale_index):
-            self.scale, self.problem = scale_index, problems[scale_index]
-
-        def attention(self, config):
-            calls.append((self.scale, self.problem.batch, config))
-            if isinstance(times[self.scale][1], Exception):
-                raise times[self.scale][1]
-
-        def dense(self):
-            return times[self.scale][0]
-
-        def call(self, attend):
-            return times[self.scale][1]
-
     noise = random.Random(0)
-    monkeypatch.setattr(verifying, "Bench", Bench)
-    monkeypatch.setattr(verifying, "interleaved", lambda ways, rounds: {
-        name: [way() * (1 + 0.01 * noise.random()) for _ in range(rounds)] for name, way in ways.items()
-    })  # fmt: skip
+
+    class Shop:
+        def time(self, tasks, workload, policy, status):
+            found = {}
+            for task in tasks:
+                calls.append((task.scale_index, workload.batch, task.configs[0]))
+                dense, tuned = times[task.scale_index]
+                spread = [[ms * (1 + 0.01 * noise.random()) for _ in range(task.rounds)] for ms in (dense, tuned or dense)]
+                failure = "raised: RuntimeError: " + "out of memory " * 99
+                found[task] = failure if tuned is None else Times(tuple(spread[0]), (tuple(spread[1]),), 1.0, None)
+            return found
+
+    monkeypatch.setattr(verifying.timed, "workshop", lambda gpu, shop: contextlib.nullcontext(Shop()))
     for module in (verifying, runtime):
         monkeypatch.setattr(module, "silicon", lambda _gpu, _here: here)
     monkeypatch.setitem(models.MODELS, "hart", dataclasses.replace(
@@ -240,9 +236,9 @@ def test_verify_without_an_adapter_times_the_rows(tmp_path, gpu):
 def test_a_launch_that_raises_is_demoted(tmp_path, gpu):
     times, said, _ = gpu
     hart(tmp_path)
-    times.update({5: (2.0, 1.0), 6: (1.0, RuntimeError("out of\nshared \x1b memory" * 99))})
+    times.update({5: (2.0, 1.0), 6: (1.0, None)})
     good, after = check(tmp_path, said, write=True)
-    assert not good and set(after.demoted) == {6} and "launch failed: RuntimeError" in after.demoted[6]
+    assert not good and set(after.demoted) == {6} and "launch failed: raised: RuntimeError" in after.demoted[6]
     assert "not written as a profile" in "\n".join(said) and not (profiles.user_folder() / "h100-sxm").exists()
 
 
