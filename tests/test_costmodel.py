@@ -72,7 +72,8 @@ def test_what_must_be_so():
     config, fit = TritonConfig(64, 32, 4, 5), load_fit()
     ms = launch_ms(WORK, config, LIGHT, H100, fit)
     assert 0.02 < ms < 2
-    assert launch_ms(WORK, config, LIGHT, dataclasses.replace(H100, sms=66, bf16_tflops=H100.bf16_tflops / 2), fit) > 1.5 * ms
+    half = dataclasses.replace(H100, sms=66, bf16_tflops=H100.bf16_tflops / 2, fp32_tflops=H100.fp32_tflops / 2)
+    assert launch_ms(WORK, config, LIGHT, half, fit) > 1.7 * ms
     assert launch_ms(WORK, config, dataclasses.replace(LIGHT, spill_bytes=500), H100, fit) > ms
     assert launch_ms(dataclasses.replace(WORK, keys=WORK.keys * 2), config, LIGHT, H100, fit) > 1.4 * ms
     assert launch_ms(WORK, config, Taken(136, 200000, 0), A100, fit) == math.inf
