@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparvar_kernels.configs import TritonConfig
@@ -85,5 +85,10 @@ def binaries(
     schedule = problems[scale_index].schedule
     configs = [config if s == scale_index else TritonConfig() for s in range(len(schedule))]
     planned = layers.Layer(plan_layers(policy, schedule)[layer], [problems[s] for s in range(len(schedule))], configs, "cpu")
-    scales = [*decision_scales(policy, layer, scale_index), scale_index]
-    return list(dict.fromkeys(Binary(build, capability) for s in scales for build in planned.builds(s)))
+    found: dict[Binary, None] = {}
+    for s in (*decision_scales(policy, layer, scale_index), scale_index):
+        for build in planned.builds(s):
+            found[Binary(build, capability)] = None
+            if build.kernel.endswith(".mass_kernel") and problems[s].num_queries % 16:  # a dense pass may pad its log-sum-exp
+                found[Binary(replace(build, aligned=not build.aligned), capability)] = None
+    return list(found)
