@@ -94,8 +94,8 @@ def test_programs_at_once(taken, warps, gpu, want):
     assert at_once(taken, warps, gpu) == want
 
 
-@pytest.mark.parametrize("gpu", ["a100-80", "a100-40", "l40s", "rtx4090", "b200", "rtx5090", "h100-pcie"])
-@pytest.mark.parametrize("name", ["infinity-8b", "hart", "var-d36"])
+@pytest.mark.parametrize("gpu", ["a100-80", "rtx4090", "b200", "h100-pcie"])
+@pytest.mark.parametrize("name", ["hart", "var-d36"])
 def test_every_model_is_predicted_on_every_gpu(gpu, name):
     model = MODELS[name]
     made = predict.predict_profile(model, GPUS[gpu], "near-lossless", model.default_resolution, model.default_aspect)

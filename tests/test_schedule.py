@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from sparvar_kernels.configs import TritonConfig
-from sparvar_tune import timed
+from sparvar_tune import profiles, timed
 from sparvar_tune.compiling import Binary, Compiled
 from sparvar_tune.gpus import GPUS, detect_gpu
+from sparvar_tune.json_reader import to_plain
 from sparvar_tune.measurements import Identity, Log, Workshop, read_log
 from sparvar_tune.models import MODELS
 from sparvar_tune.policies import paper_policy
@@ -266,3 +267,16 @@ def test_gpu_schedule_from_start_to_replay(tmp_path, mode):
     assert lines and not any(line.failure for line in lines)
     again = timed.replay(made, [tmp_path / timed.LOG], gpu) if mode == "eager" else None
     assert again is None or (again.rows, again.notes) == (made.rows, made.notes[1:])
+
+
+SHIPPED = sorted(p for p in (ROOT / "profiles").glob("h*/*.json") if p.stem in ("var-d36", "hart"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_shipped_log_gives_its_profile_again(path):
+    """Every row, its choice and its times, from the measurements under reports/ alone; no GPU is asked."""
+    made = profiles.load(path)
+    logs = sorted((ROOT / "reports" / path.parent.name).glob("*.jsonl"))
+    again = timed.replay(made, logs, GPUS[made.silicon.gpu])
+    assert to_plain(again.rows) == to_plain(made.rows)
+    assert made.notes[1:] == again.notes and made.trials == again.tried
