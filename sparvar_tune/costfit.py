@@ -35,12 +35,14 @@ from sparvar_tune.costmodel import (
     Taken,
     Work,
     binary_key,
+    dense_ms,
     efficiency_key,
     keep_likely,
     key_of,
     launch_ms,
     load_binaries,
     load_fit,
+    scale_ms,
     works,
 )
 from sparvar_tune.gpus import GPUS, Gpu
@@ -235,6 +237,46 @@ def compile_table(say: Callable[[str], None]) -> str:
     return f'{{"taken": {{\n{rows}\n}}}}\n'
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A row of a shipped, measured profile: predicted over measured time, of the tuned layer and of dense attention."""
+
+    gpu: str
+    name: str
+    scale_index: int
+    tuned: float
+    dense: float
+
+
+def layers() -> list[Layer]:
+    """Every row that was measured on a GPU, predicted for the configuration it has."""
+    out = []
+    for path in sorted(shipped_folder().glob("*/*.json")):
+        made = load(path)
+        gpu = GPUS[made.silicon.gpu]
+        problems = {s: made.workload.problem(s) for s in range(len(made.workload.schedule))}
+        for row in made.rows if made.state == "measured" and gpu.capability else ():
+            assert row.tuned and row.dense
+            config = TritonConfig(**dict(row.config))
+            kinds = distinct_layers(made.policy, row.scale_index)
+            guess = scale_ms(made.policy, problems, kinds, row.scale_index, config, gpu, load_binaries())
+            dense = dense_ms(problems[row.scale_index], gpu, made.workload.heads)
+            out.append(Layer(gpu.slug, path.stem, row.scale_index, guess / row.tuned.p50_ms, dense / row.dense.p50_ms))
+    return out
+
+
+def layer_lines(found: Sequence[Layer]) -> list[str]:
+    """The report's table of layers, by GPU and model family."""
+    lines = ["| GPU | rows | tuned, predicted / measured (least..most) | dense |", "|---|---|---|---|"]
+    for gpu, var in sorted({(x.gpu, x.name.startswith("var")) for x in found}):
+        mine = [x for x in found if (x.gpu, x.name.startswith("var")) == (gpu, var)]
+        cells = []
+        for ratios in ([x.tuned for x in mine], [x.dense for x in mine]):
+            cells.append(f"{median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})")
+        lines.append(f"| {gpu}, {'VAR' if var else 'Infinity, HART'} | {len(mine)} | {cells[0]} | {cells[1]} |")
+    return lines
+
+
 INTRODUCTION = """# The cost model, against what it never saw
 
 Predicted times of launch configurations against recorded ones: six problems, 48 configurations each. Fitted on the H100's
@@ -250,6 +292,14 @@ Regenerate: `python -m sparvar_tune.costfit fit --out docs/costmodel.md`.
 """
 
 
+LAYERS = """
+## Whole layers of measured profiles
+
+Rows of the shipped profiles, none of them in the fit: the paper's policy, several launches and dense heads a layer. VAR's small
+layers are mostly host time of an eager call, which the model knows nothing of.
+"""
+
+
 def report(other: Sequence[Quality], out: Sequence[Quality], made: Fit) -> str:
     """docs/costmodel.md."""
     lines = [INTRODUCTION.format(kept=KEPT).rstrip()]
@@ -257,6 +307,7 @@ def report(other: Sequence[Quality], out: Sequence[Quality], made: Fit) -> str:
     for title, rows in (("H200, the whole GPU held out", other), ("H100, each problem left out of the fit", out)):
         lines += ["", f"## {title}", "", *head]
         lines += [f"| {q.problem} | {q.regret:.1%} | {q.rank:.3f} | {q.error:.1%} | {q.kept:.0%} | {q.lost:.1%} |" for q in rows]
+    lines += [LAYERS.rstrip(), "", *layer_lines(layers())]
     shown = {k: v for k, v in asdict(made).items() if k != "efficiency"}
     spread = f"{min(made.efficiency.values()):.2f}..{max(made.efficiency.values()):.2f}"
     lines += ["", "## Coefficients", "", *(f"- {k}: {_shown(v)}" for k, v in shown.items())]

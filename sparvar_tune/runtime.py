@@ -257,6 +257,10 @@ def _demotions(profile: Profile, stale: bool, local: Overlay | None) -> dict[int
                 demoted[s] = by + (found[s].reason or "its gain is not certain here")
         elif stale:
             demoted[s] = "the kernels changed since it was tuned; run sparvar-tune verify --write"
+        elif not needed and (r.dense_predicted_ms or 0.0) <= (r.tuned_predicted_ms or -1.0):
+            demoted[s] = (
+                f"it is predicted to be no faster ({r.tuned_predicted_ms:.3g} ms against {r.dense_predicted_ms:.3g} dense)"
+            )
         elif r.speedup is not None and r.speedup.low <= 1 and not needed:
             demoted[s] = f"its measured gain is not certain ({r.speedup.low:.2f}x at the low end)"
     return dict(sorted(demoted.items()))

@@ -94,11 +94,7 @@ class Schedule:
 
     def find(self, keep: Callable[[Found], None]) -> Found:
         """The fastest rows; `keep` gets those of the default configurations as soon as they are timed."""
-        first = {scale.index: [scale.default] for scale in self.scales}
-        self._compile(first)
-        rows = self._finals({scale: [scale.default] for scale in self.scales})
-        keep(Found(tuple(rows), len(rows), (*self._notes(), "best so far: only the default configurations were timed")))
-        self._tell(f"{len(rows)} scales timed with the default configuration")
+        self._first(keep)
         compiled = self._compile({scale.index: scale.configs for scale in self.scales})
         rows = self._finals(self._screen(compiled))
         for row in rows:
@@ -108,6 +104,19 @@ class Schedule:
             self._tell(f"scale {row.scale_index}: {row.dense.p50_ms:.3f} -> {row.tuned.p50_ms:.3f} ms a layer, "
                        f"{gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f}) with {config}")  # fmt: skip
         return Found(tuple(rows), sum(len(scale.configs) for scale in self.scales), self._notes())
+
+    def _first(self, keep: Callable[[Found], None]) -> None:
+        """Times the default configurations: a usable profile for whoever stops here. One that does not run ends nothing."""
+        compiled = self._compile({scale.index: [scale.default] for scale in self.scales})
+        if None in compiled.values():
+            return
+        try:
+            rows = self._finals({scale: [scale.default] for scale in self.scales})
+        except ValueError as error:
+            self._tell(f"no first profile: {error}")
+            return
+        keep(Found(tuple(rows), len(rows), (*self._notes(), "best so far: only the default configurations were timed")))
+        self._tell(f"{len(rows)} scales timed with the default configuration")
 
     def _compile(self, configs: Mapping[int, Sequence[TritonConfig]]) -> dict[tuple[int, TritonConfig], Code]:
         """(scale, configuration) -> the code that runs it. Equal codes run alike."""
@@ -175,7 +184,10 @@ class Schedule:
         for scale in self.scales:
             ran = sorted((ms, i, c) for i, ((at, c), ms) in enumerate(spent.items()) if at is scale and ms < float("inf"))
             best = [c for _, _, c in ran[:FINALISTS]]
-            finalists[scale] = best if scale.default in best else [*best, scale.default]
+            pinned = [scale.default] if compiled[scale.index, scale.default] is not None and scale.default not in best else []
+            finalists[scale] = best + pinned
+            if not finalists[scale]:
+                raise ValueError(f"scale {scale.index}: no configuration runs on this GPU")
         return finalists
 
     def _looks(self, groups: list[Task]) -> dict[Task, list[float]]:

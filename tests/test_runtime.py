@@ -94,6 +94,18 @@ def test_predicted_profiles_warn_once(tmp_path):
     assert len(caught) == 1 and "predicted" in tuned.explain()
 
 
+@pytest.mark.filterwarnings("ignore:.*predicted")
+def test_what_is_predicted_to_lose_runs_dense(tmp_path):
+    config = (("block_m", 64), ("block_n", 64), ("maxnreg", 0), ("num_stages", 3), ("num_warps", 4))
+    rows = tuple(
+        schema.Row(s, "triton", config, "predicted", "fa2", tuned_predicted_ms=ms, dense_predicted_ms=2.0)
+        for s, ms in ((5, 2.1), (6, 1.0))
+    )
+    made = profile(state="predicted", policy_state="unverified", evidence=None, generation=None, rows=rows)
+    tuned = stored(tmp_path, made)
+    assert set(tuned.demoted) == {5} and "predicted to be no faster (2.1 ms against 2 dense)" in tuned.explain()
+
+
 def test_another_processor_is_named(tmp_path):
     tuned = stored(tmp_path, profile(silicon=dataclasses.replace(profile().silicon, name="Abacus", threads=64)))
     assert any("measured on Abacus, 64 threads" in reason for reason in tuned.reasons)
