@@ -124,7 +124,7 @@ def _fit_of(c: dict[str, float], gpu: str, efficiency: dict[str, float]) -> Fit:
     power, spill, overhead, launch, narrow, residual = (
         float(c[k]) for k in ("power", "spill", "overhead", "launch", "narrow", "residual")
     )
-    return Fit(gpu, share, float(c["l2"]), latency, power, spill, overhead, launch, narrow, residual, efficiency, 1.0, 1.0)
+    return Fit(gpu, share, float(c["l2"]), latency, power, spill, overhead, launch, narrow, residual, efficiency, 1.0, 1.0, 1.0)
 
 
 def _predicted(p: Point, made: Fit, taken: Mapping[str, Taken], gpu: Gpu) -> float:
@@ -332,13 +332,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, all_points = load_binaries(), list(recorded_points())
     made = fit(all_points, known, GPUS[FITTED_ON])
     other, out = quality(all_points, made, known, GPUS[HELD_OUT]), left_out(all_points, known, GPUS[FITTED_ON])
-    made = replace(made, error_other_gpu=median(q.error for q in other), error_other_problem=median(q.error for q in out))
-    rounded = json.loads(json.dumps(asdict(made)), parse_float=lambda text: float(f"{float(text):.6g}"))
-    write_atomic(FITTED, (json.dumps(rounded, indent=1, sort_keys=True) + "\n").encode())
-    load_fit.cache_clear()
+    _keep(made)
+    whole = [abs(math.log(x.tuned)) for x in layers() if x.gpu == HELD_OUT and not x.name.startswith("var")]
+    made = replace(
+        made, error_other_gpu=median(q.error for q in other), error_other_problem=median(q.error for q in out),
+        error_layers=median(whole),
+    )  # fmt: skip
+    _keep(made)
     write_atomic(given.out, report(other, out, load_fit()).encode())
     print(report(other, out, load_fit()))
     return 0
+
+
+def _keep(made: Fit) -> None:
+    rounded = json.loads(json.dumps(asdict(made)), parse_float=lambda text: float(f"{float(text):.6g}"))
+    write_atomic(FITTED, (json.dumps(rounded, indent=1, sort_keys=True) + "\n").encode())
+    load_fit.cache_clear()
 
 
 if __name__ == "__main__":

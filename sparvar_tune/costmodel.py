@@ -36,6 +36,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # elsewhere what FlashAttention-2's paper reports for an A100 (50..73 %).
 DENSE_SHARE, HOPPER_DENSE_SHARE = {64: 0.55, 128: 0.65}, {64: 0.44, 128: 0.60}
 THREADS_PER_SM = {(8, 0): 2048, (9, 0): 2048, (10, 0): 2048}  # others: 1536
+# A decision scale with its ranking, lists and residual against its dense pass alone: measured, reports/kernels-h100.md.
+DECIDING = 2.25
 KEPT = 1.35  # a configuration predicted within this of the best is worth timing: on every recorded space it holds the best
 
 
@@ -74,7 +76,8 @@ class Fit:
     """The coefficients. Cycles are of the SM clock; shares are of the tensor cores' peak.
 
     share: by "<warps> <block_m>". latency: of a step by number of stages. efficiency: measured over modelled time by head_dim
-    and configuration. error: median |log ratio| on the H200 that was held out, and on problems left out.
+    and configuration. error: median |log ratio| on the H200 that was held out, on problems left out, and on whole layers of
+    profiles measured on the H200.
     """
 
     gpu: str
@@ -90,6 +93,7 @@ class Fit:
     efficiency: dict[str, float]
     error_other_gpu: float
     error_other_problem: float
+    error_layers: float
 
     def why_not(self) -> str | None:
         numbers = (
@@ -201,8 +205,12 @@ def layer_ms(
 
     taken: what the binaries take on this GPU, by `binary_key`. Raises KeyError for one that is not there.
     """
-    plan = plan_layers(policy, problems[scale_index].schedule)[layer][scale_index]
-    total = dense_ms(problems[scale_index], gpu, n) if (n := dense_heads(plan)) else 0.0
+    problem = problems[scale_index]
+    plan = plan_layers(policy, problem.schedule)[layer][scale_index]
+    if plan.records:  # its dense pass is over every head
+        total = DECIDING * dense_ms(problem, gpu, problem.heads)
+    else:
+        total = dense_ms(problem, gpu, n) if (n := dense_heads(plan)) else 0.0
     for work in works(policy, problems, layer, scale_index, config):
         total += launch_ms(work, config, taken[binary_key(work, config, gpu)], gpu, fit)
     return total

@@ -70,9 +70,8 @@ def predict_scale(policy: Policy, workload: schema.Workload, scale_index: int, g
 def _notes(gpu: Gpu, unverified: bool) -> tuple[str, ...]:
     fit = load_fit()
     why = "this GPU is not in this machine" if not is_here(gpu) else "the model cannot be run here"
-    error = (
-        f"off by {fit.error_other_gpu:.0%} (median) on an H200 it never saw, by {fit.error_other_problem:.0%} on other problems"
-    )
+    seen = "of an H200 it never saw"
+    error = f"off by {fit.error_other_gpu:.0%} (median) on launches and {fit.error_layers:.0%} on whole layers {seen}"
     here = "" if gpu.family == "hopper" else f"; no {gpu.family} GPU was ever measured, so here the error is larger and unknown"
     notes = (f"times are predicted because {why}: by a model fitted on {fit.gpu}, {error}{here}",)
     return (*notes, UNVERIFIED) if unverified else notes
