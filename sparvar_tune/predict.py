@@ -44,7 +44,7 @@ def predict_profile(
         policy_source=f"searched on {source.silicon.gpu} ({source.created})" if source else PAPER_SOURCE,
         evidence=source.evidence if source else None, workload=workload,
         silicon=silicon(gpu, False), versions=versions(), kernel_hash=profiles.kernel_hash(gpu), generation=None,
-        rows=tuple(rows), seed=0, trials=tried, notes=_notes(gpu, source is None),
+        rows=tuple(rows), seed=0, trials=tried, notes=_notes(gpu, workload, source is None),
     )  # fmt: skip
 
 
@@ -67,11 +67,13 @@ def predict_scale(policy: Policy, workload: schema.Workload, scale_index: int, g
     return times
 
 
-def _notes(gpu: Gpu, unverified: bool) -> tuple[str, ...]:
+def _notes(gpu: Gpu, workload: schema.Workload, unverified: bool) -> tuple[str, ...]:
     fit = load_fit()
     why = "this GPU is not in this machine" if not is_here(gpu) else "the model cannot be run here"
     seen = "of an H200 it never saw"
     error = f"off by {fit.error_other_gpu:.0%} (median) on launches and {fit.error_layers:.0%} on whole layers {seen}"
     here = "" if gpu.family == "hopper" else f"; no {gpu.family} GPU was ever measured, so here the error is larger and unknown"
-    notes = (f"times are predicted because {why}: by a model fitted on {fit.gpu}, {error}{here}",)
-    return (*notes, UNVERIFIED) if unverified else notes
+    notes = [f"times are predicted because {why}: by a model fitted on {fit.gpu}, {error}{here}"]
+    if workload.dtype == "fp32":
+        notes.append("no fp32 launch is in that model's fit; on an H100 pocketvar's fp32 layers gained nothing")
+    return (*notes, UNVERIFIED) if unverified else tuple(notes)

@@ -138,6 +138,7 @@ class Tuned:
         else:
             when = f" here by verify on {self.overlay.created}" if local and self.overlay else ""
             cost = f"{s.median:.2f}x measured{when} (95 % interval {s.low:.2f}..{s.high:.2f}, n={s.n}) against {row.dense_name}"
+            cost += "; its time holds the ranking that later scales live on" if s.low <= 1 else ""
         return f"scale {scale_index}: kernel {row.kernel} ({config}), {cost}"
 
 

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from sparvar_tune import cli, commands, misses, overlay, profiles, runtime, schema, search
+from sparvar_tune import cli, commands, console, misses, overlay, profiles, runtime, schema, search, tuning
 
 HERE = Path(__file__).parent
 TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "45s", "--pairs", "12"]
@@ -166,7 +166,7 @@ def test_two_runs_at_once_are_kept_apart(tmp_path):
     (["--model", "hart", "--pairs", "0"], "whole number"), (["--model", "hart", "--seed", "-1"], "0..2**31"),
     (["tune", "--model", "hart", "--quality", "best"], "near-lossless"),
     (["--gpu", "cpu", "--model", "hart"], "measure it instead"), (["show"], "want --model"),
-    (["show", "--model", "hart", "--gpu", "b200"], "nothing to show"),
+    (["show", "--model", "hart", "--gpu", "rtx5090"], "nothing to show"),
     (["verify", "--model", "pocketvar", "--gpu", "a100"], "not in this machine"),
     (["generate", "--model", "hart", "--gpu", "cpu"], "no adapter"),
     (["--gpu", "cpu", "--model", "pocketvar", "--min-psnr", "nan"], "0..200"),
@@ -233,7 +233,7 @@ def test_check_and_tables(tiny_model, capsys):
 
 def test_trials_are_shown_as_csv(tiny_model, capsys):
     assert "no trials" in refused(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
-    folder = commands.run_folder(commands.choose_gpu("cpu"), Path("pocketvar.json"))
+    folder = console.run_folder(commands.choose_gpu("cpu"), Path("pocketvar.json"))
     folder.mkdir(parents=True)
     study = search.open_study(folder, "space", 0, False)
     verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)
@@ -277,7 +277,7 @@ def test_misses_are_recorded_tuned_and_forgotten(tiny_model, capsys, monkeypatch
     def broken(*_):
         raise ValueError("nothing\nworks")
 
-    monkeypatch.setattr(commands, "_predict", broken)
+    monkeypatch.setattr(tuning, "_predict", broken)
     code, out, _ = run(capsys, "--gpu", "l40s", "--from-misses")
     assert (
         code == 1 and "not tuned: nothing" in out and out.count("works") == 1 and [m.model for m in misses.read()] == ["var-d16"]

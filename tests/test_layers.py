@@ -25,7 +25,7 @@ LAYERS = [
     {"sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "schedule", "recorded"}, {"predict", "timed", "kernel_bench"}, {"costfit"},
     {"storage"}, {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report", "verifying"}, {"transfer"},
-    {"commands"}, {"cli"},
+    {"console"}, {"tuning"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 

@@ -191,7 +191,7 @@ SEEDS = [search.Found(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, 29.0,
     ("postgresql+nodriver://u:hunter2@h/x", "nodriver"),
 ])  # fmt: skip
 def test_bad_urls_are_one_line_before_any_work(capsys, home, monkeypatch, words, said):
-    monkeypatch.setattr("sparvar_tune.commands.load_adapter", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("sparvar_tune.tuning.load_adapter", lambda *_: pytest.fail("work began"))
     begun = time.monotonic()
     assert cli.main(["--gpu", "cpu", "--model", "pocketvar", "--storage", words]) == 2
     out, err = capsys.readouterr()
