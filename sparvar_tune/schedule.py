@@ -53,7 +53,7 @@ def space(problem: AttentionProblem, capability: tuple[int, int] | None) -> list
 
 @dataclass(frozen=True)
 class Found:
-    """The rows of a schedule, how many configurations were tried for them, and what a reader of the profile should know."""
+    """The rows of a schedule, how many configurations were timed for them, and what a reader of the profile should know."""
 
     rows: tuple[Row, ...]
     tried: int
@@ -84,6 +84,7 @@ class Schedule:
         self.setup_ms: dict[int, float] = {}
         self.doubts: dict[int, str] = {}
         self.taken: dict[str, Taken] = {}
+        self.looked = 0  # configurations that were timed
         self.scales: list[Scale] = []
         for s in sorted({r.scale_index for r in policy.rules}):
             configs = tuple(space(workload.problem(s), capability))
@@ -103,7 +104,7 @@ class Schedule:
             config = ", ".join(f"{k}={v}" for k, v in row.config)
             self._tell(f"scale {row.scale_index}: {row.dense.p50_ms:.3f} -> {row.tuned.p50_ms:.3f} ms a layer, "
                        f"{gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f}) with {config}")  # fmt: skip
-        return Found(tuple(rows), sum(len(scale.configs) for scale in self.scales), self._notes())
+        return Found(tuple(rows), self.looked, self._notes())
 
     def _first(self, keep: Callable[[Found], None]) -> None:
         """Times the default configurations: a usable profile for whoever stops here. One that does not run ends nothing."""
@@ -178,7 +179,8 @@ class Schedule:
             for config, ms in zip(task.configs, times, strict=True):
                 failed += ms == float("inf")
                 spent[scale, config] = spent.get((scale, config), 0.0) + ms * scale.kinds[task.layer]
-        self._tell(f"{len(spent)} configurations looked at, {same} equal to another's binary, {pruned} predicted too slow, "
+        self.looked = len(spent)
+        self._tell(f"{self.looked} configurations looked at, {same} equal to another's binary, {pruned} predicted too slow, "
                    f"{failed} failed")  # fmt: skip
         finalists = {}
         for scale in self.scales:
