@@ -185,7 +185,7 @@ def wanted_binaries() -> dict[str, Binary]:
             _note(found, case.policy, _problems(case), 0, case.scale_index, legal, recorded)
     for gpu in {g.capability: g for g in GPUS.values() if g.capability}.values():
         for policy, w in _predicted_policies():
-            problems = {s: w.problem(s) for s in range(len(w.schedule))}
+            problems = w.problems()
             for s in sorted({r.scale_index for r in policy.rules}):
                 for layer in distinct_layers(policy, s):
                     _note(found, policy, problems, layer, s, space(problems[s], gpu.capability), gpu)
@@ -254,7 +254,7 @@ def layers() -> list[Layer]:
     for path in sorted(shipped_folder().glob("*/*.json")):
         made = load(path)
         gpu = GPUS[made.silicon.gpu]
-        problems = {s: made.workload.problem(s) for s in range(len(made.workload.schedule))}
+        problems = made.workload.problems()
         for row in made.rows if made.state == "measured" and gpu.capability else ():
             assert row.tuned and row.dense
             config = TritonConfig(**dict(row.config))

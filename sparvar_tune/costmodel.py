@@ -24,7 +24,7 @@ from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.policy import LayerPlan, Policy, plan_layers
 from sparvar_kernels.pooled import num_keys
 from sparvar_kernels.problem import AttentionProblem
-from sparvar_kernels.variants import Cs4a, Csla, Pooled, Reuse
+from sparvar_kernels.variants import Dense, Pooled
 from sparvar_kernels.work import build_stage, launch_groups
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.json_reader import Reader, unique_keys
@@ -194,7 +194,7 @@ def dense_ms(problem: AttentionProblem, gpu: Gpu, heads: int) -> float:
 
 
 def dense_heads(plan: LayerPlan) -> int:
-    return sum(len(heads) for variant, heads in plan.groups if not isinstance(variant, Csla | Cs4a | Reuse | Pooled))
+    return sum(len(heads) for variant, heads in plan.groups if isinstance(variant, Dense))
 
 
 def layer_ms(

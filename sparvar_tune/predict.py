@@ -50,7 +50,7 @@ def predict_profile(
 
 def predict_scale(policy: Policy, workload: schema.Workload, scale_index: int, gpu: Gpu) -> dict[TritonConfig, float]:
     """Milliseconds a layer, averaged over layers, of every configuration whose binaries are known."""
-    problems = {s: workload.problem(s) for s in range(len(workload.schedule))}
+    problems = workload.problems()
     kinds, taken = distinct_layers(policy, scale_index), load_binaries()
     times: dict[TritonConfig, float] = {}
     if not (gpu.bf16_tflops and gpu.capability):

@@ -20,7 +20,7 @@ from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.registry import why_not
 from sparvar_tune.bench import distinct_layers
 from sparvar_tune.compiling import Binary, Compiled, binaries
-from sparvar_tune.costmodel import Taken, keep_likely, key_of, may_prune, scale_ms
+from sparvar_tune.costmodel import BYTES, Taken, keep_likely, key_of, may_prune, scale_ms
 from sparvar_tune.gpus import Gpu
 from sparvar_tune.measure import paired_speedup, timing
 from sparvar_tune.measurements import Workshop
@@ -32,7 +32,6 @@ SCREENED, FINALISTS, ROUNDS = 8, 4, 30  # calls of the first look; who gets a se
 KINDS = 3  # kinds of layers a first look is taken at; the second is taken at all
 STEADY, LOOKS = 0.05, 3  # how far the halves of a final may lie apart, and how often one is measured before it is left so
 Code = tuple[str, ...] | None  # of every binary a configuration needs; None where one failed
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def points(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
@@ -142,7 +141,7 @@ class Schedule:
 
     def _likely(self, scale: Scale, configs: Sequence[TritonConfig]) -> list[TritonConfig]:
         """Those that may be the fastest by the cost model, where it was tested; all of them elsewhere."""
-        problems = {s: self.workload.problem(s) for s in range(len(self.workload.schedule))}
+        problems = self.workload.problems()
         if not may_prune(problems[scale.index], self.gpu) or len(configs) < 2:
             return list(configs)
         try:
@@ -153,7 +152,7 @@ class Schedule:
             return list(configs)
 
     def _binaries(self, scale: Scale, config: TritonConfig) -> list[Binary]:
-        problems = {s: self.workload.problem(s) for s in range(len(self.workload.schedule))}
+        problems = self.workload.problems()
         found = (binaries(self.policy, problems, layer, scale.index, config, self.capability) for layer in scale.kinds)
         return list(dict.fromkeys(b for group in found for b in group))
 

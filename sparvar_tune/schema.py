@@ -212,6 +212,10 @@ class Workload:
             self.schedule, scale_index, self.batch, self.heads, self.head_dim, self.dtype, self.softmax_scale, self.logit_bound
         )
 
+    def problems(self) -> dict[int, AttentionProblem]:
+        """`problem` of every scale."""
+        return {s: self.problem(s) for s in range(len(self.grids))}
+
     def why_not(self) -> str | None:
         if not self.grids or len(self.grids) > 64 or any(not 1 <= side <= 4096 for grid in self.grids for side in grid):
             return "grids: want 1..64 pairs of sides 1..4096"

@@ -92,23 +92,15 @@ def time_task(payload: dict[str, Any]) -> dict[str, Any]:
     if key not in _kept:  # tasks come sorted, so the last bench is the one wanted next
         _kept.clear()
         torch.cuda.empty_cache()
-        workload = Reader().read(Workload, _listed(payload["workload"]), "workload")
-        problems = {s: workload.problem(s) for s in range(len(workload.schedule))}
+        workload = Reader().read(Workload, payload["workload"], "workload")
         policy = Reader().value(Policy, payload["policy"], "policy")
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        _kept[key] = Bench(policy, problems, task.layer, task.scale_index, l2_bytes=l2)
+        _kept[key] = Bench(policy, workload.problems(), task.layer, task.scale_index, l2_bytes=l2)
     times: dict[str, Any] = to_plain(_time(_kept[key], task, payload["mode"]))
     return times
 
 
 _kept: dict[str, Bench] = {}
-
-
-def _listed(data: Any) -> Any:
-    """Tuples as the lists they are in JSON: the payload as it is outside a pool."""
-    if isinstance(data, dict):
-        return {k: _listed(v) for k, v in data.items()}
-    return [_listed(v) for v in data] if isinstance(data, list | tuple) else data
 
 
 @lru_cache(maxsize=1)

@@ -89,8 +89,7 @@ def _take_over(args: argparse.Namespace, request: Any, adapter: Adapter, out: Pa
 
     if args.search or request.gpu.slug == "cpu":
         return None
-    folders = (*([args.out] if args.out else []), profiles.user_folder(), profiles.shipped_folder())
-    found = transfer.find_policy(out.name, adapter.weights_sha256, request.gpu, folders)
+    found = transfer.find_policy(out.name, adapter.weights_sha256, request.gpu, _folders(args))
     if found is None:
         return None
     source, path = found
@@ -102,6 +101,11 @@ def _take_over(args: argparse.Namespace, request: Any, adapter: Adapter, out: Pa
         return None
     _keep_log(args.log, request.scratch / timed.LOG, request.gpu, out)
     return profile
+
+
+def _folders(args: argparse.Namespace) -> tuple[Path, ...]:
+    """Where profiles of other silicon may lie."""
+    return (*([args.out] if args.out else []), profiles.user_folder(), profiles.shipped_folder())
 
 
 def _launch_timer(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> Any:
@@ -207,8 +211,7 @@ def _predict(args: argparse.Namespace, gpu: Gpu, model: Model, resolution: str, 
     if model.adapter is not None:
         from sparvar_tune.transfer import find_policy
 
-        folders = (*([args.out] if args.out else []), profiles.user_folder(), profiles.shipped_folder())
-        found = find_policy(out.name, None, gpu, folders)
+        found = find_policy(out.name, None, gpu, _folders(args))
     profile = predict_profile(model, gpu, args.preset, resolution, aspect, args.images, found[0] if found else None)
     here = is_here(gpu)
     say(f"{gpu.slug} is {'' if here else 'not '}in this machine and {model.slug} "
