@@ -7,14 +7,11 @@ their own and the other tests never see it.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import in_interpreter
 from tolerances import TOLERANCES
 
 from sparvar_kernels import (
@@ -190,8 +187,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @needs_triton
 def test_interpreter_agrees_with_oracle():
     errors = in_interpreter(
+        "test_triton",
         "{' '.join(map(str, c)): t.check(*c, 'cpu') for c in t.CASES if c[1] != 'bf16'}"
-        " | {'three targets fp32 32': t.check_three_targets('cpu')}"
+        " | {'three targets fp32 32': t.check_three_targets('cpu')}",
     )
     assert len(errors) == sum(dtype != "bf16" for _, dtype, _ in CASES) + 1  # the interpreter's dot takes bf16 for integers
     for case, error in errors.items():
@@ -199,21 +197,10 @@ def test_interpreter_agrees_with_oracle():
         assert error < 2 * TOLERANCES[dtype], f"{case}: {error}"
 
 
-def in_interpreter(expression: str):
-    """The JSON value of an expression over this module, in a process started with TRITON_INTERPRET=1."""
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    code = f"import json, test_triton as t\nprint(json.dumps({expression}))"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @needs_triton
 def test_every_binary_a_call_launches_is_foreseen():
     """So that compiling happens in processes that may be killed, all at once, and never while a GPU is timed."""
-    launched, unforeseen = in_interpreter("t.check_predicted_builds('cpu')")
+    launched, unforeseen = in_interpreter("test_triton", "t.check_predicted_builds('cpu')")
     assert launched >= 12 and unforeseen == 0
 
 

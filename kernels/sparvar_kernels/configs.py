@@ -70,11 +70,13 @@ class TritonConfig:
     def shared_bytes(self, problem: AttentionProblem) -> int:
         """Shared memory of one program, as the compiler uses it: the queries and the keys and values in flight.
 
-        Of a list's two loads in a row each gets half the stages; a test holds this against compiled binaries.
+        Of a list's two loads in a row each gets half the stages; in fp32 probabilities need room beside the queries. A test
+        holds this against compiled binaries.
         """
         width = max(16, 1 << (problem.head_dim - 1).bit_length()) * (4 if problem.dtype == "fp32" else 2)
         deep = max(2, (self.num_stages + 1) // 2)
-        return (self.block_m + 2 * deep * self.block_n) * width + 1024
+        rows = self.block_m * (2 if problem.dtype == "fp32" else 1) + 2 * deep * self.block_n
+        return rows * width + 1024
 
     @property
     def options(self) -> dict[str, int]:

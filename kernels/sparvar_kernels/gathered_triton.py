@@ -13,6 +13,12 @@ import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
+FP32_DOT = tl.constexpr("tf32x3")  # products of fp32 by tensor cores in three parts, nearly exact; other dtypes ignore it
+
+
+def block_d(head_dim: int) -> int:
+    """The power of two that a kernel's tiles are wide."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 @triton.jit
@@ -24,20 +30,13 @@ def _load_rows(base, listed, stride, offs_d, in_d, WHOLE: tl.constexpr):  # type
 
 
 @triton.jit
-def _dot(a, b, acc, IEEE: tl.constexpr):  # type: ignore[no-untyped-def]
-    if IEEE:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
 def gathered_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, table_ptr, extra_ptr, bias_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_eb, stride_eh, stride_en, stride_bb, stride_bh,
     grid_width, source_height, source_width, step_y, step_x, scale_log2e,
     FIELDS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
-    IEEE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """EPILOGUE 0: out = attention. 1: plus extra (a residual on a coarser grid), enlarged. 2: extra minus attention."""
@@ -70,7 +69,7 @@ def gathered_kernel(  # type: ignore[no-untyped-def]
     for begin in range(0, count, BLOCK_N):
         listed = tl.load(list_base + begin + offs_n)
         keys = tl.trans(_load_rows(k_base, listed, stride_kn, offs_d, in_d, WHOLE))
-        s = _dot(q, keys, none, IEEE)
+        s = tl.dot(q, keys, none, input_precision=FP32_DOT)
         if HAS_BIAS:
             s += (tl.load(bias_base + listed) / scale_log2e)[None, :]
         if MASKED:
@@ -86,7 +85,7 @@ def gathered_kernel(  # type: ignore[no-untyped-def]
             top = new_top
         total += tl.sum(p, 1)
         v = _load_rows(v_base, listed, stride_vn, offs_d, in_d, WHOLE)
-        acc = _dot(p.to(v.dtype), v, acc, IEEE)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=FP32_DOT)
 
     acc *= (1 / tl.where(total == 0, 1.0, total))[:, None]
     keep = in_m[:, None] & in_d[None, :]
@@ -109,7 +108,7 @@ def gathered_kernel(  # type: ignore[no-untyped-def]
                 near_x = tl.maximum(1 - tl.abs(x[:, None] - cell_x[None, :]), 0.0)
                 part = _load_rows(base, at, stride_en, offs_d, in_d, WHOLE)
                 weight = tl.where(cell[None, :] < cells, near_y * near_x, 0.0)
-                acc = _dot(weight.to(part.dtype), part, acc, IEEE)
+                acc = tl.dot(weight.to(part.dtype), part, acc, input_precision=FP32_DOT)
     out = acc
     if EPILOGUE == 2:
         extra = extra_ptr + i_b * stride_eb + i_head * stride_eh + rows[:, None] * stride_en + offs_d[None, :]

@@ -7,7 +7,7 @@ straight into the buffers that the later stages read. No call waits for the GPU,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from sparvar_kernels.binary import TYPES, Build, Launcher, launcher, pointer
 from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.dense import SAFE_LOGIT, dense_heads, dense_with_lse
-from sparvar_kernels.gathered_triton import LOG2E, gathered_kernel
+from sparvar_kernels.gathered_triton import LOG2E, block_d, gathered_kernel
 from sparvar_kernels.policy import LayerPlan, Record
 from sparvar_kernels.pooled import pool_keys
 from sparvar_kernels.problem import DTYPES, AttentionProblem
 from sparvar_kernels.scales import Tile
-from sparvar_kernels.selecting_triton import column_mass, mass_build, sampled_rows, select, select_build
+from sparvar_kernels.selecting_triton import column_mass, mass_build, mass_dtype, sampled_rows, select, select_build
 from sparvar_kernels.variants import Cs4a, Dense, Pooled, Variant, at_decision
 from sparvar_kernels.work import (
     FIELDS,
@@ -57,13 +57,8 @@ def gathered_constants(
     bounded = problem.logit_bound is not None and problem.logit_bound <= SAFE_LOGIT and problem.dtype != "fp16"
     return {
         "FIELDS": FIELDS, "EPILOGUE": epilogue, "HAS_BIAS": bias, "MASKED": masked, "BOUNDED": bounded,
-        "IEEE": problem.dtype == "fp32", "HEAD_DIM": problem.head_dim,
-        "BLOCK_D": block_d(problem.head_dim), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "HEAD_DIM": problem.head_dim, "BLOCK_D": block_d(problem.head_dim), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
-
-
-def block_d(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 class Gather:
@@ -166,8 +161,7 @@ class Layer:
                 assert isinstance(record.variant, Cs4a)
                 each = sampled_rows(p, record.variant.tile, record.variant.sample)
                 found.append(mass_build(p, each, aligned and p.num_queries % 16 == 0))
-                mass = torch.float32 if p.dtype == "fp32" else torch.bfloat16
-                found += [select_build(lists.variant, self.problems[later], mass) for lists, _, later in fill]
+                found += [select_build(lists.variant, self.problems[later], mass_dtype(p.dtype)) for lists, _, later in fill]
         return list(dict.fromkeys(found))
 
     def _others(self, q: Tensor, k: Tensor, v: Tensor, s: int, out: Tensor) -> None:
@@ -245,22 +239,22 @@ class Layer:
             own = [(lists, stage.keys, s) for lists in stage.dynamic]
             shape = (problem.batch, begin, problem.num_queries, problem.head_dim)
             self.residuals[s] = torch.empty(shape, dtype=DTYPES[problem.dtype], device=self.device)
+        for later in range(s + 1, len(self.plans)):
+            self._gathers(later)
         jobs = []
         for record in self.plans[s].records:
-            if not isinstance(record.variant, Cs4a):
-                continue
-            fill = [job for job in own if (job[0].variant, job[0].heads) == record.key]
-            for later in range(s + 1, len(self.plans)):
-                self._gathers(later)
-                for (scale, _), (stage, _) in self.stages.items():
-                    if scale != later:
-                        continue
-                    for lists in stage.dynamic:
-                        if (at_decision(lists.variant, problem.schedule, later), lists.heads) == record.key:
-                            fill.append((lists, stage.keys, later))
-            jobs.append((record, fill))
+            if isinstance(record.variant, Cs4a):
+                fill = [job for job in own if (job[0].variant, job[0].heads) == record.key]
+                jobs.append((record, fill + list(self._waiting(s, record))))
         self.decisions[s] = gather, jobs
         return self.decisions[s]
+
+    def _waiting(self, s: int, record: Record) -> Iterator[tuple[Lists, Tensor, int]]:
+        """The lists of later scales that a record of decision scale s fills, with their key buffer and scale."""
+        for (later, _), (stage, _) in sorted(self.stages.items(), key=lambda made: made[0][0]):
+            for lists in stage.dynamic:
+                if later > s and (at_decision(lists.variant, self.problems[s].schedule, later), lists.heads) == record.key:
+                    yield lists, stage.keys, later
 
     def _decide(self, q: Tensor, k: Tensor, v: Tensor, s: int) -> Tensor:
         """A decision scale: dense for the heads that later scales ask about, their lists and residuals."""

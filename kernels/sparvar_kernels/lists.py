@@ -14,7 +14,7 @@ class KeyLists:
     """Which keys each query tile attends to; heads and batch that share a list share storage.
 
     keys:   [B or 1, H or 1, T, K] int32, positions in 0..num_keys-1, no duplicates among the first `counts`.
-    counts: [B or 1, H or 1, T] int32, valid entries; None: all K. Entries past the count repeat a valid key.
+    counts: [B or 1, H or 1, T] int32, valid entries; None: all K. Entries past the count are positions of any keys.
     tiles:  the query tiles, T of them.
     """
 

@@ -146,7 +146,7 @@ def build_stage(
         tiles = tiles_of(problem.grid, tile)
         many = len(tiles.rows)
         if isinstance(variant, Cs4a):
-            made, width = _dynamic_lists(variant, heads, problem, size)
+            made, width = place_lists(variant, heads, problem, size)
             shared = variant.keys == "place" and s != variant.decision_scale  # lists lie by tile of the decision scale
             sources = source_tiles(schedule, s, variant) if shared else torch.arange(many)
             parts.append(Part(tiles, heads, size, made.head_step, made.batch_step, sources.int() * made.row_step,
@@ -183,7 +183,7 @@ def shared_stage(*arguments: Any) -> Stage:
     return build_stage(*arguments)
 
 
-def _dynamic_lists(variant: Cs4a, heads: tuple[int, ...], problem: AttentionProblem, at: int) -> tuple[Lists, int]:
+def place_lists(variant: Cs4a, heads: tuple[int, ...], problem: AttentionProblem, at: int) -> tuple[Lists, int]:
     """Where the lists lie, and how long each is once the band of a paper's group is behind what is chosen."""
     schedule, s = problem.schedule, problem.scale_index
     own = s == variant.decision_scale

@@ -1,0 +1,116 @@
+"""CS4A's ranking kernels alone: the mass of keys against fp64, and the chosen keys against sorting, tie by tie."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+from interpreted import in_interpreter
+
+from sparvar_kernels import AttentionProblem, Cs4a, ScaleSchedule, Tile
+from sparvar_kernels.cs4a import children, window_first
+from sparvar_kernels.problem import DTYPES
+from sparvar_kernels.reference import tile_lists
+from sparvar_kernels.scales import partition
+from sparvar_kernels.variants import at_decision
+from sparvar_kernels.work import place_lists
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+ODD = ScaleSchedule(((2, 2), (5, 6), (11, 9), (14, 12)), prefix=3)
+LARGE = ScaleSchedule(((40, 50), (70, 80), (150, 171)))  # more keys than two counts share 32 bits for
+SELECTIONS = [
+    (ODD, 2, scale, tile, window, mass)
+    for (scale, tile), window, mass in itertools.product(((2, "4x5"), (3, "6x6")), (0, 3), ("fp32", "bf16"))
+] + [(LARGE, 1, 2, "80x90", 0, "bf16"), (LARGE, 1, 2, "80x90", 5, "fp32")]
+
+
+def wrong_lists(schedule, decision_scale, scale, tile, window, mass_dtype, device) -> int:
+    """Lists that differ from taking keys by mass, then by position, until the list is full; nothing before or behind them."""
+    from sparvar_kernels.selecting_triton import select
+
+    problems = {s: AttentionProblem(schedule, s, 2, 3, 32, "fp32") for s in (decision_scale, scale)}
+    variant = Cs4a(decision_scale, 0.4 if schedule is ODD else 0.3, Tile.parse(tile), window=window)
+    heads = (0, 2)
+    lists, _ = place_lists(variant, heads, problems[scale], 0)
+    there = variant if scale == decision_scale else at_decision(variant, schedule, scale)
+    keys, tiles = schedule.num_keys(decision_scale), len(partition(schedule.grids[decision_scale], there.tile).counts)
+    mass = torch.rand(2, 2, tiles, -(-keys // 16) * 16, generator=torch.Generator().manual_seed(scale)).pow(9)
+    mass[..., 3:9] = mass[..., 3:4]  # equals
+    mass[..., keys:] = float("nan")  # nobody's
+    mass = mass.to(DTYPES[mass_dtype])
+    buffer = torch.full((4 * lists.rows * lists.row_step + 64,), -7, dtype=torch.int32, device=device)
+    select(mass.to(device), buffer, lists, problems[scale], problems[decision_scale])
+    table, weight = torch.arange(keys)[:, None], torch.ones(keys, dtype=torch.int32)
+    if scale != decision_scale:
+        table, weight = children(schedule, decision_scale, scale)
+    first, got, wrong = window_first(schedule, there), buffer.cpu(), 0
+    untouched = torch.ones(len(got), dtype=torch.bool)
+    for b, i, row in itertools.product(range(2), range(2), range(lists.rows)):
+        ranked = mass[b, i, row, :keys].double() + (0 if first is None else first[row] * 1e9)
+        order = torch.argsort(ranked, descending=True, stable=True)
+        taken = (lists.width - (weight[order].cumsum(0) - weight[order])).clamp(min=0).minimum(weight[order])
+        number = torch.zeros(keys, dtype=torch.int64)
+        number[order] = taken.long()
+        want = table[torch.arange(table.shape[1])[None, :] < number[:, None]]
+        at = lists.at + b * lists.batch_step + i * lists.head_step + row * lists.row_step
+        wrong += not torch.equal(got[at : at + lists.width].long(), want.long())
+        untouched[at : at + lists.width] = False
+    return wrong + int((got[untouched] != -7).sum())
+
+
+MASSES = [
+    (dtype, dim, tile, sample)
+    for (dtype, dim), (tile, sample) in itertools.product(
+        (("fp32", 32), ("fp32", 128), ("fp16", 64), ("bf16", 128), ("bf16", 256)),
+        (("5x4", 2), ("raster30", 1), ("raster300", 1)),
+    )
+]
+
+
+def mass_error(dtype, dim, tile, sample, device) -> float:
+    """Largest difference from fp64, relative to the largest mass; a tile of 300 queries is more than a program holds."""
+    from sparvar_kernels.selecting_triton import column_mass
+
+    schedule = ScaleSchedule(((3, 4), (11, 9), (17, 19)))
+    problem = AttentionProblem(schedule, 2, 2, 3, dim, dtype, 1.0, 9.0)
+    q, k, _ = problem.make_inputs(0)
+    scores = q.double() @ k.double().transpose(-1, -2)
+    lse, probability = torch.logsumexp(scores, -1).float(), torch.softmax(scores, -1)
+    got = column_mass(q.to(device), k.to(device), lse.to(device), problem, (0, 2), Tile.parse(tile), sample).cpu()
+    rows = tile_lists(problem.grid, Tile.parse(tile))
+    full = max(map(len, rows))
+    want = torch.stack([probability[:, [0, 2]][:, :, sampled(t, full, sample)].sum(2) for t in rows], 2)
+    return float((got[..., : problem.num_keys].double() - want).abs().max() / want.max())
+
+
+def sampled(rows, full, sample):
+    """Every `sample`-th query of a tile; a short one repeats its first, as `scales.partition` says."""
+    return [*rows, *[rows[0]] * (full - len(rows))][::sample]
+
+
+@needs_triton
+def test_selection_equals_sorting():
+    assert in_interpreter("test_selecting", "[t.wrong_lists(*case, 'cpu') for case in t.SELECTIONS]") == [0] * len(SELECTIONS)
+
+
+@needs_triton
+def test_mass_equals_fp64():
+    cases = [c for c in MASSES if c[0] != "bf16"]  # the interpreter's dot takes bf16 for integers
+    errors = in_interpreter("test_selecting", f"[t.mass_error(*case, 'cpu') for case in {cases}]")
+    for case, error in zip(cases, errors, strict=True):
+        assert error < (1e-5 if case[0] == "fp32" else 1e-2), (case, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SELECTIONS, ids=lambda c: f"{len(c[0])}-{'-'.join(map(str, c[1:]))}")
+def test_gpu_selection_equals_sorting(case):
+    assert wrong_lists(*case, "cuda") == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", MASSES, ids=lambda c: "-".join(map(str, c)))
+def test_gpu_mass_equals_fp64(case):
+    assert mass_error(*case, "cuda") < (1e-5 if case[0] == "fp32" else 1e-2)
