@@ -105,9 +105,8 @@ def fit(points_: Sequence[Point], taken: Mapping[str, Taken], gpu: Gpu) -> Fit:
     def misses(x: np.ndarray) -> np.ndarray:
         made = _fit_of(dict(zip(START, np.exp(x), strict=True)), gpu.slug, {})
         off = [math.log(_predicted(p, made, taken, gpu) / p.ms[gpu.slug]) for p in points_]
-        return np.array(
-            [*off, *(0.05 * (x - start))]
-        )  # a weak pull to the start keeps what the data do not tell from running off
+        # a weak pull to the start keeps what the data do not tell from running off
+        return np.array([*off, *(0.05 * (x - start))])
 
     found = least_squares(misses, start, loss="soft_l1", f_scale=0.1, max_nfev=60).x
     plain = _fit_of(dict(zip(START, np.exp(found), strict=True)), gpu.slug, {})
@@ -249,13 +248,14 @@ class Layer:
 
 
 def layers() -> list[Layer]:
-    """Every row that was measured on a GPU, predicted for the configuration it has."""
+    """Every half-precision row that was measured on a GPU, predicted for the configuration it has."""
     out = []
     for path in sorted(shipped_folder().glob("*/*.json")):
         made = load(path)
         gpu = GPUS[made.silicon.gpu]
         problems = made.workload.problems()
-        for row in made.rows if made.state == "measured" and gpu.capability else ():
+        known = made.state == "measured" and gpu.capability and made.workload.dtype != "fp32"
+        for row in made.rows if known else ():
             assert row.tuned and row.dense
             config = TritonConfig(**dict(row.config))
             kinds = distinct_layers(made.policy, row.scale_index)

@@ -153,8 +153,8 @@ def launch_ms(work: Work, config: TritonConfig, taken: Taken, gpu: Gpu, fit: Fit
         return math.inf if work.programs else 0.0
     clock = clock_hz(gpu)
     rate = gpu.bf16_tflops * 1e12 / gpu.sms / clock
-    if work.dtype == "fp32":  # IEEE products of the fp32 kernels run on the ordinary lanes
-        rate = (gpu.fp32_tflops or 0.0) * 1e12 / gpu.sms / clock
+    if work.dtype == "fp32":
+        rate /= 6  # three products of tensor cores, each at half the speed of bf16
     size = BYTES[work.dtype]
     wide = 4 * config.block_m * config.block_n * work.head_dim / rate / fit.share[f"{config.num_warps} {config.block_m}"]
     wide *= fit.narrow if work.head_dim <= 64 else 1.0

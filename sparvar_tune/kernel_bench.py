@@ -33,7 +33,7 @@ from sparvar_tune.compiling import binaries, compile_all, compilers
 from sparvar_tune.machine import version_of
 from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import MODELS
-from sparvar_tune.policies import paper_windows
+from sparvar_tune.policies import paper_policy, paper_windows
 from sparvar_tune.recorded import File, Row
 from sparvar_tune.schedule import points, space
 from sparvar_tune.schema import Speedup, one_line
@@ -89,6 +89,8 @@ def cases() -> list[Case]:
         (Rule(12, "A", _csla(SQUARE, Tile(8, 16))), Rule(12, "B", Cs4a(10, 0.1, Tile(8, 16), residual=False))),
     )
     decision = Policy.uniform(1, 28, {12: Cs4a(10, 0.1, Tile(8, 16), sample=4), 11: Cs4a(10, 0.1, Tile(6, 12), sample=4)})
+    papers = paper_policy(SQUARE, 40, 28)
+    papers = Policy.uniform(1, 28, {r.scale_index: r.variant for r in papers.rules if isinstance(r.variant, Cs4a)})
     hart = MODELS["hart"].schedule()
     return [
         _one("CSLA 8x8, last scale", _csla(SQUARE, Tile(8, 8)), ">= 20x FA2, >= 3x Flex, >= 11x cuDNN", flex=True),
@@ -107,6 +109,10 @@ def cases() -> list[Case]:
         _hart("HART CSLA 8x8, no text (9451 keys)", HART_PAPER, _csla(HART_PAPER, Tile(8, 8)), ">= 18x FA2"),
         Case("decision scale 40: dense, mass, lists, residual", SQUARE, 10, 28, 128, "bf16", 20.0, decision, "<= 1.3x cuDNN",
              decision=True),
+        Case("decision scale 40 in the paper's form: mass of every query", SQUARE, 10, 28, 128, "bf16", 20.0, papers, "",
+             decision=True),
+        Case("CSLA 8x8, last scale, fp32", SQUARE, 12, 28, 128, "fp32", 20.0,
+             Policy.uniform(1, 28, {12: _csla(SQUARE, Tile(8, 8))}), ""),
         Case("mixed: 14 CSLA, 9 CS4A, 5 dense heads", SQUARE, 12, 28, 128, "bf16", 20.0, mixed, "<= sum of its parts"),
     ]  # fmt: skip
 
@@ -164,8 +170,14 @@ def error_of(case: Case, attend: SparseAttention, bench: Bench, samples: int = 1
 
 
 def baselines(case: Case, bench: Bench) -> dict[str, Callable[[], object]]:
-    """Dense attention by FlashAttention-2 and cuDNN (through PyTorch), and the paper's FlexAttention form where asked."""
+    """Dense attention by FlashAttention-2 and cuDNN (through PyTorch), and the paper's FlexAttention form where asked.
+
+    Neither takes fp32; there PyTorch's memory-efficient attention is what is left.
+    """
     q, k, v, scale = bench.q, bench.k, bench.v, bench.problem.softmax_scale
+    if case.dtype == "fp32":
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return {"efficient": lambda: efficient(q, k, v, None, False, 0.0, False, scale=scale)}
     flash, cudnn = torch.ops.aten._scaled_dot_product_flash_attention, torch.ops.aten._scaled_dot_product_cudnn_attention
     ways: dict[str, Callable[[], object]] = {
         "FA2": lambda: flash(q, k, v, 0.0, False, False, scale=scale),
@@ -256,6 +268,18 @@ def _driver() -> str | None:
         return None
 
 
+def _host_us(call: Callable[[], object]) -> dict[str, Any]:
+    """Host microseconds of a call, as a timing."""
+    took = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(50):
+            call()
+        took.append((time.perf_counter() - begun) / 50 * 1e6)
+    return timing(took).__dict__
+
+
 def host_costs() -> dict[str, Any]:
     """Host microseconds of a call (small problem, so that the GPU is never behind), planning, graph and compile checks."""
     schedule = ScaleSchedule.square((1, 2, 4, 6, 8, 12))
@@ -265,14 +289,10 @@ def host_costs() -> dict[str, Any]:
     attend = bench.attention(TritonConfig())
     for _ in range(20):
         bench.call(attend)
-    took = []
-    for _ in range(20):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        for _ in range(50):
-            bench.call(attend)
-        took.append((time.perf_counter() - begun) / 50 * 1e6)
-    found: dict[str, Any] = {"call_us": timing(took).__dict__}
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    found: dict[str, Any] = {
+        "call_us": _host_us(lambda: bench.call(attend)), "sdpa_us": _host_us(lambda: sdpa(bench.q, bench.k, bench.v)),
+    }  # fmt: skip
     graph = torch.cuda.CUDAGraph()
     want = bench.call(attend).clone()
     with torch.cuda.graph(graph):
@@ -368,6 +388,7 @@ def render(raw: dict[str, Any]) -> str:
     """The Markdown table of raw numbers."""
     limits, host = raw["limits"], raw["host"]
     call, plan = host["call_us"], host["csla_lists_ms"]
+    beside = f", of PyTorch's dense one {host['sdpa_us']['p50_ms']:.1f} us" if "sdpa_us" in host else ""
     lines = [
         f"# Kernels on {raw['gpu']}", "",
         f"torch {raw['torch']}, triton {raw.get('triton')}, driver {raw.get('driver')}, {raw.get('date')}. Batch 2, Infinity-8B "
@@ -385,20 +406,25 @@ def render(raw: dict[str, Any]) -> str:
             notes.append(f"- {row['case']}: {row['error']}")
             continue
         ms = row["ms"]
-        ours, flash, cudnn = (timing(ms[name]) for name in ("ours", "FA2", "cuDNN"))
-        over_flash, over_cudnn = (paired_speedup(ms[name], ms["ours"]) for name in ("FA2", "cuDNN"))
+        ours = timing(ms["ours"])
+        dense = [f"{timing(ms[name]).p50_ms:.3f}" if name in ms else "-" for name in ("FA2", "cuDNN")]
+        ratios = [_ratio(paired_speedup(ms[name], ms["ours"])) if name in ms else "-" for name in ("FA2", "cuDNN")]
         bound = max(row["bytes"] / limits["copy_bytes_per_s"], row["flops"] / limits["gemm_flops_per_s"]) * 1e3
         rate = f"{row['flops'] / ours.p50_ms / 1e9:.0f}" if row["flops"] else "-"
-        share = f"{bound / ours.p50_ms:.0%} of {bound:.3f}" if bound else "-"
+        share = f"{bound / ours.p50_ms:.0%} of {bound:.3f}" if bound and "FA2" in ms else "-"  # the rates are those of bf16
         config = " ".join(f"{k.removeprefix('num_')}={v}" for k, v in row["config"].items())
         lines.append(
-            f"| {row['case']} | {ours.p50_ms:.4f} ({ours.p20_ms:.4f}..{ours.p80_ms:.4f}) | {flash.p50_ms:.3f} "
-            f"| {cudnn.p50_ms:.3f} | {_ratio(over_flash)} | {_ratio(over_cudnn)} | {rate} | {share} | {row['goal']} | {config} |"
+            f"| {row['case']} | {ours.p50_ms:.4f} ({ours.p20_ms:.4f}..{ours.p80_ms:.4f}) | {' | '.join([*dense, *ratios])} "
+            f"| {rate} | {share} | {row['goal']} | {config} |"
         )
         if "Flex128" in ms:
             flex = paired_speedup(ms["Flex128"], ms["ours"])
             notes.append(f"- {row['case']}: the paper's FlexAttention form takes {timing(ms['Flex128']).p50_ms:.3f} ms: ours "
                          f"{flex.median:.2f}x ({flex.low:.2f}..{flex.high:.2f}).")  # fmt: skip
+        if "efficient" in ms:
+            over = paired_speedup(ms["efficient"], ms["ours"])
+            notes.append(f"- {row['case']}: PyTorch's memory-efficient attention takes {timing(ms['efficient']).p50_ms:.3f} ms: "
+                         f"ours {over.median:.2f}x ({over.low:.2f}..{over.high:.2f}).")  # fmt: skip
         if "parts" in ms:
             parts = paired_speedup(ms["parts"], ms["ours"])
             notes.append(f"- {row['case']}: its parts one after the other take {timing(ms['parts']).p50_ms:.3f} ms: together "
@@ -406,8 +432,8 @@ def render(raw: dict[str, Any]) -> str:
     if "note" in raw:
         notes.append(f"- {raw['note']}")
     lines += ["", *notes, "",
-              f"Host time of a call: {call['p50_ms']:.1f} us (p20 {call['p20_ms']:.1f}, p80 {call['p80_ms']:.1f}). Window lists "
-              f"of the last scale, from nothing to the device: {plan['p50_ms']:.2f} ms. CUDA graph equals eager: "
+              f"Host time of a call: {call['p50_ms']:.1f} us (p20 {call['p20_ms']:.1f}, p80 {call['p80_ms']:.1f}){beside}. "
+              f"Window lists of the last scale, from nothing to the device: {plan['p50_ms']:.2f} ms. CUDA graph equals eager: "
               f"{host['graph_equals_eager']}. torch.compile(fullgraph=True) equals eager: {host['compile_equals_eager']}. "
               f"{raw['binaries']} binaries compiled in {raw['compile_s']:.0f} s."]  # fmt: skip
     return "\n".join(lines) + "\n"

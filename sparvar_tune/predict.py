@@ -75,5 +75,5 @@ def _notes(gpu: Gpu, workload: schema.Workload, unverified: bool) -> tuple[str, 
     here = "" if gpu.family == "hopper" else f"; no {gpu.family} GPU was ever measured, so here the error is larger and unknown"
     notes = [f"times are predicted because {why}: by a model fitted on {fit.gpu}, {error}{here}"]
     if workload.dtype == "fp32":
-        notes.append("no fp32 launch is in that model's fit; on an H100 pocketvar's fp32 layers gained nothing")
+        notes.append("no fp32 launch is in that model's fit")
     return (*notes, UNVERIFIED) if unverified else tuple(notes)
