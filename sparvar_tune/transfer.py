@@ -14,7 +14,7 @@ from sparvar_tune import profiles, schema
 from sparvar_tune.adapters import Adapter
 from sparvar_tune.certify import compare_on, evidence, generation
 from sparvar_tune.fidelity import CONFIDENCE
-from sparvar_tune.gpus import GPUS, Gpu
+from sparvar_tune.gpus import GPUS, Gpu, distance
 from sparvar_tune.pairs import held_out_pairs
 from sparvar_tune.policies import describe
 from sparvar_tune.runtime import launch_of
@@ -23,11 +23,11 @@ from sparvar_tune.tune import SEARCHED, NothingMeetsTheBound, Request, make_prof
 
 
 def find_policy(name: str, weights_sha256: str | None, gpu: Gpu, folders: Sequence[Path]) -> tuple[schema.Profile, Path] | None:
-    """The profile `name` of other silicon whose policy was searched there, on these weights (None: any); None if there is none.
+    """The profile `name` of the nearest other silicon whose policy was searched there, on these weights (None: any), or None.
 
     Raises ProfileError for a damaged file.
     """
-    for other in GPUS.values():
+    for other in sorted(GPUS.values(), key=lambda g: (distance(gpu, g), g.family != gpu.family)):
         for folder in folders if other.slug != gpu.slug else ():
             path = folder / other.slug / name
             if path.is_file():

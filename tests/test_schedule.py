@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparvar_kernels.configs import TritonConfig
 from sparvar_tune import profiles, timed
@@ -310,6 +311,20 @@ def test_gpu_schedule_from_start_to_replay(tmp_path, mode):
     assert lines and not any(line.failure for line in lines)
     again = timed.replay(made, [tmp_path / timed.LOG], gpu) if mode == "eager" else None
     assert again is None or (again.rows, again.notes) == (made.rows, made.notes[1:])
+
+
+def test_a_worker_owns_a_gpu_like_the_first_and_plans_on_one_thread(monkeypatch):
+    names = ["A", "B", "A", "A"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4")
+    every = timed.gpu_environments(None)
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in every] == ["7", "5", "4"]
+    assert all(e["OMP_NUM_THREADS"] == "1" for e in every), "threads of several workers get into each other's way"
+    assert timed.gpu_environments(2) == every[:2]
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match=r"want 1\.\.3"):
+            timed.gpu_environments(wrong)
 
 
 SHIPPED = sorted(p for p in (ROOT / "profiles").glob("h*/*.json") if p.stem in ("var-d36", "hart"))

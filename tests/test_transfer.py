@@ -28,7 +28,10 @@ def test_only_a_policy_searched_on_other_silicon_and_these_weights_is_taken_over
     found = transfer.find_policy("pocketvar.json", weights, GPUS["h100-sxm"], (tmp_path, SHIPPED))
     assert found and found[0] == shipped and found[1] == SHIPPED / "cpu" / "pocketvar.json"
     assert transfer.find_policy("pocketvar.json", "0" * 64, GPUS["h100-sxm"], (SHIPPED,)) is None
-    assert transfer.find_policy("pocketvar.json", weights, GPUS["cpu"], (SHIPPED,)) is None, "its own is no other silicon's"
+    near = transfer.find_policy("pocketvar.json", weights, GPUS["h200"], (SHIPPED,))
+    assert near and near[1].parent.name == "h100-sxm", "the nearest silicon's, before the CPU's"
+    profiles.save(shipped, tmp_path / "cpu" / "pocketvar.json")
+    assert transfer.find_policy("pocketvar.json", weights, GPUS["cpu"], (tmp_path,)) is None, "its own is no other silicon's"
     assert transfer.find_policy("hart.json", weights, GPUS["h100-sxm"], (SHIPPED,)) is None
     taken = dataclasses.replace(shipped, policy_source="searched on h200, certified again here")
     profiles.save(taken, tmp_path / "cpu" / "pocketvar.json")
