@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--gpus", action="store_true")
     show.add_argument("--models", action="store_true")
     show.add_argument("--trials", action="store_true", help="the trials of the last search, as CSV")
+    show.add_argument("--storage", metavar="URL", help="with --trials: those of every run that shares this storage")
 
     explain = command("explain", "say what would run on this machine, and why")
     images(explain)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,19 +145,28 @@ def show(args: argparse.Namespace) -> int:
 
 
 def _show_trials(args: argparse.Namespace) -> int:
+    """Of this user's last search of the target, or of every study of the model in a shared storage."""
     import pandas
 
-    from sparvar_tune.search import front, read_trials
+    from sparvar_tune.search import front, read_trials, shared_trials
 
     gpu, model, resolution, aspect = target(args)
-    rows = read_trials(run_folder(gpu, Path(file_name(model, args.preset, resolution, aspect))))
+    if args.storage:
+        from sparvar_tune.storage import one_line, open_existing, place
+
+        with one_line(args.storage):
+            studies = shared_trials(open_existing(args.storage), model.slug)
+        where = f"in {place(args.storage)}"
+    else:
+        studies = {"": read_trials(run_folder(gpu, Path(file_name(model, args.preset, resolution, aspect))))}
+        where = f"on {gpu.slug} ({args.preset})"
+    rows: list[dict[str, Any]] = []
+    for name, found in studies.items():
+        best, study = front(found), {"study": name} if name else {}
+        rows += [study | {"trial": f.number, **vars(f.knobs), **vars(f.verdict), "front": f in best} for f in found]
     if not rows:
-        raise ValueError(f"no trials of {model.slug} on {gpu.slug} ({args.preset}) yet; run sparvar-tune first")
-    best = front(rows)
-    frame = pandas.DataFrame([
-        {"trial": f.number, **dataclasses.asdict(f.knobs), **dataclasses.asdict(f.verdict), "front": f in best} for f in rows
-    ])  # fmt: skip
-    say(frame.to_csv(index=False, float_format="%.5g").rstrip())
+        raise ValueError(f"no trials of {model.slug} {where} yet; run sparvar-tune first")
+    say(pandas.DataFrame(rows).to_csv(index=False, float_format="%.5g").rstrip())
     return 0
 
 

@@ -161,6 +161,12 @@ def read_trials(folder: Path) -> list[Found]:
     return finished(optuna.load_study(study_name=names[-1], storage=studies)) if names else []
 
 
+def shared_trials(shared: Shared, model: str) -> dict[str, list[Found]]:
+    """Finished trials of a storage's studies of a model, by the study's name (`tune` gives it: model, then a hash)."""
+    names = [n for n in optuna.get_all_study_names(shared.storage) if n.rpartition("-")[0] == model]
+    return {n: finished(optuna.load_study(study_name=n, storage=shared.storage)) for n in names}
+
+
 def _suggest(trial: optuna.trial.Trial) -> Knobs:
     form = trial.suggest_categorical("form", FORMS)
     last, second, third = (

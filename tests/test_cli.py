@@ -16,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from sparvar_tune import cli, commands, console, misses, overlay, profiles, runtime, schema, search, tuning
+from sparvar_tune import cli, commands, console, misses, overlay, profiles, runtime, schema, search, storage, tuning
 
 HERE = Path(__file__).parent
 TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "45s", "--pairs", "12"]
@@ -241,6 +241,25 @@ def test_trials_are_shown_as_csv(tiny_model, capsys):
     code, out, _ = run(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
     rows = out.splitlines()
     assert code == 0 and rows[0].startswith("trial,form,price_last") and len(rows) == 4
+
+
+def test_trials_of_a_shared_storage_are_shown_by_study(tiny_model, capsys, tmp_path):
+    url = f"sqlite:///{tmp_path}/shared.db"
+    words = ["show", "--trials", "--model", "pocketvar", "--gpu", "cpu", "--storage"]
+    assert "no such file" in refused(capsys, *words, url) and not (tmp_path / "shared.db").exists()
+    assert "no such file" in refused(capsys, *words, f"journal://{tmp_path}/shared.journal") and not list(
+        tmp_path.glob("*.alive")
+    )
+    shared = storage.open_shared(url)
+    assert "no trials" in refused(capsys, *words, url)
+    verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)
+    for space, number in (("pocketvar-aa", 2), ("pocketvar-bb", 1), ("pocketvar-2-aa", 1)):
+        study, told = search.join_study(shared, space), []
+        search.search(study, lambda knobs: verdict, lambda n=number, t=told: len(t) == n, told.append, shared)
+    code, out, _ = run(capsys, *words, url)
+    assert code == 0 and [line.partition(",")[0] for line in out.splitlines()] == [
+        "study", "pocketvar-aa", "pocketvar-aa", "pocketvar-bb"
+    ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*unverified")

@@ -1,4 +1,7 @@
-"""Searches of several processes on one storage: SQLite, a journal and a real PostgreSQL server."""
+"""Searches of several processes on one storage: SQLite, a journal and a real PostgreSQL server.
+
+MySQL too where SPARVAR_TEST_MYSQL names a server, as in mysql://user:password@127.0.0.1:3306, whose user may create databases.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import pytest
 from sparvar_tune import cli, search, storage
 
 HERE = Path(__file__).parent
-KINDS = ("sqlite", "journal", "postgresql")
+KINDS = ("sqlite", "journal", "postgresql", "mysql")
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +41,15 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         with psycopg.connect(uri, autocommit=True) as connection:
             connection.execute(f"create database {name}")  # a hash: nothing to quote
         return str(uri).replace("/postgres?", f"/{name}?")
+    if request.param == "mysql":
+        if not (uri := os.environ.get("SPARVAR_TEST_MYSQL")):
+            pytest.skip("SPARVAR_TEST_MYSQL names no server")
+        import sqlalchemy
+
+        name = f"t{abs(hash(str(tmp_path)))}"
+        with sqlalchemy.create_engine(uri.replace("mysql://", "mysql+pymysql://")).connect() as connection:
+            connection.execute(sqlalchemy.text(f"create database {name}"))
+        return f"{uri.rstrip('/')}/{name}"
     return f"sqlite:///{tmp_path}/shared.db" if request.param == "sqlite" else f"journal://{tmp_path}/shared.journal"
 
 
