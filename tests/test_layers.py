@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # Every module may import only modules of lines above its own (or its own line, where that is one package).
 LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
-    {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton", "selecting_triton"},
+    {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton"}, {"selecting_triton"},
     {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles", "runs"}, {"misses", "overlay"},
     {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
