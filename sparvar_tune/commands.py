@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 def bench(args: argparse.Namespace) -> int:
     """The kernel table: measured here, or again from the raw numbers of a run."""
     import json
-    import re
 
     from sparvar_tune import kernel_bench
     from sparvar_tune.recorded import write_space
@@ -58,7 +57,7 @@ def bench(args: argparse.Namespace) -> int:
     say(f"wrote {out} and {out.with_suffix('.json')}")
     for case in kernel_bench.cases() if args.spaces else ():
         if case.name in kernel_bench.RECORDED and args.only in case.name:
-            path = args.spaces / f"{re.sub('[^a-z0-9]+', '-', case.name.lower()).strip('-')}.json"
+            path = args.spaces / case.file
             write_space(kernel_bench.record_space(case), path)
             say(f"wrote {path}")
     return 0

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -76,20 +75,15 @@ class Point:
 def recorded_points() -> Iterator[Point]:
     """Every configuration of the recorded spaces that ran on both GPUs, with the work it had."""
     for case in cases():
-        name = _file_of(case)
-        if not (SPACES[FITTED_ON] / name).is_file():
+        if not (SPACES[FITTED_ON] / case.file).is_file():
             continue
-        spaces = {gpu: read_space(folder / name) for gpu, folder in SPACES.items()}
+        spaces = {gpu: read_space(folder / case.file) for gpu, folder in SPACES.items()}
         for at, row in spaces[FITTED_ON].rows.items():
             ms = {gpu: s.rows[at].value for gpu, s in spaces.items() if at in s.rows}
             if len(ms) == len(SPACES) and all(map(math.isfinite, ms.values())):
                 config = TritonConfig(**row.config)
                 (work,) = works(case.policy, _problems(case), 0, case.scale_index, config)
                 yield Point(case.name, config, work, ms)
-
-
-def _file_of(case: Case) -> str:
-    return f"{re.sub('[^a-z0-9]+', '-', case.name.lower()).strip('-')}.json"
 
 
 def _problems(case: Case) -> dict[int, AttentionProblem]:
@@ -177,7 +171,7 @@ def wanted_binaries() -> dict[str, Binary]:
     found: dict[str, Binary] = {}
     recorded = GPUS[FITTED_ON]
     for case in cases():
-        if (SPACES[FITTED_ON] / _file_of(case)).is_file():
+        if (SPACES[FITTED_ON] / case.file).is_file():
             problem = case.problem(case.scale_index)
             configs = [TritonConfig(**at) for at in points(TritonConfig.space())]
             legal = [c for c in configs if not why_not(problem, "triton", c, recorded.capability)]

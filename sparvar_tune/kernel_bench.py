@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -60,6 +61,11 @@ class Case:
     goal: str = ""
     flex: bool = False
     decision: bool = False  # time the decision scale itself
+
+    @property
+    def file(self) -> str:
+        """Of its recorded space."""
+        return f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}.json"
 
     def problem(self, scale_index: int) -> AttentionProblem:
         """Its attention call at a scale: one image's two guidance halves, cosine attention where there is a bound."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import tempfile
+import tokenize
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 from sparvar_kernels.registry import KERNELS, kernel_for
@@ -17,6 +21,7 @@ from sparvar_tune.names import DEFAULT_PRESET
 from sparvar_tune.schema import Profile, ProfileError, Versions, Workload, from_json, one_line, plain, read, to_json
 
 MAX_BYTES = 1 << 20
+STARTS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)  # what comes before a statement
 
 
 def load(path: Path) -> Profile:
@@ -239,9 +244,10 @@ def mismatch(
 
 
 def kernel_hash(gpu: Gpu) -> str:
-    """sha256 over the sources that decide what is computed on `gpu` and how fast.
+    """sha256 over the code that decides what is computed on `gpu` and how fast.
 
-    That is every module of sparvar_kernels but the oracle and what only the kernels of other devices run.
+    That is every module of sparvar_kernels but the oracle and what only the kernels of other devices run, without comments,
+    docstrings and blank lines: words change no measurement.
     """
     import sparvar_kernels
 
@@ -250,5 +256,26 @@ def kernel_hash(gpu: Gpu) -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(sparvar_kernels.__file__).parent.glob("*.py")):
         if path.stem not in others:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(path.name.encode() + b"\0" + code_of(path.read_bytes()).encode() + b"\0")
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def code_of(source: bytes) -> str:
+    """A module's lines without comments, strings that are statements and blank lines; the same for every version of Python."""
+    text = source.decode()
+    lines, words, quoted, before = text.splitlines(), [], set[int](), tokenize.NEWLINE
+    for token, after in pairwise(tokenize.generate_tokens(io.StringIO(text).readline)):
+        (first, begin), (last, end) = token.start, token.end
+        alone = token.type == tokenize.STRING and before in STARTS and after.type in (tokenize.NEWLINE, tokenize.COMMENT)
+        if alone or token.type == tokenize.COMMENT:
+            words.append((first, begin, last, end))
+        elif first < last and token.type not in (tokenize.NEWLINE, tokenize.NL):
+            quoted.update(range(first, last + 1))  # a string of several lines is code to the last blank
+        if token.type not in (tokenize.COMMENT, tokenize.NL):
+            before = token.type
+    for first, begin, last, end in reversed(words):
+        lines[first - 1] = lines[first - 1][:begin] + lines[last - 1][end:]
+        lines[first:last] = [""] * (last - first)
+    kept = (line if i in quoted else line.rstrip() for i, line in enumerate(lines, 1) if line.strip() or i in quoted)
+    return "\n".join(kept)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,12 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def set_aside(path: Path) -> None:
+    """Gives the file of an earlier run, if there is one, a name with the time in it."""
+    if path.exists():
+        path.replace(path.with_stem(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"))
+
+
 def append_line(path: Path, data: Any) -> None:
     """Adds one JSON line in one write, so that several processes may append at once. Raises OSError."""
     line = (json.dumps(data, sort_keys=True, allow_nan=False) + "\n").encode()
@@ -43,7 +51,7 @@ def append_line(path: Path, data: Any) -> None:
             line = b"\n" + line  # what a killed process left half-written must not swallow this line
         written = os.write(handle, line)
         if written < len(line):  # the disk is full: what stands there is a torn line, which readers skip
-            raise OSError(28, os.strerror(28))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(handle)
 

@@ -12,7 +12,6 @@ import logging
 import math
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -25,6 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from sparvar_tune.runs import set_aside
 from sparvar_tune.storage import Shared, cut_torn_tail
 
 LOW_PRICE, HIGH_PRICE = 0.03, 3000.0  # what a unit of relative squared error is worth, in dense times of a head
@@ -87,8 +87,8 @@ def open_study(folder: Path, space: str, seed: int, resume: bool) -> optuna.Stud
     optuna.logging.set_verbosity(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     journal = folder / "trials.journal"
-    if journal.exists() and not resume:
-        journal.replace(folder / f"trials-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}.journal")
+    if not resume:
+        set_aside(journal)
     if journal.exists():
         cut_torn_tail(journal)
     # The caller holds the folder, so a lock still here is a killed run's; the journal would wait half a minute for it.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from sparvar_tune.measurements import Identity, Log, Workshop
 from sparvar_tune.models import Model
 from sparvar_tune.policies import PAPER_SOURCE, UNVERIFIED
 from sparvar_tune.profiles import kernel_hash
-from sparvar_tune.runs import exclusive
+from sparvar_tune.runs import exclusive, set_aside
 from sparvar_tune.schedule import Found, Schedule
 from sparvar_tune.schema import SCHEMA, Profile, Silicon, Versions, Workload
 
@@ -50,14 +49,10 @@ def workshop(gpu: Gpu, shop: Shop) -> Iterator[Workshop]:
             raise ValueError(f"{file}: no such log; want a {LOG} of another run on {gpu.slug}")
     v = versions()
     identity = Identity(gpu.slug, torch.cuda.get_device_name(), kernel_hash(gpu), v.torch, v.triton, shop.mode)
-    if shop.folder is None:
-        with Workshop(identity, Log(None, shop.merge), os.cpu_count() or 2, environments) as made:
-            yield made
-        return
-    with exclusive(shop.folder):
-        path = shop.folder / LOG
-        if path.exists() and not shop.resume:
-            path.replace(shop.folder / f"measurements-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}.jsonl")
+    path = shop.folder / LOG if shop.folder else None
+    with exclusive(path.parent) if path else nullcontext():
+        if path and not shop.resume:
+            set_aside(path)
         with Workshop(identity, Log(path, shop.merge), os.cpu_count() or 2, environments) as made:
             yield made
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from test_profiles import example
+from examples import example
 
 import sparvar_tune
 from sparvar_kernels import AttentionProblem, Policy, Pooled, Reuse, Rule

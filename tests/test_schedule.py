@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from leftovers import gone, marked
 
 from sparvar_kernels.configs import TritonConfig
 from sparvar_tune import profiles, timed
@@ -243,7 +244,7 @@ def test_a_parent_killed_at_random_loses_no_finished_measurement(whole, tmp_path
     for seed in range(100000):
         (tmp_path / "plan.json").write_text(json.dumps({"seed": seed, "faults": 0.25, "slow": 0.05}))
         code = f"import test_schedule as t; from pathlib import Path; t.go_on(Path({str(tmp_path)!r}))"
-        environment = {**os.environ, "PYTHONPATH": PATH, "MARKED": str(tmp_path)}
+        environment = {**os.environ, "PYTHONPATH": PATH, "MARK": str(tmp_path)}
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True, stderr=subprocess.PIPE)
         until = time.monotonic() + 60
         while process.poll() is None and not good_lines(log) - kept and time.monotonic() < until:
@@ -261,10 +262,7 @@ def test_a_parent_killed_at_random_loses_no_finished_measurement(whole, tmp_path
         if process.returncode == 0:  # done: begin anew
             log.replace(tmp_path / f"done-{seed}.jsonl")
             kept = set()
-    until = time.monotonic() + 10
-    while (left := marked(str(tmp_path))) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not left, f"left running: {left}"
+    assert gone(str(tmp_path)), f"left running: {marked(str(tmp_path))}"
     (tmp_path / "plan.json").write_text("{}")
     log.unlink(missing_ok=True)
     assert run(tmp_path, Log(log)) == found
@@ -274,15 +272,6 @@ def go_on(folder: Path) -> None:
     """A run with --resume that may be killed at any time."""
     with contextlib.suppress(ValueError):  # a final whose every configuration failed ends the run in one line
         run(folder, Log(folder / "log.jsonl"), task_s=0.5)
-
-
-def marked(mark: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"MARKED={mark}".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.gpu

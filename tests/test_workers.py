@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from leftovers import gone, marked
 
 from sparvar_tune.workers import Job, Outcome, Pool
 
@@ -29,24 +30,6 @@ def env():
     yield {"PYTHONPATH": PATH, "MARK": mark}
     assert gone(mark), f"left running: {marked(mark)}"
     assert not zombies()
-
-
-def marked(mark: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"MARK={mark}".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            pass  # it ended meanwhile, or is somebody else's
-    return found
-
-
-def gone(mark: str, seconds: float = 10.0) -> bool:
-    until = time.monotonic() + seconds
-    while marked(mark) and time.monotonic() < until:
-        time.sleep(0.02)
-    return not marked(mark)
 
 
 def zombies() -> list[str]:

@@ -2,7 +2,8 @@
 
 Two kernels. `mass_kernel` recomputes the scores of the sampled queries against the known log-sum-exp of the dense pass and
 sums probabilities over each tile. `select_kernel` finds, per tile, the mass above which the listed keys fill the list (a
-binary search over the bits of a non-negative float) and writes the keys in ascending order. No sort, no host round trip.
+search over the bits of a non-negative float, three ways a step) and writes the keys in ascending order. No sort, no host
+round trip.
 """
 
 from __future__ import annotations

@@ -1,0 +1,180 @@
+"""Finding the profile for this silicon: exact, then near, then none and why; which sources a profile depends on; names."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+from examples import changed, example, fails
+
+import sparvar_kernels
+from sparvar_kernels.registry import KERNELS
+from sparvar_tune import profiles
+from sparvar_tune.gpus import GPUS, distance, find_gpu
+from sparvar_tune.schema import ProfileError
+
+
+def on(gpu, **workload):
+    """The example as if tuned on a GPU, for another workload."""
+    made = changed("silicon", gpu=gpu, family=GPUS[gpu].family, name=GPUS[gpu].name)
+    return dataclasses.replace(made, workload=dataclasses.replace(made.workload, **workload))
+
+
+H200 = find_gpu("h200")
+RELATIVES = tuple(g for g in GPUS.values() if g.family == "hopper" and g.slug != "h200")
+
+
+def test_lookup_exact_then_family_then_miss(tmp_path):
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, profiles.Miss)
+    for part in ("pocketvar.json", *(str(f / g) for f in (mine, theirs) for g in ("h200", "h100-sxm", "h100-pcie"))):
+        assert part in found.reason
+    profiles.save(on("h100-sxm"), theirs / "h100-sxm" / "pocketvar.json")
+    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, profiles.Match) and not found.exact and "h100-sxm for h200, hopper, distance 0.52" in found.reason
+    assert found.sha256 == hashlib.sha256(found.path.read_bytes()).hexdigest()
+    profiles.save(on("h200"), theirs / "h200" / "pocketvar.json")
+    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, profiles.Match) and found.exact and found.path.is_relative_to(theirs)
+    profiles.save(on("h200"), mine / "h200" / "pocketvar.json")
+    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, profiles.Match) and found.path.is_relative_to(mine)
+
+
+@pytest.mark.parametrize(("made", "name", "said"), [
+    (on("h100-sxm"), "pocketvar.json", "tuned for h100-sxm, but in the folder of h200"),
+    (on("cpu"), "pocketvar.json", "tuned for cpu, but in the folder of h200"),
+    (on("h200"), "hart.json", "its name is pocketvar.json"),
+    (on("h200", resolution="512"), "pocketvar.json", "its name is pocketvar--512--1.000.json"),
+    (on("h200", aspect="2.000"), "pocketvar.json", "its name is pocketvar--256--2.000.json"),
+    (dataclasses.replace(on("h200"), preset="paper"), "pocketvar.json", "its name is pocketvar--paper.json"),
+    (on("h200", model="pocketva"), "pocketvar.json", 'model "pocketva": unknown'),
+    (on("h200", batch=4), "pocketvar.json", "its name is pocketvar--images-4.json"),
+    (on("h200"), "pocketvar--images-4.json", "its name is pocketvar.json"),
+    (on("h200", model="hart", batch=3), "hart.json", "want a multiple of 2"),
+], ids=range(10))  # fmt: skip
+def test_a_file_in_anothers_place_is_refused(tmp_path, made, name, said):
+    """A copied or renamed file must not pass for another GPU, model, resolution, aspect or preset."""
+    profiles.save(made, tmp_path / "h200" / name)
+    with pytest.raises(ProfileError, match=re.escape(said)):
+        profiles.find(name, H200, RELATIVES, (tmp_path,))
+
+
+def test_a_folder_that_cannot_be_looked_into_is_said(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fails(PermissionError(13, "Permission denied")))
+        with pytest.raises(ProfileError, match="Permission denied"):
+            profiles.find("pocketvar.json", H200, RELATIVES, (tmp_path,))
+
+
+def test_mismatch_names_every_difference_gravest_first():
+    made = example()
+    same = {"gpu": find_gpu("cpu"), "versions": made.versions, "kernel_hash": made.kernel_hash}
+    assert profiles.mismatch(made, **same) == []
+    assert profiles.mismatch(made, **same, weights_sha256="cd" * 32) == []
+    other = {"gpu": H200, "versions": dataclasses.replace(made.versions, torch="2.14.0", triton="3.5"), "kernel_hash": "00" * 32}
+    assert profiles.mismatch(made, **other, weights_sha256="00" * 32) == [
+        "tuned for other silicon (cpu, here h200)", "tuned with other kernel sources", "certified on other weights of this model",
+        "tuned with torch 2.13.0, here 2.14.0", "tuned with triton (none), here 3.5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("slug", ["cpu", "h200"])
+def test_kernel_hash_sees_every_source_that_runs_there(tmp_path, monkeypatch, slug):
+    package, gpu = Path(sparvar_kernels.__file__).parent, find_gpu(slug)
+    for path in package.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = profiles.kernel_hash(gpu)
+    monkeypatch.setattr(sparvar_kernels, "__file__", str(tmp_path / "__init__.py"))
+    assert profiles.kernel_hash(gpu) == before and len(before) == 64
+    unseen, now = set(), before
+    for path in sorted(tmp_path.glob("*.py")):
+        path.write_bytes(path.read_bytes() + b"\nTOUCHED = 1\n")
+        was, now = now, profiles.kernel_hash(gpu)
+        if now == was:
+            unseen.add(path.stem)
+    other = {"cpu": KERNELS["triton"].own, "h200": KERNELS["cpu"].own}[slug]
+    assert unseen == {"reference", *other} and all((tmp_path / f"{name}.py").exists() for name in other)
+    (tmp_path / "csla.py").rename(tmp_path / "csla2.py")
+    assert profiles.kernel_hash(gpu) != now
+
+
+@pytest.mark.parametrize(("written", "same"), [
+    ("x = 1  # why\n", True), ("x = 1 \n\n\n", True), ('"""Words."""\n\nx = 1\n', True), ("x = 2\n", False), (" x = 1\n", False),
+    ("x = '# 1'\n", False), ("x = 1; '#'\n", False), ("if x:\n    x = 1\n", False),
+])  # fmt: skip
+def test_words_of_a_source_change_no_hash(written, same):
+    assert (profiles.code_of(written.encode()) == profiles.code_of(b"x = 1\n")) == same
+
+
+def test_code_keeps_strings_and_loses_docstrings():
+    source = '''"""Module."""
+def f(a):  # what it does
+    """First line.
+
+    More.
+    """
+    # a thought
+    b = """kept # here
+
+    """
+    return a[
+        0  # first
+    ]
+'''
+    want = 'def f(a):\n    b = """kept # here\n\n    """\n    return a[\n        0\n    ]'
+    assert profiles.code_of(source.encode()) == want
+    assert profiles.code_of(source.replace("More.", "Less.").encode()) == want != profiles.code_of(source.replace("kept", "").encode())
+
+
+def test_folders(monkeypatch):
+    for name, value in (("SPARVAR_TUNE_HOME", "/a"), ("XDG_DATA_HOME", "/b"), ("HOME", "/c")):
+        monkeypatch.setenv(name, value)
+    assert profiles.user_folder() == Path("/a/profiles")
+    monkeypatch.delenv("SPARVAR_TUNE_HOME")
+    assert profiles.user_folder() == Path("/b/sparvar-tune/profiles")
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    assert profiles.user_folder() == Path("/c/.local/share/sparvar-tune/profiles")
+    monkeypatch.setattr(Path, "home", fails(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(ProfileError, match="set SPARVAR_TUNE_HOME"):
+        profiles.user_folder()
+
+
+def test_names():
+    default = ("1M", "1.000")
+    assert profiles.profile_name("m", "near-lossless", *default, default) == "m.json"
+    assert profiles.profile_name("m", "paper", "1M", "1.250", default) == "m--1M--1.250--paper.json"
+    assert profiles.profile_name("m", "paper", *default, default, 4) == "m--paper--images-4.json"
+
+
+def slugs(gpus):
+    return [gpu.slug for gpu in gpus]
+
+
+def test_distance_between_gpus():
+    g = {slug: find_gpu(slug) for slug in GPUS}
+    for a in g.values():
+        assert distance(a, a) == 0 and all(distance(a, b) == distance(b, a) for b in g.values())
+    assert distance(g["rtx5090"], g["b200"]) == math.inf  # one family in name, two binaries
+    assert distance(g["a100-80"], g["l40s"]) == distance(g["cpu"], g["h200"]) == math.inf
+    assert distance(g["h200"], g["h100-sxm"]) == pytest.approx(math.log2(4800 / 3352))
+    assert slugs(profiles.near(g["h200"])) == ["h100-sxm"] and slugs(profiles.near(g["h100-sxm"])) == ["h200", "h100-pcie"]
+    assert profiles.near(g["cpu"]) == profiles.near(g["b200"]) == ()
+
+
+@pytest.mark.parametrize(("has", "wants", "said"), [
+    (["h200"], "h100-pcie", "h200 has one but is too far: 2.35x in memory bandwidth (distance 1.24, at most 1 serves)"),
+    (["a100-80", "rtx5090"], "b200", "rtx5090 has one but is too far: compute capability 12.0, here 10.0"),
+    (["rtx4090", "a100-80"], "l40s", "rtx4090 has one but is too far: 2.19x in bf16 rate"), (["cpu"], "l40s", None),
+])  # fmt: skip
+def test_a_miss_names_the_nearest_that_is_too_far(tmp_path, has, wants, said):
+    for slug in has:
+        profiles.save(on(slug), tmp_path / slug / "pocketvar.json")
+    gpu = find_gpu(wants)
+    found = profiles.find("pocketvar.json", gpu, profiles.near(gpu), (tmp_path,))
+    assert isinstance(found, profiles.Miss) and (said in found.reason if said else "too far" not in found.reason)
