@@ -316,6 +316,23 @@ def test_a_worker_owns_a_gpu_like_the_first_and_plans_on_one_thread(monkeypatch)
             timed.gpu_environments(wrong)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two processes want two cores")
+def test_two_workers_plan_more_than_one(monkeypatch):
+    """Their planning threads used to spin on the same cores: two workers together made a third of what one does."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A")
+    took = {}
+    for workers in (1, 2):
+        environments = [{**e, "PYTHONPATH": PATH} for e in timed.gpu_environments(workers)]
+        with Pool("planning_target:plan", environments) as pool:
+            warm = [Job(str(i), 2, 60.0) for i in range(2 * workers)]
+            assert not any(o.failure for o in pool.run(warm))
+            begun = time.monotonic()
+            assert not any(o.failure for o in pool.run(Job(str(i), 20, 60.0) for i in range(12)))
+            took[workers] = time.monotonic() - begun
+    assert took[2] < 0.8 * took[1], took
+
+
 SHIPPED = sorted(p for p in (ROOT / "profiles").glob("h*/*.json") if p.stem in ("var-d36", "hart"))
 
 

@@ -1,0 +1,23 @@
+"""What a GPU worker does on the CPU before it times anything: plans launches of a layer."""
+
+from __future__ import annotations
+
+from sparvar_kernels.configs import TritonConfig
+from sparvar_kernels.work import build_stage
+from sparvar_tune.models import MODELS
+from sparvar_tune.policies import paper_policy
+from sparvar_tune.schema import Workload
+
+MODEL = MODELS["infinity-8b"]
+WORKLOAD = Workload.of(MODEL, MODEL.default_resolution, "1.000")
+POLICY = paper_policy(WORKLOAD.schedule, MODEL.layers, MODEL.heads)
+
+
+def plan(times: int) -> int:
+    """Plans the last scale of one layer of each kind so many times; how many entries the tables have."""
+    problem, heads, entries = WORKLOAD.problem(12), tuple(range(MODEL.heads)), 0
+    for _ in range(times):
+        for layer in (0, MODEL.layers - 1):
+            variant = POLICY.variant(layer, 0, 12)
+            entries += len(build_stage([(variant, heads)], problem, TritonConfig(), "cpu", [None], [None]).table)
+    return entries
