@@ -12,7 +12,17 @@ from sparvar_kernels import AttentionProblem, Policy, ScaleSchedule, SparseAtten
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
 from sparvar_tune import profiles, runtime
 from sparvar_tune.adapters import Adapter, load_adapter
-from sparvar_tune.console import file_name, print_profile, probe_writable, refuse_images, run_folder, say, status, target
+from sparvar_tune.console import (
+    file_name,
+    print_profile,
+    probe_writable,
+    refuse_images,
+    require_here,
+    run_folder,
+    say,
+    status,
+    target,
+)
 from sparvar_tune.fidelity import compare_pictures, relative_l2
 from sparvar_tune.gpus import GPUS
 from sparvar_tune.machine import choose_gpu, is_here, silicon, versions
@@ -67,6 +77,7 @@ def generate(args: argparse.Namespace) -> int:
     from sparvar_tune.sheet import save_png, side_by_side
 
     gpu, model, _, _ = target(args)
+    require_here("generate", gpu)
     adapter = load_adapter(model, gpu.device)
     label = _class_index(args.label, adapter)
     if not 0 <= args.seed < 1 << 62:
@@ -120,6 +131,8 @@ def show(args: argparse.Namespace) -> int:
             say(f"{model.slug:14} {model.layers} layers, {model.heads} x {model.head_dim} heads, {model.dtype}; {sizes}")
     if args.gpus or args.models:
         return 0
+    if args.storage and not args.trials:
+        raise ValueError("show --storage: want --trials with it")
     if args.trials:
         return _show_trials(args)
     if args.seal:
@@ -149,6 +162,8 @@ def _show_trials(args: argparse.Namespace) -> int:
 
     from sparvar_tune.search import front, read_trials, shared_trials
 
+    if args.model is None:
+        raise ValueError("show --trials: want --model M with it")
     gpu, model, resolution, aspect = target(args)
     if args.storage:
         from sparvar_tune.storage import one_line, open_existing, place
@@ -183,8 +198,7 @@ def verify(args: argparse.Namespace) -> int:
 
     gpu, model, resolution, aspect = target(args)
     refuse_images(args, model)
-    if not is_here(gpu):
-        raise ValueError(f"verify: {gpu.slug} is not in this machine; run it where it is")
+    require_here("verify", gpu)
     tuned = runtime.load_profile(
         args.model, gpu=args.gpu, preset=args.preset, resolution=resolution, aspect=aspect, images=args.images, path=args.profile
     )  # fmt: skip
@@ -203,8 +217,7 @@ def compare(args: argparse.Namespace) -> int:
     from sparvar_tune.report import comparison
 
     gpu, model, _, _ = target(args)
-    if not is_here(gpu):
-        raise ValueError(f"compare: {gpu.slug} is not in this machine; run it where it is")
+    require_here("compare", gpu)
     adapter = load_adapter(model, gpu.device)
     ways: dict[str, Any] = {"dense": adapter.dense}
     ways["paper's fixed setting"] = make_attention(adapter, paper_policy(adapter.schedule, model.layers, model.heads))
@@ -228,12 +241,12 @@ def compare(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Prints what is here and runs every variant against the oracle on a small odd problem."""
-    v, ok = versions(), True
+    gpu, v, ok = choose_gpu(args.gpu), versions(), True
+    require_here("check", gpu)
     say(f"sparvar-tune {v.sparvar_tune}, python {v.python}, torch {v.torch}, triton {v.triton or 'not installed'}")
-    gpu = choose_gpu(args.gpu)
-    here = silicon(gpu, is_here(gpu))
+    here = silicon(gpu, True)
     say(f"silicon: {gpu.slug} ({here.name}{f', {here.threads} threads' if here.threads else ''})")
-    device = "cuda" if gpu.slug != "cpu" and is_here(gpu) else "cpu"
+    device = "cpu" if gpu.slug == "cpu" else "cuda"
     schedule = ScaleSchedule(((1, 1), (2, 3), (4, 5), (7, 6), (9, 11)), prefix=3)
     tile = Tile(4, 3)
     variants: list[Variant] = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparvar_tune import profiles, schema
 from sparvar_tune.gpus import Gpu
-from sparvar_tune.machine import choose_gpu
+from sparvar_tune.machine import choose_gpu, is_here
 from sparvar_tune.models import MAX_IMAGES, Model, find_model
 from sparvar_tune.policies import describe
 
@@ -30,6 +30,12 @@ def target(args: argparse.Namespace) -> tuple[Gpu, Model, str, str]:
     resolution, aspect = args.resolution or model.default_resolution, args.aspect or model.default_aspect
     model.schedule(resolution, aspect)
     return gpu, model, resolution, aspect
+
+
+def require_here(command: str, gpu: Gpu) -> None:
+    """Raises ValueError unless this machine would run on `gpu`: nothing runs elsewhere than asked."""
+    if not is_here(gpu):
+        raise ValueError(f"{command}: {gpu.slug} is not in this machine; run it where it is, or leave out --gpu")
 
 
 def file_name(model: Model, preset: str, resolution: str, aspect: str, images: int = 1) -> str:

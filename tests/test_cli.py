@@ -225,6 +225,9 @@ def test_places_that_cannot_be_written(tiny_model, capsys, tmp_path, monkeypatch
 
 
 def test_check_and_tables(tiny_model, capsys):
+    assert "not in this machine" in refused(capsys, "check", "--gpu", "b200")
+    for command in ("generate", "verify", "compare"):
+        assert "not in this machine" in refused(capsys, command, "--gpu", "b200", "--model", "pocketvar")
     code, out, _ = run(capsys, "check", "--gpu", "cpu")
     assert code == 0 and out.count("ok  ") == 6
     code, out, _ = run(capsys, "show", "--gpus", "--models")
@@ -232,6 +235,7 @@ def test_check_and_tables(tiny_model, capsys):
 
 
 def test_trials_are_shown_as_csv(tiny_model, capsys):
+    assert "want --model" in refused(capsys, "show", "--trials")
     assert "no trials" in refused(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
     folder = console.run_folder(commands.choose_gpu("cpu"), Path("pocketvar.json"))
     folder.mkdir(parents=True)
@@ -250,6 +254,7 @@ def test_trials_of_a_shared_storage_are_shown_by_study(tiny_model, capsys, tmp_p
     assert "no such file" in refused(capsys, *words, f"journal://{tmp_path}/shared.journal") and not list(
         tmp_path.glob("*.alive")
     )
+    assert "want --trials" in refused(capsys, "show", "--model", "pocketvar", "--storage", url)
     shared = storage.open_shared(url)
     assert "no trials" in refused(capsys, *words, url)
     verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)
