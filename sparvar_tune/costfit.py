@@ -191,9 +191,9 @@ def _predicted_policies() -> Iterator[tuple[Policy, Workload]]:
         for aspect in model.resolutions[model.default_resolution]:
             w = Workload.of(model, model.default_resolution, aspect)
             yield paper_policy(w.schedule, model.layers, model.heads), w
-    for path in sorted((shipped_folder() / "cpu").glob("*.json")):
-        profile = load(path)
-        yield profile.policy, profile.workload
+    for profile in map(load, sorted(shipped_folder().glob("*/*.json"))):
+        if profile.policy_state == "measured":
+            yield profile.policy, profile.workload
 
 
 def _note(
