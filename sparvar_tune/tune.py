@@ -190,14 +190,12 @@ def tune_launches(adapter: Adapter, policy: Policy, judge: Judge, status: Callab
 
 
 def _space(request: Request, adapter: Adapter) -> str:
-    """Names everything a trial's numbers depend on; trials of another space are never mixed in."""
-    parts = (request.model.slug, request.gpu.slug, repr(request.constraint), request.pairs, adapter.weights_sha256,
-             profiles.kernel_hash(request.gpu), repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
-    text = repr(parts)
-    if request.storage:  # trials from elsewhere: only from silicon and a schedule like this one's
-        here = silicon(request.gpu, True)
-        text += repr((here.name, here.threads, adapter.schedule.grids))
-    return f"{request.model.slug}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    """Names everything a trial's numbers depend on; trials of another space, or of other silicon, are never mixed in."""
+    here = silicon(request.gpu, True)
+    parts = (request.model.slug, request.gpu.slug, here.name, here.threads, adapter.schedule.grids, repr(request.constraint),
+             request.pairs, adapter.weights_sha256, profiles.kernel_hash(request.gpu),
+             repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
+    return f"{request.model.slug}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _best_reachable(done: list[Found], request: Request, judge: Judge) -> str:

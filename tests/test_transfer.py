@@ -81,3 +81,24 @@ def test_it_is_refused_where_pictures_or_times_do_not_hold(taken_over):
         taken_over(150.0, 2.0)
     with pytest.raises(NothingMeetsTheBound, match=r"no gain.*give --search"):
         taken_over(1.0, 0.9)
+
+
+def test_trials_of_another_processor_schedule_or_bound_are_of_another_space(monkeypatch, tmp_path):
+    """A home folder that moved to another machine: its trials' times are not this one's."""
+    tiny.install(monkeypatch.setattr)
+    adapter, here = load_adapter(find_model("pocketvar"), "cpu"), machine.silicon(GPUS["cpu"], True)
+    request = Request(
+        adapter.model, "256", "1.000", GPUS["cpu"], "near-lossless", Constraint(30.0, 0.9), 60.0, 12, 0, True, tmp_path
+    )
+    spaces = set()
+    for silicon in (here, dataclasses.replace(here, name="Another"), dataclasses.replace(here, threads=64)):
+        monkeypatch.setattr(tune, "silicon", lambda gpu, there, s=silicon: s)
+        for other in (
+            request,
+            dataclasses.replace(request, constraint=Constraint(31.0, 0.9)),
+            dataclasses.replace(request, pairs=8),
+        ):
+            spaces.add(tune._space(other, adapter))
+    assert len(spaces) == 9 and all(s.startswith("pocketvar-") for s in spaces)
+    same = dataclasses.replace(request, seed=5, budget_s=9.0, resume=False)
+    assert tune._space(same, adapter) in spaces
