@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -244,6 +245,11 @@ def distance(a: Gpu, b: Gpu) -> float:
     if a.capability is None or a.capability != b.capability:
         return math.inf
     return max(_log_ratio(a, b, field) for _, field in _RATES)
+
+
+def nearest_first(gpu: Gpu, others: Iterable[Gpu]) -> list[Gpu]:
+    """The others by `distance`; of those as far as one another the same family first."""
+    return sorted(others, key=lambda g: (distance(gpu, g), g.family != gpu.family))
 
 
 def _log_ratio(a: Gpu, b: Gpu, field: str) -> float:

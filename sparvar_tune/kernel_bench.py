@@ -40,6 +40,10 @@ from sparvar_tune.schedule import points, space
 from sparvar_tune.schema import Speedup, one_line
 
 ROUNDS = 30
+# ways beside FlashAttention-2 and cuDNN, and what a report says of them
+BESIDE = (("Flex128", "the paper's FlexAttention form takes", "ours"),
+          ("efficient", "PyTorch's memory-efficient attention takes", "ours"),
+          ("parts", "its parts one after the other take", "together"))  # fmt: skip
 RECORDED = ("CSLA 8x8, last scale", "CSLA 8x8, with residual", "CSLA 8x8, scale 48", "CS4A 20 % 8x16",
             "CS4A 10 % 8x16, with residual", "HART CSLA 8x8, no text (9451 keys)")  # fmt: skip
 SQUARE = MODELS["infinity-8b"].schedule()
@@ -95,8 +99,8 @@ def cases() -> list[Case]:
         (Rule(12, "A", _csla(SQUARE, Tile(8, 16))), Rule(12, "B", Cs4a(10, 0.1, Tile(8, 16), residual=False))),
     )
     decision = Policy.uniform(1, 28, {12: Cs4a(10, 0.1, Tile(8, 16), sample=4), 11: Cs4a(10, 0.1, Tile(6, 12), sample=4)})
-    papers = paper_policy(SQUARE, 40, 28)
-    papers = Policy.uniform(1, 28, {r.scale_index: r.variant for r in papers.rules if isinstance(r.variant, Cs4a)})
+    rules = paper_policy(SQUARE, 40, 28).rules
+    papers = Policy.uniform(1, 28, {r.scale_index: r.variant for r in rules if isinstance(r.variant, Cs4a)})
     hart = MODELS["hart"].schedule()
     return [
         _one("CSLA 8x8, last scale", _csla(SQUARE, Tile(8, 8)), ">= 20x FA2, >= 3x Flex, >= 11x cuDNN", flex=True),
@@ -423,18 +427,11 @@ def render(raw: dict[str, Any]) -> str:
             f"| {row['case']} | {ours.p50_ms:.4f} ({ours.p20_ms:.4f}..{ours.p80_ms:.4f}) | {' | '.join([*dense, *ratios])} "
             f"| {rate} | {share} | {row['goal']} | {config} |"
         )
-        if "Flex128" in ms:
-            flex = paired_speedup(ms["Flex128"], ms["ours"])
-            notes.append(f"- {row['case']}: the paper's FlexAttention form takes {timing(ms['Flex128']).p50_ms:.3f} ms: ours "
-                         f"{flex.median:.2f}x ({flex.low:.2f}..{flex.high:.2f}).")  # fmt: skip
-        if "efficient" in ms:
-            over = paired_speedup(ms["efficient"], ms["ours"])
-            notes.append(f"- {row['case']}: PyTorch's memory-efficient attention takes {timing(ms['efficient']).p50_ms:.3f} ms: "
-                         f"ours {over.median:.2f}x ({over.low:.2f}..{over.high:.2f}).")  # fmt: skip
-        if "parts" in ms:
-            parts = paired_speedup(ms["parts"], ms["ours"])
-            notes.append(f"- {row['case']}: its parts one after the other take {timing(ms['parts']).p50_ms:.3f} ms: together "
-                         f"{parts.median:.2f}x ({parts.low:.2f}..{parts.high:.2f}).")  # fmt: skip
+        for way, words, whose in BESIDE:
+            if way in ms:
+                over = paired_speedup(ms[way], ms["ours"])
+                notes.append(f"- {row['case']}: {words} {timing(ms[way]).p50_ms:.3f} ms: {whose} {over.median:.2f}x "
+                             f"({over.low:.2f}..{over.high:.2f}).")  # fmt: skip
     if "note" in raw:
         notes.append(f"- {raw['note']}")
     lines += ["", *notes, "",

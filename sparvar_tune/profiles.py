@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from sparvar_kernels.registry import KERNELS, kernel_for
-from sparvar_tune.gpus import DISTANCE_LIMIT, GPUS, Gpu, apart, distance
+from sparvar_tune.gpus import DISTANCE_LIMIT, GPUS, Gpu, apart, distance, nearest_first
 from sparvar_tune.json_reader import ReadError
 from sparvar_tune.models import Model, find_model
 from sparvar_tune.names import DEFAULT_PRESET
@@ -148,8 +148,7 @@ class Miss:
 
 def near(gpu: Gpu) -> tuple[Gpu, ...]:
     """The other GPUs whose profiles serve `gpu`, nearest first."""
-    found = [g for g in GPUS.values() if g.slug != gpu.slug and distance(gpu, g) <= DISTANCE_LIMIT]
-    return tuple(sorted(found, key=lambda g: distance(gpu, g)))
+    return tuple(nearest_first(gpu, (g for g in GPUS.values() if g.slug != gpu.slug and distance(gpu, g) <= DISTANCE_LIMIT)))
 
 
 def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> Match | Miss:
@@ -178,7 +177,7 @@ def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, .
 def _too_far(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> str:
     """What to say of the nearest GPU that has the profile and may not lend it, or nothing."""
     others = [g for g in GPUS.values() if g.device == gpu.device and g not in (gpu, *relatives)]
-    for other in sorted(others, key=lambda g: (distance(gpu, g), g.family != gpu.family)):
+    for other in nearest_first(gpu, others):
         if any(exists(folder / other.slug / name) for folder in folders):
             return f"; {other.slug} has one but is too far: {apart(gpu, other)}"
     return ""
@@ -263,8 +262,8 @@ def kernel_hash(gpu: Gpu) -> str:
 @lru_cache(maxsize=64)
 def code_of(source: bytes) -> str:
     """A module's lines without comments, strings that are statements and blank lines; the same for every version of Python."""
-    text = source.decode()
-    lines, words, quoted, before = text.splitlines(), [], set[int](), tokenize.NEWLINE
+    text = source.decode().replace("\r\n", "\n")
+    lines, words, quoted, before = text.split("\n"), [], set[int](), tokenize.NEWLINE  # as the tokenizer counts them
     for token, after in pairwise(tokenize.generate_tokens(io.StringIO(text).readline)):
         (first, begin), (last, end) = token.start, token.end
         alone = token.type == tokenize.STRING and before in STARTS and after.type in (tokenize.NEWLINE, tokenize.COMMENT)

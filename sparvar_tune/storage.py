@@ -69,9 +69,11 @@ def open_shared(url: str, beat_s: int = BEAT_S, grace_s: int = GRACE_S) -> Share
 
 def open_existing(url: str) -> Shared:
     """Connects to a storage to read it: `open_shared`, which would make a file that is not there. Raises ValueError likewise."""
-    file = url.removeprefix("journal://") if url.startswith("journal://") else None
-    if file is None and (target := _parse(url)).get_backend_name() == "sqlite":
-        file = str(target.database)
+    if url.startswith("journal://"):
+        file: str | None = url.removeprefix("journal://")
+    else:
+        target = _parse(url)
+        file = target.database if target.get_backend_name() == "sqlite" else None
     if file is not None and not Path(file).is_file():
         raise ValueError(f"--storage {place(url)}: no such file")
     return open_shared(url)

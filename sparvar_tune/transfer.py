@@ -14,7 +14,7 @@ from sparvar_tune import profiles, schema
 from sparvar_tune.adapters import Adapter
 from sparvar_tune.certify import compare_on, evidence, generation
 from sparvar_tune.fidelity import CONFIDENCE
-from sparvar_tune.gpus import GPUS, Gpu, distance
+from sparvar_tune.gpus import GPUS, Gpu, nearest_first
 from sparvar_tune.pairs import held_out_pairs
 from sparvar_tune.policies import describe
 from sparvar_tune.runtime import launch_of
@@ -27,7 +27,7 @@ def find_policy(name: str, weights_sha256: str | None, gpu: Gpu, folders: Sequen
 
     Raises ProfileError for a damaged file.
     """
-    for other in sorted(GPUS.values(), key=lambda g: (distance(gpu, g), g.family != gpu.family)):
+    for other in nearest_first(gpu, GPUS.values()):
         for folder in folders if other.slug != gpu.slug else ():
             path = folder / other.slug / name
             if path.is_file():

@@ -105,7 +105,8 @@ def test_kernel_hash_sees_every_source_that_runs_there(tmp_path, monkeypatch, sl
 
 
 @pytest.mark.parametrize(("written", "same"), [
-    ("x = 1  # why\n", True), ("x = 1 \n\n\n", True), ('"""Words."""\n\nx = 1\n', True), ("x = 2\n", False), (" x = 1\n", False),
+    ("x = 1  # why\n", True), ("x = 1 \n\n\n", True), ('"""Words."""\n\nx = 1\n', True), ("x = 1\r\n", True),
+    ("# \f page\nx = 1\n", True), ("# \u2028 line\nx = 1\n", True), ("x = 2\n", False), (" x = 1\n", False),
     ("x = '# 1'\n", False), ("x = 1; '#'\n", False), ("if x:\n    x = 1\n", False),
 ])  # fmt: skip
 def test_words_of_a_source_change_no_hash(written, same):

@@ -33,20 +33,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    name = f"t{abs(hash(str(tmp_path)))}"  # of a database of this test's own; a hash: nothing to quote
     if request.param == "postgresql":
         uri = request.getfixturevalue("server")
-        name = f"t{abs(hash(str(tmp_path)))}"
         import psycopg
 
         with psycopg.connect(uri, autocommit=True) as connection:
-            connection.execute(f"create database {name}")  # a hash: nothing to quote
+            connection.execute(f"create database {name}")
         return str(uri).replace("/postgres?", f"/{name}?")
     if request.param == "mysql":
         if not (uri := os.environ.get("SPARVAR_TEST_MYSQL")):
             pytest.skip("SPARVAR_TEST_MYSQL names no server")
         import sqlalchemy
 
-        name = f"t{abs(hash(str(tmp_path)))}"
         with sqlalchemy.create_engine(uri.replace("mysql://", "mysql+pymysql://")).connect() as connection:
             connection.execute(sqlalchemy.text(f"create database {name}"))
         return f"{uri.rstrip('/')}/{name}"
