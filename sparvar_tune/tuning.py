@@ -44,7 +44,6 @@ def tune(args: argparse.Namespace) -> int:
     if model.adapter is None or not is_here(gpu):
         return _predict(args, gpu, model, resolution, aspect, out)
     from sparvar_tune.tune import Request
-    from sparvar_tune.tune import tune as run
 
     if args.storage and not args.dry_run:
         from sparvar_tune.storage import open_shared
@@ -73,9 +72,7 @@ def tune(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(request, out, adapter, args)
     probe_writable(out)
-    profile = _take_over(args, request, adapter, out) or run(
-        request, adapter, say, status, time_launches=_launch_timer(args, request, adapter, out)
-    )
+    profile = _take_over(args, request, adapter, out) or _search(args, request, adapter, out)
     profiles.save(profile, out)
     say("")
     print_profile(profile, out)
@@ -103,20 +100,26 @@ def _take_over(args: argparse.Namespace, request: Any, adapter: Adapter, out: Pa
     return profile
 
 
-def _folders(args: argparse.Namespace) -> tuple[Path, ...]:
-    """Where profiles of other silicon may lie."""
-    return (*([args.out] if args.out else []), profiles.user_folder(), profiles.shipped_folder())
+def _search(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> schema.Profile:
+    """The profile of a policy found here, and on a GPU of its fastest launches."""
+    from sparvar_tune.tune import tune as run
 
-
-def _launch_timer(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> Any:
-    """On a GPU the function that finds a policy's launches; None on a CPU."""
     if request.gpu.slug == "cpu":
-        return None
+        return run(request, adapter, say, status)
     from sparvar_tune import timed
     from sparvar_tune.tune import workload
 
-    shop = dataclasses.replace(_shop(args, request.gpu, out), folder=run_folder(request.gpu, out) / "launches", resume=True)
-    return lambda policy: timed.time_launches(policy, workload(request, adapter), request.gpu, shop, say, status)
+    shop = dataclasses.replace(_shop(args, request.gpu, out), folder=request.scratch / "launches", resume=True)
+    profile = run(request, adapter, say, status, time_launches=lambda policy: timed.time_launches(
+        policy, workload(request, adapter), request.gpu, shop, say, status
+    ))  # fmt: skip
+    _keep_log(args.log, request.scratch / "launches" / timed.LOG, request.gpu, out)
+    return profile
+
+
+def _folders(args: argparse.Namespace) -> tuple[Path, ...]:
+    """Where profiles of other silicon may lie."""
+    return (*([args.out] if args.out else []), profiles.user_folder(), profiles.shipped_folder())
 
 
 def _shop(args: argparse.Namespace, gpu: Gpu, out: Path) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.work import build_stage
 from sparvar_tune.models import MODELS
@@ -14,10 +16,10 @@ POLICY = paper_policy(WORKLOAD.schedule, MODEL.layers, MODEL.heads)
 
 
 def plan(times: int) -> int:
-    """Plans the last scale of one layer of each kind so many times; how many entries the tables have."""
-    problem, heads, entries = WORKLOAD.problem(12), tuple(range(MODEL.heads)), 0
+    """Plans the last scale of one layer of each kind so many times; the process that did it."""
+    problem, heads = WORKLOAD.problem(12), tuple(range(MODEL.heads))
     for _ in range(times):
         for layer in (0, MODEL.layers - 1):
             variant = POLICY.variant(layer, 0, 12)
-            entries += len(build_stage([(variant, heads)], problem, TritonConfig(), "cpu", [None], [None]).table)
-    return entries
+            build_stage([(variant, heads)], problem, TritonConfig(), "cpu", [None], [None])
+    return os.getpid()

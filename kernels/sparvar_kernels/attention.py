@@ -38,15 +38,6 @@ class Launch:
         return self if self.config is not None else Launch(self.kernel, KERNELS[self.kernel].config())
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """A layer at a scale, checked and built for one kind of input."""
-
-    layer: Any
-    q_shape: torch.Size
-    kv_shape: torch.Size
-
-
 class SparseAttention:
     """Callable attention for one image stream; see the module docstring.
 
@@ -66,7 +57,7 @@ class SparseAttention:
         self.softmax_scale, self.logit_bound = softmax_scale, logit_bound
         self.plans = plan_layers(policy, schedule)
         self.launches = {s: launch.resolved() for s, launch in (launches or {}).items()}
-        self._ready: dict[tuple[object, ...], _Ready] = {}
+        self._ready: dict[tuple[object, ...], Any] = {}  # the layer that runs a kind of input
         self._layers: dict[tuple[object, ...], list[Any]] = {}
         self.handle = next(_HANDLES)
         _LIVE[self.handle] = self
@@ -87,14 +78,13 @@ class SparseAttention:
             return torch.ops.sparvar_kernels.attend(q, k, v, self.handle, layer, scale_index)
         if scale_index == 0 and layer == 0:
             self.reset()
-        ready = self._ready.get((layer, scale_index, q.shape[0], q.dtype, q.device))
-        if ready is None or q.shape != ready.q_shape or k.shape != ready.kv_shape or v.shape != ready.kv_shape:
-            ready = self._prepare(q, k, v, layer, scale_index)
-        if k.dtype != q.dtype or v.dtype != q.dtype:
-            raise ValueError(f"k, v: got {k.dtype}, {v.dtype}, want {q.dtype} like q")
-        return ready.layer(q, k, v, scale_index)
+        form = (layer, scale_index, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+        ready = self._ready.get(form)
+        if ready is None:
+            ready = self._ready[form] = self._prepare(q, k, v, layer, scale_index)
+        return ready(q, k, v, scale_index)
 
-    def _prepare(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> _Ready:
+    def _prepare(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Any:
         """Checks one kind of input and builds what runs it."""
         if not 0 <= layer < len(self.plans):
             raise ValueError(f"layer={layer}: want 0..{len(self.plans) - 1}")
@@ -112,14 +102,14 @@ class SparseAttention:
         ]
         problem = problems[scale_index]
         problem.check_inputs(q, k, v)
+        if k.device != q.device or v.device != q.device:
+            raise ValueError(f"k, v: got {k.device}, {v.device}, want {q.device} like q")
         if problem.heads != len(self.policy.heads[layer]):
             raise ValueError(f"q: got {problem.heads} heads, want {len(self.policy.heads[layer])} as in the policy")
         kind = (q.shape[0], q.shape[1], q.shape[-1], q.dtype, q.device)
         if kind not in self._layers:
             self._layers[kind] = self._build(problems, q.device)
-        ready = _Ready(self._layers[kind][layer], q.shape, k.shape)
-        self._ready[layer, scale_index, q.shape[0], q.dtype, q.device] = ready
-        return ready
+        return self._layers[kind][layer]
 
     def _build(self, problems: list[AttentionProblem], device: torch.device) -> list[Any]:
         launches = [self.launches.get(s) for s in range(len(self.schedule))]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparvar_kernels.binary import TYPES, Build, Launcher, launcher, pointer
+from sparvar_kernels.binary import ALIGNMENT, INTERPRETED, TYPES, Build, Launcher, launcher, pointer
 from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.dense import SAFE_LOGIT, dense_heads, dense_with_lse
 from sparvar_kernels.gathered_triton import LOG2E, block_d, gathered_kernel
@@ -62,16 +62,22 @@ def gathered_constants(
 
 
 class Gather:
-    """Calls the gathered kernel for one stage."""
+    """Calls the gathered kernel for one stage. source: the grid of the residual that is added.
 
-    def __init__(self, stage: Stage, problem: AttentionProblem, config: TritonConfig, epilogue: int, bias: bool = False) -> None:
-        self.stage, self.problem, self.bias = stage, problem, bias
+    A call does what depends on its tensors' addresses, no more; what depends on their strides is kept from the first one.
+    """
+
+    def __init__(
+        self, stage: Stage, problem: AttentionProblem, config: TritonConfig, epilogue: int,
+        source: tuple[int, int] = (1, 1), bias: bool = False,
+    ) -> None:  # fmt: skip
+        self.problem, self.bias, self.source = problem, bias, source
         self.constants = gathered_constants(problem, config, epilogue=epilogue, bias=bias, masked=stage.masked)
         self.options = config.options
         self.grid = (stage.table.shape[0], problem.batch, 1)
         self.keys, self.table = pointer(stage.keys), pointer(stage.table)
-        self.scale_log2e = problem.softmax_scale * LOG2E
-        self.launchers: dict[bool, Launcher] = {}
+        self.stage = stage  # its buffers live as long as their addresses are used
+        self.ready: dict[tuple[Any, ...], tuple[Launcher, tuple[Any, ...]]] = {}
 
     def build(self, aligned: bool) -> Build:
         """What it launches for tensors that are aligned, or not."""
@@ -79,40 +85,44 @@ class Gather:
         return Build.of(gathered_kernel, types, self.constants, self.options, aligned and not self.bias)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Tensor | None = None,
-        source: tuple[int, int] = (1, 1), bias: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
         """extra: the residual [B, slots, n, D] on the grid `source` (add), or the dense output [B, H, N, D] (take)."""
-        qs, ks, vs, os = q.stride(), k.stride(), v.stride(), out.stride()
-        if qs[3] != 1 or ks[3] != 1 or vs[3] != 1:
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-            qs, ks, vs = q.stride(), k.stride(), v.stride()
-        at = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()
-        at |= qs[0] | qs[1] | qs[2] | ks[0] | ks[1] | ks[2] | vs[0] | vs[1] | vs[2] | os[0] | os[1] | os[2]
-        es = os
+        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        out_strides = out.stride()
         if extra is None:
-            extra = out
+            extra, extra_at, extra_strides = out, out_at, out_strides
         else:
-            es = extra.stride()
-            at |= extra.data_ptr() | es[0] | es[1] | es[2]
-        aligned = bias is None and not at & 15
-        run = self.launchers.get(aligned)
-        if run is None:
-            if max(ks[2], vs[2]) * k.shape[2] >= 1 << 31 or max(qs[2], os[2]) * q.shape[2] >= 1 << 31:
-                raise ValueError("q, k, v: a head spans 2**31 elements or more; make them contiguous")
-            run = self.launchers[aligned] = launcher(self.build(aligned), q.device)
-        bias_at, bs = (self.table, (0, 0)) if bias is None else (pointer(bias), bias.stride())
-        height, width = self.problem.grid
-        run(
-            self.grid, pointer(q), pointer(k), pointer(v), pointer(out), self.keys, self.table, pointer(extra), bias_at,
-            *qs[:3], *ks[:3], *vs[:3], *os[:3], *es[:3], *bs[:2],
-            width, source[0], source[1], source[0] / height, source[1] / width, self.scale_log2e,
+            extra_at, extra_strides = extra.data_ptr(), extra.stride()
+        form = ((q_at | k_at | v_at | out_at | extra_at) & 15, q.stride(), k.stride(), v.stride(), out_strides, extra_strides)
+        ready = self.ready.get(form)
+        if ready is None:
+            if max(q.stride(3), k.stride(3), v.stride(3)) != 1:
+                return self(q.contiguous(), k.contiguous(), v.contiguous(), out, extra, bias)
+            ready = self.ready[form] = self._prepare(q, k, v, out, extra, bias)
+        run, rest = ready
+        bias_at = self.table if bias is None else pointer(bias)
+        if INTERPRETED:
+            run(self.grid, q, k, v, out, self.keys, self.table, extra, bias_at, *rest)
+        else:
+            run(self.grid, q_at, k_at, v_at, out_at, self.keys, self.table, extra_at, bias_at, *rest)
+
+    def _prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Tensor, bias: Tensor | None
+    ) -> tuple[Launcher, tuple[Any, ...]]:
+        """The binary for tensors of this form, and its arguments behind the pointers."""
+        if max(k.stride(2), v.stride(2)) * k.shape[2] >= 1 << 31 or max(q.stride(2), out.stride(2)) * q.shape[2] >= 1 << 31:
+            raise ValueError("q, k, v: a head spans 2**31 elements or more; make them contiguous")
+        tensors = (q, k, v, out, extra)
+        strides = [stride for t in tensors for stride in t.stride()[:3]]
+        aligned = all(n % ALIGNMENT == 0 for n in (*strides, *(t.data_ptr() for t in tensors)))
+        (height, width), (source_height, source_width) = self.problem.grid, self.source
+        rest = (
+            *strides, *((0, 0) if bias is None else bias.stride()[:2]),
+            width, source_height, source_width, source_height / height, source_width / width,
+            self.problem.softmax_scale * LOG2E,
         )  # fmt: skip
-
-
-def _like(q: Tensor) -> Tensor:
-    """An output laid out as q is, unless q has gaps."""
-    return torch.empty_like(q) if q.stride(3) == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        return launcher(self.build(aligned), q.device), rest
 
 
 class Layer:
@@ -131,22 +141,29 @@ class Layer:
         self.decisions: dict[int, tuple[Gather | None, list[tuple[Record, list[tuple[Lists, Tensor, int]]]]]] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, s: int) -> Tensor:
-        plan = self.plans[s]
-        if plan.records:
+        if self.plans[s].records:
             return self._decide(q, k, v, s)
-        out = _like(q)
+        # laid out as q is, unless q has gaps
+        out = torch.empty_like(q) if q.stride(3) == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for decision, gather in self._gathers(s):
             if decision is None:
                 gather(q, k, v, out)
                 continue
             if decision not in self.seen:
                 raise ValueError(f"scale {s}: its decision scale {decision} was not run for this image and layer")
-            gather(q, k, v, out, self.residuals.get(decision), self.problems[decision].grid)
-        self._others(q, k, v, s, out)
+            gather(q, k, v, out, self.residuals.get(decision))
+        if self.apart[s]:
+            self._others(q, k, v, s, out)
         return out
 
     def reset(self) -> None:
         self.seen.clear()
+
+    def prepare(self, s: int) -> None:
+        """Builds the tables and lists of scale s, as its first call would."""
+        if self.plans[s].records:
+            self._decision(s)
+        self._gathers(s)
 
     def builds(self, s: int) -> list[Build]:
         """Every binary a call at scale s launches, given contiguous inputs. Needs no GPU: the layer may be one of a CPU."""
@@ -206,7 +223,8 @@ class Layer:
             fixed = not any(isinstance(variant, Cs4a) for variant, _ in groups)
             stage = shared_stage(*arguments) if fixed else build_stage(*arguments)
             epilogue = ADD_RESIDUAL if any(slot is not None for slot in slots) else 0
-            self.stages[s, decision] = stage, Gather(stage, self.problems[s], self.configs[s], epilogue)
+            source = self.problems[s if decision is None else decision].grid
+            self.stages[s, decision] = stage, Gather(stage, self.problems[s], self.configs[s], epilogue, source)
         return self.stages[s, decision]
 
     def _slots(self, s: int, variant: Variant, heads: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -263,8 +281,7 @@ class Layer:
         self.seen.add(s)
         out, lse = dense_with_lse(q, k, v, problem.softmax_scale)
         for decision, sparse in self._gathers(s):  # other heads may be sparse here
-            sparse(q, k, v, out, self.residuals.get(decision) if decision is not None else None,
-                   problem.grid if decision is None else self.problems[decision].grid)  # fmt: skip
+            sparse(q, k, v, out, self.residuals.get(decision) if decision is not None else None)
         for variant, heads in self.apart[s]:
             if isinstance(variant, Pooled):
                 self._pool(q, k, v, s, variant, heads, out)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,26 +74,25 @@ class Part:
 
 def work_table(parts: list[Part], block_m: int) -> Tensor:
     """[P, FIELDS] int32 on the CPU: longest lists first, then head by head so that K and V of a head stay in the L2 cache."""
-    out = []
+    made = []
     for part in parts:
-        pieces = -(-part.tiles.rows // block_m)
-        tile = torch.repeat_interleave(torch.arange(len(pieces)), pieces)
-        begin = torch.cumsum(pieces, 0) - pieces
-        first = (torch.arange(len(tile)) - begin[tile]) * block_m
-        for i, head in enumerate(part.heads):
-            rows = torch.zeros(len(tile), FIELDS, dtype=torch.int32)
-            rows[:, 0] = head
-            rows[:, 1], rows[:, 2] = part.tiles.origin[tile], part.tiles.width[tile]
-            rows[:, 3], rows[:, 4] = first, torch.minimum(part.tiles.rows[tile], (first + block_m).int())
-            rows[:, 5] = part.at + part.head_step * i + part.starts[tile]
-            rows[:, 6] = part.batch_step
-            rows[:, 7] = part.counts[tile]
-            rows[:, 8] = -1 if part.slots is None else part.slots[i]
-            rows[:, 9] = head if part.outs is None else part.outs[i]
-            out.append(rows)
-    table = torch.cat(out)
+        sizes, heads = part.tiles.rows.numpy(), np.array(part.heads)
+        pieces = -(-sizes // block_m)
+        tile = np.repeat(np.arange(len(pieces)), pieces)
+        first = (np.arange(len(tile)) - (np.cumsum(pieces) - pieces)[tile]) * block_m
+        rows = np.zeros((len(heads), len(tile), FIELDS), dtype=np.int32)
+        rows[..., 0] = heads[:, None]
+        rows[..., 1], rows[..., 2] = part.tiles.origin.numpy()[tile], part.tiles.width.numpy()[tile]
+        rows[..., 3], rows[..., 4] = first, np.minimum(sizes[tile], first + block_m)
+        rows[..., 5] = part.at + part.head_step * np.arange(len(heads))[:, None] + part.starts.numpy()[tile]
+        rows[..., 6] = part.batch_step
+        rows[..., 7] = part.counts.numpy()[tile]
+        rows[..., 8] = -1 if part.slots is None else np.array(part.slots)[:, None]
+        rows[..., 9] = heads[:, None] if part.outs is None else np.array(part.outs)[:, None]
+        made.append(rows.reshape(-1, FIELDS))
+    table = np.concatenate(made)
     blocks = -(-table[:, 7] // 256)  # lists of about one length keep their head-by-head order
-    return table[torch.argsort(blocks, descending=True, stable=True)].contiguous()
+    return torch.from_numpy(table[np.argsort(-blocks, kind="stable")])
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,9 @@ def build_stage(
 ) -> Stage:  # fmt: skip
     """The stage of some variants, each with its heads. Raises ValueError where a query tile would see no key."""
     schedule, s = problem.schedule, problem.scale_index
-    whole = torch.arange(problem.num_keys, dtype=torch.int32)
-    static, size, parts, dynamic = [], 0, [], []
+    size, parts, dynamic = 0, [], []
+    known: list[tuple[int, Tensor]] = []  # lists of geometry alone, and where they go
+    bands: list[tuple[Lists, Tensor]] = []
     for (variant, heads), slot, out in zip(groups, slots, outs, strict=True):
         tile = getattr(variant, "tile", Tile(0, config.block_m))
         tiles = tiles_of(problem.grid, tile)
@@ -152,29 +153,32 @@ def build_stage(
             parts.append(Part(tiles, heads, size, made.head_step, made.batch_step, sources.int() * made.row_step,
                               torch.full((many,), width, dtype=torch.int32), slot, out))  # fmt: skip
             dynamic.append(made)
-            block = torch.zeros(problem.batch, len(heads), made.rows, made.row_step, dtype=torch.int32)
             if made.width < width:
-                block[..., made.width : width] = band_lists(schedule, s, variant)
-            static.append(block.flatten())
-        elif isinstance(variant, Csla):
+                bands.append((made, band_lists(schedule, s, variant)))
+            size += problem.batch * made.batch_step
+            continue
+        if isinstance(variant, Csla):
             lists = csla_lists(schedule, s, variant)
-            width = lists.keys.shape[-1]
+            width, listed = lists.keys.shape[-1], lists.keys.flatten()
             counts = torch.full((many,), width) if lists.counts is None else lists.counts[0, 0]
-            parts.append(Part(tiles, heads, size, 0, 0, torch.arange(many, dtype=torch.int32) * width, counts, slot, out))
-            static.append(lists.keys.flatten())
+            starts = torch.arange(many, dtype=torch.int32) * width
         else:
-            count = 0 if isinstance(variant, Reuse) else len(whole)
-            parts.append(
-                Part(tiles, heads, size, 0, 0, torch.zeros(many, dtype=torch.int32), torch.full((many,), count), slot, out)
-            )
-            static.append(whole[:count])
-        size += static[-1].numel()
+            listed = torch.arange(0 if isinstance(variant, Reuse) else problem.num_keys, dtype=torch.int32)
+            starts, counts = torch.zeros(many, dtype=torch.int32), torch.full((many,), len(listed))
+        parts.append(Part(tiles, heads, size, 0, 0, starts, counts, slot, out))
+        known.append((size, listed))
+        size += len(listed)
     if size >= 1 << 31:
         raise ValueError(f"scale {s}: key lists of {size} entries; want less than 2**31 (fewer images at once)")
     table = work_table(parts, config.block_m)
-    keys = torch.cat([*static, torch.zeros(LIST_PAD, dtype=torch.int32)])
+    keys = torch.zeros(size + LIST_PAD, dtype=torch.int32, device=device)
+    for at, listed in known:
+        keys[at : at + len(listed)] = listed.to(device)
+    for made, band in bands:
+        block = keys[made.at : made.at + problem.batch * made.batch_step].view(-1, made.rows, made.row_step)
+        block[..., made.width : made.width + band.shape[-1]] = band.to(device)
     masked = bool((table[:, 7] % config.block_n != 0).any())
-    return Stage(keys.to(device), table.to(device), masked, tuple(dynamic))
+    return Stage(keys, table.to(device), masked, tuple(dynamic))
 
 
 @lru_cache(maxsize=256)
