@@ -4,8 +4,9 @@
     sparvar_tune.apply(model, tuned)                   # the model samples with it from now on; .undo() takes it back
     attend = tuned.attention(problem)                  # or one call at a time: attend(q, k, v, layer=17)
 
-Never slower on purpose: a scale whose measured win is not certain, other kernel sources or another shape means dense,
-and `explain()` gives the reason. What `sparvar-tune verify` measured on this machine (overlay.py) goes before what the file says.
+Never slower on purpose: a scale whose measured win is not certain, a decision scale that costs more than the scales after it
+save, other kernel sources or another shape mean dense, and `explain()` gives the reason. What `sparvar-tune verify` measured
+on this machine (overlay.py) goes before what the file says.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sparvar_tune.machine import choose_gpu, device_name, is_here, silicon, vers
 from sparvar_tune.misses import Missed, record
 from sparvar_tune.models import MAX_IMAGES, find_model
 from sparvar_tune.names import DEFAULT_PRESET
-from sparvar_tune.overlay import DEMOTED, Overlay
+from sparvar_tune.overlay import DEMOTED, Overlay, Verified
 from sparvar_tune.policies import describe
 from sparvar_tune.profiles import (
     Match,
@@ -264,7 +265,28 @@ def _demotions(profile: Profile, stale: bool, local: Overlay | None) -> dict[int
             )
         elif r.speedup is not None and r.speedup.low <= 1 and not needed:
             demoted[s] = f"its measured gain is not certain ({r.speedup.low:.2f}x at the low end)"
+    for decision in deciding(profile.policy, demoted):  # what a decision scale costs, the scales that live on it must bring in
+        alive = [r for r in profile.rows if r.scale_index not in demoted and _lives_on(profile.policy, r.scale_index, decision)]
+        saved = sum(_saved_ms(r, found.get(r.scale_index)) for r in alive)
+        if saved < 0:
+            group = ", ".join(str(r.scale_index) for r in alive)
+            demoted |= {r.scale_index: f"scales {group} live on the keys of scale {decision} and together do not certainly gain "
+                        f"({saved:+.3f} ms a layer at the low end)" for r in alive}  # fmt: skip
     return dict(sorted(demoted.items()))
+
+
+def _lives_on(policy: Policy, scale: int, decision: int) -> bool:
+    """Whether a scale is the decision scale or takes something from it."""
+    rules = (r.variant for r in policy.rules if r.scale_index == scale)
+    return scale == decision or any(getattr(variant, "decision_scale", None) == decision for variant in rules)
+
+
+def _saved_ms(row: Row, found: Verified | None) -> float:
+    """Milliseconds a layer that a row certainly saves against dense, negative if it costs; 0 where nothing is known."""
+    speedup = found.speedup if found else row.speedup
+    if row.dense and speedup:
+        return row.dense.p50_ms * (1 - 1 / speedup.low)
+    return (row.dense_predicted_ms or 0.0) - (row.tuned_predicted_ms or 0.0)
 
 
 def apply(model: Any, tuned: Tuned) -> Any:

@@ -83,6 +83,20 @@ def test_a_decision_scale_is_not_blamed_for_ranking(tmp_path):
     assert not tuned.demoted and tuned.policy() == policy
 
 
+@pytest.mark.parametrize(("gain", "dense"), [(1.2, {4, 6}), (3.0, set())])
+def test_a_decision_scale_must_pay(tmp_path, gain, dense):
+    """Scale 4 costs 0.43 ms for the keys that scale 6 lives on, which saves 0.17 or 0.67; scale 5 lives on nothing."""
+    made = profile()
+    policy = dataclasses.replace(made.policy, rules=(Rule(4, "B", Pooled(3, 2)), *made.policy.rules))
+    times = schema.Timing(1.0, 1.0, 1.0, 32)
+    one = dataclasses.replace(made.rows[0], dense=times, tuned=times)
+    speedups = {4: schema.Speedup(0.7, 0.7, 0.7, 32), 5: schema.Speedup(2.0, 2.0, 2.0, 32), 6: schema.Speedup(4.0, gain, 4.0, 32)}
+    rows = tuple(dataclasses.replace(one, scale_index=s, speedup=speedup) for s, speedup in speedups.items())
+    tuned = stored(tmp_path, dataclasses.replace(made, policy=policy, rows=rows))
+    assert set(tuned.demoted) == dense
+    assert ("together do not certainly gain" in tuned.explain()) == bool(dense)
+
+
 def test_predicted_profiles_warn_once(tmp_path):
     config = (("block_m", 64), ("block_n", 64), ("maxnreg", 0), ("num_stages", 3), ("num_warps", 4))
     row = schema.Row(5, "triton", config, "predicted", "fa2",

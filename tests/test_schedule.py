@@ -333,7 +333,7 @@ def test_two_workers_plan_more_than_one(monkeypatch):
     assert took[2] < 0.8 * took[1], took
 
 
-SHIPPED = sorted(p for p in (ROOT / "profiles").glob("h*/*.json") if p.stem in ("var-d36", "hart"))
+SHIPPED = sorted((ROOT / "profiles").glob("h*/*.json"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -343,4 +343,5 @@ def test_a_shipped_log_gives_its_profile_again(path):
     logs = sorted((ROOT / "reports" / path.parent.name).glob("*.jsonl"))
     again = timed.replay(made, logs, GPUS[made.silicon.gpu])
     assert to_plain(again.rows) == to_plain(made.rows)
-    assert made.notes[1:] == again.notes and made.trials == again.tried
+    assert made.notes[-len(again.notes) :] == again.notes
+    assert made.evidence or made.trials == again.tried, "all its trials were launches"
