@@ -72,15 +72,17 @@ def tune(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(request, out, adapter, args)
     probe_writable(out)
-    profile = _take_over(args, request, adapter, out) or _search(args, request, adapter, out)
+    profile, log = _take_over(args, request, adapter, out) or _search(args, request, adapter, out)
     profiles.save(profile, out)
+    if log is not None:
+        _keep_log(args.log, log, gpu, out)
     say("")
     print_profile(profile, out)
     return 0
 
 
-def _take_over(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> schema.Profile | None:
-    """The profile of a policy that other silicon has searched; None where there is none, it does not do here, or on a CPU."""
+def _take_over(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> tuple[schema.Profile, Path] | None:
+    """The profile of a policy that other silicon searched, and its log; None: there is none, it does not do here, or a CPU."""
     from sparvar_tune import timed, transfer
     from sparvar_tune.tune import NothingMeetsTheBound
 
@@ -96,16 +98,15 @@ def _take_over(args: argparse.Namespace, request: Any, adapter: Adapter, out: Pa
     except NothingMeetsTheBound as error:
         say(f"{error}; searching here")
         return None
-    _keep_log(args.log, request.scratch / timed.LOG, request.gpu, out)
-    return profile
+    return profile, request.scratch / timed.LOG
 
 
-def _search(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> schema.Profile:
-    """The profile of a policy found here, and on a GPU of its fastest launches."""
+def _search(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path) -> tuple[schema.Profile, Path | None]:
+    """The profile of a policy found here, on a GPU with its fastest launches, and their log; None where none was timed."""
     from sparvar_tune.tune import tune as run
 
     if request.gpu.slug == "cpu":
-        return run(request, adapter, say, status)
+        return run(request, adapter, say, status), None
     from sparvar_tune import timed
     from sparvar_tune.tune import workload
 
@@ -113,8 +114,8 @@ def _search(args: argparse.Namespace, request: Any, adapter: Adapter, out: Path)
     profile = run(request, adapter, say, status, time_launches=lambda policy: timed.time_launches(
         policy, workload(request, adapter), request.gpu, shop, say, status
     ))  # fmt: skip
-    _keep_log(args.log, request.scratch / "launches" / timed.LOG, request.gpu, out)
-    return profile
+    log = shop.folder / timed.LOG
+    return profile, log if log.is_file() else None
 
 
 def _folders(args: argparse.Namespace) -> tuple[Path, ...]:

@@ -325,10 +325,13 @@ def test_two_workers_plan_more_than_one(monkeypatch):
     for workers in (1, 2):
         environments = [{**e, "PYTHONPATH": PATH} for e in timed.gpu_environments(workers)]
         with Pool("planning_target:plan", environments) as pool:
-            warm = [Job(str(i), 2, 60.0) for i in range(2 * workers)]
-            assert not any(o.failure for o in pool.run(warm))
+            warm: set[object] = set()
+            while len(warm) < workers:  # each has imported what it needs
+                ran = list(pool.run(Job(str(i), 2, 60.0) for i in range(2 * workers)))
+                assert not any(o.failure for o in ran)
+                warm |= {o.value for o in ran}
             begun = time.monotonic()
-            assert not any(o.failure for o in pool.run(Job(str(i), 20, 60.0) for i in range(12)))
+            assert not any(o.failure for o in pool.run(Job(str(i), 200, 60.0) for i in range(12)))
             took[workers] = time.monotonic() - begun
     assert took[2] < 0.8 * took[1], took
 
@@ -343,5 +346,5 @@ def test_a_shipped_log_gives_its_profile_again(path):
     logs = sorted((ROOT / "reports" / path.parent.name).glob("*.jsonl"))
     again = timed.replay(made, logs, GPUS[made.silicon.gpu])
     assert to_plain(again.rows) == to_plain(made.rows)
-    assert made.notes[-len(again.notes) :] == again.notes
+    assert made.notes[0 if made.evidence else 1 :] == again.notes
     assert made.evidence or made.trials == again.tried, "all its trials were launches"
