@@ -330,9 +330,12 @@ def test_two_workers_plan_more_than_one(monkeypatch):
                 ran = list(pool.run(Job(str(i), 2, 60.0) for i in range(2 * workers)))
                 assert not any(o.failure for o in ran)
                 warm |= {o.value for o in ran}
-            begun = time.monotonic()
-            assert not any(o.failure for o in pool.run(Job(str(i), 200, 60.0) for i in range(12)))
-            took[workers] = time.monotonic() - begun
+            rounds = []
+            for _ in range(5):  # the best of them: other processes have these cores too
+                begun = time.monotonic()
+                assert not any(o.failure for o in pool.run(Job(str(i), 60, 60.0) for i in range(12)))
+                rounds.append(time.monotonic() - begun)
+            took[workers] = min(rounds)
     assert took[2] < 0.8 * took[1], took
 
 
