@@ -43,11 +43,15 @@ def space(problem: AttentionProblem, capability: tuple[int, int] | None) -> list
     """Every legal configuration worth trying.
 
     Eight warps want 128 rows (a warp group of four works on 64), and only they gain from a register limit: two programs
-    then fit on a multiprocessor. Pipelines of fewer than five stages never won on Hopper.
+    then fit on a multiprocessor. Pipelines of fewer than five stages never won on Hopper. There warps that only fetch mostly do.
     """
-    made = (TritonConfig(**point) for point in points(TritonConfig.space()))
-    return [c for c in made if not why_not(problem, "triton", c, capability) and c.num_warps * 16 <= c.block_m
-            and (c.num_warps == 8 or not c.maxnreg) and c.num_stages >= 5]  # fmt: skip
+    plain = [c for c in map(_config, points(TritonConfig.space())) if c.num_warps * 16 <= c.block_m
+             and (c.num_warps == 8 or not c.maxnreg) and c.num_stages >= 5]  # fmt: skip
+    return [c for c in (*plain, *TritonConfig.fetching(problem)) if not why_not(problem, "triton", c, capability)]
+
+
+def _config(point: Mapping[str, int]) -> TritonConfig:
+    return TritonConfig(**point)
 
 
 @dataclass(frozen=True)
@@ -140,16 +144,18 @@ class Schedule:
                     self.taken[key] = Taken(made[b].registers, made[b].shared_bytes, made[b].spill_bytes)
 
     def _likely(self, scale: Scale, configs: Sequence[TritonConfig]) -> list[TritonConfig]:
-        """Those that may be the fastest by the cost model, where it was tested; all of them elsewhere."""
+        """Those that may be the fastest by the cost model, where it was tested; elsewhere, and where warps fetch, all of them."""
         problems = self.workload.problems()
-        if not may_prune(problems[scale.index], self.gpu) or len(configs) < 2:
+        known = [c for c in configs if not c.fetchers]
+        if not may_prune(problems[scale.index], self.gpu) or len(known) < 2:
             return list(configs)
         try:
-            return keep_likely({
-                c: scale_ms(self.policy, problems, scale.kinds, scale.index, c, self.gpu, self.taken) for c in configs
+            likely = keep_likely({
+                c: scale_ms(self.policy, problems, scale.kinds, scale.index, c, self.gpu, self.taken) for c in known
             })  # fmt: skip
         except KeyError:  # a launch whose binary the model does not know: look at everything
             return list(configs)
+        return [c for c in configs if c.fetchers or c in likely]
 
     def _binaries(self, scale: Scale, config: TritonConfig) -> list[Binary]:
         problems = self.workload.problems()

@@ -142,8 +142,8 @@ class Row:
             return f"mode: got {self.mode!r}, want one of {', '.join(MODES)}"
         if self.kernel not in KERNELS:
             return f"kernel: got {self.kernel!r}, want one of {', '.join(KERNELS)}"
-        known = KERNELS[self.kernel].fields
-        if {name for name, _ in self.config} != set(known):
+        known, added = KERNELS[self.kernel].fields, set(KERNELS[self.kernel].added)
+        if {name for name, _ in self.config} | added != set(known):
             return f"config: got {sorted(n for n, _ in self.config)}, want exactly {sorted(known)}"
         if any(not 0 <= value <= 1 << 30 for _, value in self.config):
             return f"config: got {dict(self.config)}, want values 0..2**30"

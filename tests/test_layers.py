@@ -17,11 +17,11 @@ ROOT = Path(__file__).parent.parent
 # Every module may import only modules of lines above its own (or its own line, where that is one package).
 LAYERS = [
     {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
-    {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton"}, {"selecting_triton"},
+    {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton", "gathered_gluon"}, {"selecting_triton"},
     {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
     {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles", "runs"}, {"misses", "overlay"},
     {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
-    {"bench", "costmodel"}, {"compiling"}, {"timer"}, {"measurements"},
+    {"bench", "costmodel", "peers"}, {"compiling"}, {"timer"}, {"measurements"},
     {"sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
     {"sensitivity", "runtime", "schedule", "recorded"}, {"predict", "timed", "kernel_bench"}, {"costfit"},
     {"storage"}, {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report", "verifying"}, {"transfer"},

@@ -22,14 +22,14 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 ODD = ScaleSchedule(((2, 2), (5, 6), (11, 9), (14, 12)), prefix=3)
 LARGE = ScaleSchedule(((40, 50), (70, 80), (150, 171)))  # more keys than two counts share 32 bits for
 SELECTIONS = [
-    (ODD, 2, scale, tile, window, mass)
-    for (scale, tile), window, mass in itertools.product(((2, "4x5"), (3, "6x6")), (0, 3), ("fp32", "bf16"))
-] + [(LARGE, 1, 2, "80x90", 0, "bf16"), (LARGE, 1, 2, "80x90", 5, "fp32")]
+    (ODD, 2, scale, tile, window, mass, short)
+    for (scale, tile), window, mass, short in itertools.product(((2, "4x5"), (3, "6x6")), (0, 3), ("fp32", "bf16"), (False, True))
+] + [(LARGE, 1, 2, "80x90", 0, "bf16", False), (LARGE, 1, 2, "80x90", 5, "fp32", False)]
 
 
-def wrong_lists(schedule, decision_scale, scale, tile, window, mass_dtype, device) -> int:
+def wrong_lists(schedule, decision_scale, scale, tile, window, mass_dtype, short, device) -> int:
     """Lists that differ from taking keys by mass, then by position, until the list is full; nothing before or behind them."""
-    from sparvar_kernels.selecting_triton import select
+    from sparvar_kernels.selecting_triton import select, shortlist
 
     problems = {s: AttentionProblem(schedule, s, 2, 3, 32, "fp32") for s in (decision_scale, scale)}
     variant = Cs4a(decision_scale, 0.4 if schedule is ODD else 0.3, Tile.parse(tile), window=window)
@@ -42,7 +42,9 @@ def wrong_lists(schedule, decision_scale, scale, tile, window, mass_dtype, devic
     mass[..., keys:] = float("nan")  # nobody's
     mass = mass.to(DTYPES[mass_dtype])
     buffer = torch.full((4 * lists.rows * lists.row_step + 64,), -7, dtype=torch.int32, device=device)
-    select(mass.to(device), buffer, lists, problems[scale], problems[decision_scale])
+    mass_here, decision = mass.to(device), problems[decision_scale]
+    best = shortlist(mass_here, there, decision, heads, -(-lists.width // 16) * 16) if short else None
+    select(mass_here, buffer, lists, problems[scale], decision, best)
     table, weight = torch.arange(keys)[:, None], torch.ones(keys, dtype=torch.int32)
     if scale != decision_scale:
         table, weight = children(schedule, decision_scale, scale)

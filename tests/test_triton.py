@@ -31,7 +31,6 @@ from sparvar_kernels import (
 from sparvar_kernels import reference as oracle
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.configs import SHARED_LIMIT, TritonConfig
-from sparvar_kernels.problem import DTYPES
 from sparvar_kernels.variants import at_decision
 from sparvar_tune import profiles
 from sparvar_tune.bench import Bench
@@ -55,15 +54,18 @@ CASES = [
 ]
 
 
-def check(name: str, dtype: str, dim: int, device: str, batch: int = 2, heads: int = 3, schedule: ScaleSchedule = ODD) -> float:
+def check(
+    name: str, dtype: str, dim: int, device: str, batch: int = 2, heads: int = 3, schedule: ScaleSchedule = ODD,
+    config: TritonConfig | None = None,
+) -> float:  # fmt: skip
     """Relative error of one case, with only some heads sparse and k, v cut out of a larger cache."""
     variant = VARIANTS[name]
     last = len(schedule) - 1
     pair = [AttentionProblem(schedule, s, batch, heads, dim, dtype, 1.0, 12.0) for s in (3, last)]
     inputs = [p.make_inputs(i) for i, p in enumerate(pair)]
     policy = Policy(("ABA",), (Rule(last, "A", variant), Rule(last, "B", Reuse(3))))
-    config = TritonConfig(block_m=32 if dim > 64 else 16, block_n=32, num_warps=4, num_stages=1 if device == "cpu" else 2)
-    launches = {s: Launch("triton", config) for s in range(len(schedule))}
+    small = TritonConfig(block_m=32 if dim > 64 else 16, block_n=32, num_warps=4, num_stages=1 if device == "cpu" else 2)
+    launches = {s: Launch("triton", config or small) for s in range(len(schedule))}
     attend = SparseAttention(policy, schedule, logit_bound=12.0, launches=launches)
     for p, (q, k, v) in zip(pair, inputs, strict=True):
         cache = torch.full((2, batch, heads, k.shape[2] + 9, dim), float("nan"), dtype=k.dtype, device=device)
@@ -280,17 +282,13 @@ def aot_jobs() -> dict[Binary, int]:
             if row.kernel == "triton":
                 problem = AttentionProblem(ODD, 4, 2, 2, w.head_dim, w.dtype, 1.0, w.logit_bound)
                 problems.setdefault(problem, set()).add(TritonConfig(**dict(row.config)))
-    from sparvar_kernels.binary import Build
-    from sparvar_kernels.gathered_triton import gathered_kernel
-    from sparvar_kernels.layer_triton import gathered_constants, gathered_types
+    from sparvar_kernels.layer_triton import gathered_build
 
     found = {}
     for problem, configs in problems.items():
-        types = gathered_types(DTYPES[problem.dtype])
         for config in sorted(configs, key=str):
             for epilogue in (0, 1):
-                constants = gathered_constants(problem, config, epilogue=epilogue, bias=False, masked=True)
-                build = Build.of(gathered_kernel, types, constants, config.options, True)
+                build = gathered_build(problem, config, epilogue=epilogue, masked=True)
                 for capability in TARGETS:
                     if why_not(problem, "triton", config, capability) is None:
                         found[Binary(build, capability)] = config.shared_bytes(problem)
@@ -365,6 +363,10 @@ LAST_CASES = {
 @pytest.mark.parametrize("name", LAST_CASES)
 @pytest.mark.parametrize(("dtype", "dim"), [("bf16", 64), ("bf16", 96), ("fp16", 96), ("fp16", 128)])
 def test_gpu_edges_layouts_and_bits(name, dtype, dim):
+    edges_layouts_and_bits(name, dtype, dim)
+
+
+def edges_layouts_and_bits(name: str, dtype: str, dim: int, config: TritonConfig | None = None) -> None:
     """Every row is written (fresh memory is NaN here), any strides will do, and two runs agree to the last bit."""
     schedule, variant = LAST_CASES[name]
     last = len(schedule) - 1
@@ -372,7 +374,8 @@ def test_gpu_edges_layouts_and_bits(name, dtype, dim):
         problem = AttentionProblem(schedule, last, batch, 3, dim, dtype, 1.0, 12.0)
         inputs = problem.make_inputs(3)
         want = oracle.reference_attention(variant, *inputs, problem, None, variant.tile)
-        attend = SparseAttention(Policy.uniform(1, 3, {last: variant}), schedule, logit_bound=12.0)
+        launches = {last: Launch("triton", config or TritonConfig())}
+        attend = SparseAttention(Policy.uniform(1, 3, {last: variant}), schedule, logit_bound=12.0, launches=launches)
         torch.use_deterministic_algorithms(True)
         try:
             found = []

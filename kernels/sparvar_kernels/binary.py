@@ -75,7 +75,12 @@ class Build:
         for i, name in enumerate(signature):
             if self.aligned and (signature[name].startswith("*") or name.startswith("stride_")):
                 attrs[i,] = [["tt.divisibility", ALIGNMENT]]
-        return ASTSource(fn=self.function, signature=signature, constexprs=dict(self.constants), attrs=attrs)
+        parts: dict[str, Any] = {"fn": self.function, "signature": signature, "constexprs": dict(self.constants), "attrs": attrs}
+        if not self.function.is_gluon():
+            return ASTSource(**parts)
+        from triton.experimental.gluon._runtime import GluonASTSource  # not in every Triton
+
+        return GluonASTSource(**parts)
 
 
 def compile_for(build: Build, capability: tuple[int, int]) -> Any:
@@ -84,12 +89,17 @@ def compile_for(build: Build, capability: tuple[int, int]) -> Any:
     return triton.compile(build.source, target=target, options=dict(build.options))
 
 
-def resources(binary: Any) -> Resources:
-    """Read from the machine code, so no GPU is needed."""
+def machine_code(binary: Any) -> str:
+    """Its listing, with what it takes; needs no GPU."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     where = next(Path(p) for name, p in binary.metadata_group.items() if name.endswith(".cubin"))
     call: list[str | Path] = [tool, "--dump-resource-usage", "--dump-sass", where]
-    text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+
+
+def resources(binary: Any) -> Resources:
+    """Read from the machine code, so no GPU is needed."""
+    text = machine_code(binary)
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     code = "\n".join(line for line in text.splitlines() if line.lstrip().startswith("/*"))
     return Resources(
@@ -110,7 +120,12 @@ class Launcher:
             return
         binary = compile_for(build, torch.cuda.get_device_capability(device))
         binary._init_handles()
-        self.run, self.function, self.packed = binary.run, binary.function, binary.packed_metadata
+        self.run, self.function = binary.run, binary.function
+        self.before: tuple[Any, ...] = (binary.packed_metadata, None, None, None)  # and no hooks
+        if triton.__version__.startswith("3.6.") and not (self.run.global_scratch_size or self.run.profile_scratch_size):
+            # what `run` would call, without the Python around it: 1.2 us of a call
+            self.before = (self.run.launch_cooperative_grid, self.run.launch_pdl, None, None, *self.before)
+            self.run = self.run.launch
         self.index = device.index if device.index is not None else torch.cuda.current_device()
         self.stream = torch._C._cuda_getCurrentRawStream
 
@@ -118,7 +133,7 @@ class Launcher:
         if INTERPRETED:
             self.kernel[grid](*arguments, *self.tail)
             return
-        self.run(*grid, self.stream(self.index), self.function, self.packed, None, None, None, *arguments, *self.tail)
+        self.run(*grid, self.stream(self.index), self.function, *self.before, *arguments, *self.tail)
 
 
 def pointer(t: torch.Tensor) -> Any:

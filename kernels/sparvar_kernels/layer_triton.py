@@ -22,7 +22,16 @@ from sparvar_kernels.policy import LayerPlan, Record
 from sparvar_kernels.pooled import pool_keys
 from sparvar_kernels.problem import DTYPES, AttentionProblem
 from sparvar_kernels.scales import Tile
-from sparvar_kernels.selecting_triton import column_mass, mass_build, mass_dtype, sampled_rows, select, select_build
+from sparvar_kernels.selecting_triton import (
+    column_mass,
+    mass_build,
+    mass_dtype,
+    sampled_rows,
+    select,
+    select_build,
+    shortlist,
+    shortlisted,
+)
 from sparvar_kernels.variants import Cs4a, Dense, Pooled, Variant, at_decision
 from sparvar_kernels.work import (
     FIELDS,
@@ -41,28 +50,41 @@ POINTERS = ("q", "k", "v", "out", "keys", "table", "extra", "bias")
 ADD_RESIDUAL, TAKE_RESIDUAL = 1, 2
 
 
-def gathered_types(dtype: torch.dtype) -> dict[str, str]:
-    """Argument types of the gathered kernel for inputs of `dtype`."""
+def gathered_build(
+    problem: AttentionProblem, config: TritonConfig, *, epilogue: int, masked: bool, bias: bool = False, aligned: bool = True
+) -> Build:
+    """What a stage of `problem` launches: the gathered kernel, or where warps fetch the one for Hopper.
+
+    aligned: addresses and strides of all tensors are multiples of 16; needed where warps fetch.
+    """
     kinds = {"keys": "*i32", "table": "*i32", "bias": "*fp32"}
-    types = {f"{name}_ptr": kinds.get(name, f"*{TYPES[dtype]}") for name in POINTERS}
+    types = {f"{name}_ptr": kinds.get(name, f"*{TYPES[DTYPES[problem.dtype]]}") for name in POINTERS}
     types |= {name: "i32" for name in gathered_kernel.arg_names if name.startswith("stride_")}
     types |= dict.fromkeys(("grid_width", "source_height", "source_width"), "i32")
-    return types | dict.fromkeys(("step_y", "step_x", "scale_log2e"), "fp32")
-
-
-def gathered_constants(
-    problem: AttentionProblem, config: TritonConfig, *, epilogue: int, bias: bool, masked: bool
-) -> dict[str, Any]:
-    """Compile-time constants of the gathered kernel, in the order of its arguments."""
+    types |= dict.fromkeys(("step_y", "step_x", "scale_log2e"), "fp32")
     bounded = problem.logit_bound is not None and problem.logit_bound <= SAFE_LOGIT and problem.dtype != "fp16"
-    return {
-        "FIELDS": FIELDS, "EPILOGUE": epilogue, "HAS_BIAS": bias, "MASKED": masked, "BOUNDED": bounded,
-        "HEAD_DIM": problem.head_dim, "BLOCK_D": block_d(problem.head_dim), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+    constants: dict[str, Any]
+    if not config.fetchers:
+        constants = {
+            "FIELDS": FIELDS, "EPILOGUE": epilogue, "HAS_BIAS": bias, "MASKED": masked, "BOUNDED": bounded,
+            "HEAD_DIM": problem.head_dim, "BLOCK_D": block_d(problem.head_dim), "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }  # fmt: skip
+        return Build.of(gathered_kernel, types, constants, config.options(problem), aligned)
+    from sparvar_kernels.gathered_gluon import fetched_kernel  # not every Triton has what it is written in
+
+    _, multiplying, fetching = config.registers(problem)
+    constants = {
+        "FIELDS": FIELDS, "EPILOGUE": epilogue, "MASKED": masked, "BOUNDED": bounded, "HEAD_DIM": problem.head_dim,
+        "BLOCK_N": config.block_n, "SLOTS": config.num_stages, "GROUPS": config.block_m // 64,
+        "OTHER_REGISTERS": multiplying, "FETCH_REGISTERS": fetching,
     }  # fmt: skip
+    types |= {"num_entries": "i32", "num_items": "i32"}
+    return Build.of(fetched_kernel, types, constants, config.options(problem), aligned)
 
 
 class Gather:
-    """Calls the gathered kernel for one stage. source: the grid of the residual that is added.
+    """Calls the gathered kernel, or the fetching one, for one stage. source: the grid of the residual that is added.
 
     A call does what depends on its tensors' addresses, no more; what depends on their strides is kept from the first one.
     """
@@ -71,18 +93,17 @@ class Gather:
         self, stage: Stage, problem: AttentionProblem, config: TritonConfig, epilogue: int,
         source: tuple[int, int] = (1, 1), bias: bool = False,
     ) -> None:  # fmt: skip
-        self.problem, self.bias, self.source = problem, bias, source
-        self.constants = gathered_constants(problem, config, epilogue=epilogue, bias=bias, masked=stage.masked)
-        self.options = config.options
-        self.grid = (stage.table.shape[0], problem.batch, 1)
+        self.stage, self.problem, self.config = stage, problem, config  # the stage's buffers live as long as this
+        self.epilogue, self.source, self.bias = epilogue, source, bias
         self.keys, self.table = pointer(stage.keys), pointer(stage.table)
-        self.stage = stage  # its buffers live as long as their addresses are used
-        self.ready: dict[tuple[Any, ...], tuple[Launcher, tuple[Any, ...]]] = {}
+        self.ready: dict[tuple[Any, ...], tuple[Launcher, tuple[int, int, int], tuple[Any, ...]]] = {}
 
     def build(self, aligned: bool) -> Build:
         """What it launches for tensors that are aligned, or not."""
-        types = gathered_types(DTYPES[self.problem.dtype])
-        return Build.of(gathered_kernel, types, self.constants, self.options, aligned and not self.bias)
+        aligned = bool(self.config.fetchers) or (aligned and not self.bias)
+        return gathered_build(
+            self.problem, self.config, epilogue=self.epilogue, masked=self.stage.masked, bias=self.bias, aligned=aligned
+        )
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Tensor | None = None, bias: Tensor | None = None
@@ -99,30 +120,42 @@ class Gather:
         if ready is None:
             if max(q.stride(3), k.stride(3), v.stride(3)) != 1:
                 return self(q.contiguous(), k.contiguous(), v.contiguous(), out, extra, bias)
+            if self.config.fetchers and not _aligned(q, k, v):
+                q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+                return self(q, k, v, out, extra, bias)
             ready = self.ready[form] = self._prepare(q, k, v, out, extra, bias)
-        run, rest = ready
+        run, grid, rest = ready
         bias_at = self.table if bias is None else pointer(bias)
         if INTERPRETED:
-            run(self.grid, q, k, v, out, self.keys, self.table, extra, bias_at, *rest)
+            run(grid, q, k, v, out, self.keys, self.table, extra, bias_at, *rest)
         else:
-            run(self.grid, q_at, k_at, v_at, out_at, self.keys, self.table, extra_at, bias_at, *rest)
+            run(grid, q_at, k_at, v_at, out_at, self.keys, self.table, extra_at, bias_at, *rest)
 
     def _prepare(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Tensor, bias: Tensor | None
-    ) -> tuple[Launcher, tuple[Any, ...]]:
-        """The binary for tensors of this form, and its arguments behind the pointers."""
+    ) -> tuple[Launcher, tuple[int, int, int], tuple[Any, ...]]:
+        """The binary for tensors of this form, how many programs it is, and its arguments behind the pointers."""
         if max(k.stride(2), v.stride(2)) * k.shape[2] >= 1 << 31 or max(q.stride(2), out.stride(2)) * q.shape[2] >= 1 << 31:
             raise ValueError("q, k, v: a head spans 2**31 elements or more; make them contiguous")
         tensors = (q, k, v, out, extra)
         strides = [stride for t in tensors for stride in t.stride()[:3]]
-        aligned = all(n % ALIGNMENT == 0 for n in (*strides, *(t.data_ptr() for t in tensors)))
         (height, width), (source_height, source_width) = self.problem.grid, self.source
         rest = (
             *strides, *((0, 0) if bias is None else bias.stride()[:2]),
             width, source_height, source_width, source_height / height, source_width / width,
             self.problem.softmax_scale * LOG2E,
         )  # fmt: skip
-        return launcher(self.build(aligned), q.device), rest
+        run, entries = launcher(self.build(_aligned(*tensors)), q.device), self.stage.table.shape[0]
+        if not self.config.fetchers:
+            return run, (entries, self.problem.batch, 1), rest
+        items = entries * self.problem.batch
+        fit = torch.cuda.get_device_properties(q.device).multi_processor_count * self.config.resident(self.problem)
+        return run, (min(items, fit), 1, 1), (*rest, entries, items)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """True if every address and stride but the last is a multiple of what fast copies want."""
+    return all(n % ALIGNMENT == 0 for t in tensors for n in (t.data_ptr(), *t.stride()[:3]))
 
 
 class Layer:
@@ -178,7 +211,11 @@ class Layer:
                 assert isinstance(record.variant, Cs4a)
                 each = sampled_rows(p, record.variant.tile, record.variant.sample)
                 found.append(mass_build(p, each, aligned and p.num_queries % 16 == 0))
-                found += [select_build(lists.variant, self.problems[later], mass_dtype(p.dtype)) for lists, _, later in fill]
+                short = shortlisted(record.variant, p, [later for *_, later in fill])
+                found += [select_build(record.variant, p, mass_dtype(p.dtype))] if short else []
+                found += [
+                    select_build(lists.variant, self.problems[later], mass_dtype(p.dtype), short) for lists, _, later in fill
+                ]
         return list(dict.fromkeys(found))
 
     def _others(self, q: Tensor, k: Tensor, v: Tensor, s: int, out: Tensor) -> None:
@@ -197,7 +234,7 @@ class Layer:
     def _pooled(self, s: int, variant: Pooled, heads: tuple[int, ...], keys: int) -> Gather:
         """The launch of some heads over `keys` mean keys, which every query block reads in order."""
         if (s, variant, keys) not in self.pooled:
-            problem, config = self.problems[s], self.configs[s]
+            problem, config = self.problems[s], self.configs[s].plain
             tiles = tiles_of(problem.grid, Tile(0, config.block_m))
             many = len(tiles.rows)
             part = Part(tiles, heads, 0, 0, 0, torch.zeros(many, dtype=torch.int32), torch.full((many,), keys))
@@ -292,8 +329,11 @@ class Layer:
             shared = (record.heads, variant.tile, variant.sample)
             if shared not in masses:
                 masses[shared] = column_mass(q, k, lse, problem, *shared)
+            mass = masses[shared]
+            many = shortlisted(variant, problem, [later for *_, later in fill])
+            short = shortlist(mass, variant, problem, record.heads, many) if many else None
             for lists, keys, later in fill:
-                select(masses[shared], keys, lists, self.problems[later], problem)
+                select(mass, keys, lists, self.problems[later], problem, short)
         if gather is not None:
             gather(q, k, v, self.residuals[s], out)
         return out

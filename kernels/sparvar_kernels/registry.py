@@ -16,12 +16,14 @@ class Kernel:
     """A module with a class `Layer`, loaded on first use (Triton is optional on a CPU), and its configuration.
 
     own: the modules no other kernel runs; a change in them makes only this kernel's profiles stale.
+    added: parameters that a file of an earlier version may lack; they have their default then.
     """
 
     name: str
     module: str
     config: type[CpuConfig] | type[TritonConfig]
     own: tuple[str, ...]
+    added: tuple[str, ...] = ()
 
     def load(self) -> Any:
         """The module; raises ValueError naming the package to install if it cannot be imported."""
@@ -39,7 +41,8 @@ KERNELS: dict[str, Kernel] = {
     "cpu": Kernel("cpu", "sparvar_kernels.layer_cpu", CpuConfig, ("layer_cpu", "gathered_cpu")),
     "triton": Kernel(
         "triton", "sparvar_kernels.layer_triton", TritonConfig,
-        ("layer_triton", "gathered_triton", "selecting_triton", "work", "binary"),
+        ("layer_triton", "gathered_triton", "gathered_gluon", "selecting_triton", "work", "binary"),
+        added=("fetchers",),
     ),
 }  # fmt: skip
 

@@ -2,12 +2,13 @@
 
 Two kernels. `mass_kernel` recomputes the scores of the sampled queries against the known log-sum-exp of the dense pass and
 sums probabilities over each tile. `select_kernel` finds, per tile, the mass above which the listed keys fill the list (a
-search over the bits of a non-negative float, three ways a step) and writes the keys in ascending order. No sort, no host
-round trip.
+search over the bits of a non-negative float, three ways a step) and writes the keys in ascending order. Where several scales
+want lists, it first writes a shortlist that holds all they may take, and then works on that. No sort, no host round trip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,14 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparvar_kernels.binary import TYPES, Build, launcher, pointer
-from sparvar_kernels.cs4a import children, source_tiles, window_first
+from sparvar_kernels.cs4a import children, keys_kept, source_tiles, window_first
 from sparvar_kernels.gathered_triton import FP32_DOT, LOG2E, block_d
 from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.scales import Tile, partition
 from sparvar_kernels.variants import Cs4a, at_decision
 from sparvar_kernels.work import Lists
 
-SELECT_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: three programs on a multiprocessor
+ALL_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: three programs on a multiprocessor
+SHORT_OPTIONS = ALL_OPTIONS | {"num_warps": 4}  # a quarter of the keys
 
 
 @triton.jit
@@ -87,9 +89,19 @@ def mass_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _levels(mass_at, offs, num_keys, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _keys(short_at, offs, num_keys, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Positions of the keys worked on: of a shortlist, or all of them."""
+    if SHORT:
+        keys = tl.load(short_at + offs, mask=offs < num_keys, other=0)
+    else:
+        keys = offs
+    return keys
+
+
+@triton.jit
+def _levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Mass as integers in the same order; the bits of a non-negative float are one. 0 where there is no key."""
-    mass = tl.load(mass_at + offs, mask=offs < num_keys, other=0.0)
+    mass = tl.load(mass_at + keys, mask=real, other=0.0)
     if EXACT:
         level = mass.to(tl.int32, bitcast=True)
     else:
@@ -98,20 +110,20 @@ def _levels(mass_at, offs, num_keys, EXACT: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def _ranked(level, floor, first_at, offs, num_keys, TOP: tl.constexpr, HAS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _ranked(level, floor, first_at, keys, real, TOP: tl.constexpr, HAS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Levels from `floor` on as 0 to TOP - 1; TOP for keys that go ahead of all others, -1 where there is no key."""
     level = tl.maximum(level - floor, 0)
     if HAS_FIRST:
-        level = tl.where(tl.load(first_at + offs, mask=offs < num_keys, other=0) != 0, TOP, level)
-    return tl.where(offs < num_keys, level, -1)
+        level = tl.where(tl.load(first_at + keys, mask=real, other=0) != 0, TOP, level)
+    return tl.where(real, level, -1)
 
 
 @triton.jit
-def _weights(weight_ptr, offs, num_keys, ONE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weights(weight_ptr, keys, real, ONE: tl.constexpr):  # type: ignore[no-untyped-def]
     if ONE:
-        weight = tl.full(offs.shape, 1, tl.int32)
+        weight = tl.full(keys.shape, 1, tl.int32)
     else:
-        weight = tl.load(weight_ptr + offs, mask=offs < num_keys, other=0)
+        weight = tl.load(weight_ptr + keys, mask=real, other=0)
     return weight
 
 
@@ -124,7 +136,7 @@ def _over_two(level, weight, low, high, SHIFT: tl.constexpr):  # type: ignore[no
 
 @triton.jit
 def _emit(  # type: ignore[no-untyped-def]
-    out, table_ptr, offs, level, weight, bound, left, more_before, equal_before, most,
+    out, table_ptr, keys, level, weight, bound, left, more_before, equal_before, most,
     SHIFT: tl.constexpr, CHILDREN: tl.constexpr,
 ):  # fmt: skip
     """Writes the chosen keys of one block behind `more_before` entries above the bound and `equal_before` at it."""
@@ -135,26 +147,26 @@ def _emit(  # type: ignore[no-untyped-def]
     equal = ((before & LOWER) - (before >> SHIFT)).to(tl.int32) + equal_before
     taken = tl.where(level > bound, weight, tl.where(level == bound, tl.maximum(tl.minimum(left - equal, weight), 0), 0))
     at = out + above + tl.minimum(equal, left)
-    tl.store(at, offs, mask=taken > 0)  # a key's first child is itself
+    tl.store(at, keys, mask=taken > 0)  # a key's first child is itself
     for child in tl.static_range(1, CHILDREN):
         inside = taken > child
-        tl.store(at + child, tl.load(table_ptr + offs * most + child, mask=inside, other=0), mask=inside)
+        tl.store(at + child, tl.load(table_ptr + keys * most + child, mask=inside, other=0), mask=inside)
 
 
 @triton.jit
 def select_kernel(  # type: ignore[no-untyped-def]
-    mass_ptr, keys_ptr, first_ptr, source_ptr, table_ptr, weight_ptr,
-    list_at, head_step, batch_step, row_step, num_heads, num_tiles, num_keys, mass_keys, width, most,
-    EXACT: tl.constexpr, HAS_FIRST: tl.constexpr, SHIFT: tl.constexpr, CHILDREN: tl.constexpr, FLAT: tl.constexpr,
-    HALF: tl.constexpr, TAIL: tl.constexpr,
+    mass_ptr, keys_ptr, first_ptr, source_ptr, table_ptr, weight_ptr, short_ptr,
+    list_at, head_step, batch_step, row_step, num_heads, num_tiles, all_keys, num_keys, mass_keys, width, most,
+    EXACT: tl.constexpr, HAS_FIRST: tl.constexpr, SHORT: tl.constexpr, SHIFT: tl.constexpr, CHILDREN: tl.constexpr,
+    FLAT: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Program (list row, batch x head): list row r takes the mass of tile source[r].
 
     Key j of the decision scale stands for weight[j] keys, table[j, :weight[j]], itself first; the heaviest fill `width`
-    places, equal mass in order of position; the last one may be cut. first [T, num_keys] int8: keys that go ahead of all
-    others, by position among themselves. A row is worked on as HALF + HALF + TAIL keys, powers of two, so that 4,121 keys
-    do not cost as much as 8,192; FLAT: the first half's keys all have weight 1. Two sums at a time share an integer of
-    twice SHIFT bits.
+    places, equal mass in order of position; the last one may be cut. first [T, all_keys] int8: keys that go ahead of all
+    others, by position among themselves. SHORT: only the tile's num_keys in short [.., T, num_keys], ascending, are looked at.
+    A row is worked on as HALF + HALF + TAIL keys, powers of two, so that 4,121 keys do not cost as much as 8,192; FLAT: the
+    first half's keys all have weight 1. Two sums at a time share an integer of twice SHIFT bits.
     """
     SIZE: tl.constexpr = 0x4F000001 if EXACT else 2048  # levels: 2**31 as a float tops any mass; 16 octaves of bf16
     STEPS: tl.constexpr = 20 if EXACT else 7  # of a search that keeps a third: 3**STEPS >= SIZE
@@ -162,21 +174,27 @@ def select_kernel(  # type: ignore[no-untyped-def]
     i_row, i_bh = tl.program_id(0), tl.program_id(1)
     tile = tl.load(source_ptr + i_row)
     mass_at = mass_ptr + (i_bh.to(tl.int64) * num_tiles + tile) * mass_keys
-    first_at = first_ptr + tile * num_keys
+    short_at = short_ptr + (i_bh.to(tl.int64) * num_tiles + tile) * num_keys
+    first_at = first_ptr + tile * all_keys
     offs_a = tl.arange(0, HALF)
     offs_b, offs_c = HALF + tl.arange(0, HALF), 2 * HALF + tl.arange(0, TAIL)
+    real_a, real_b, real_c = offs_a < num_keys, offs_b < num_keys, offs_c < num_keys
+    keys_a, keys_b, keys_c = (
+        _keys(short_at, offs_a, num_keys, SHORT), _keys(short_at, offs_b, num_keys, SHORT),
+        _keys(short_at, offs_c, num_keys, SHORT),
+    )  # fmt: skip
     a, b, c = (
-        _levels(mass_at, offs_a, num_keys, EXACT), _levels(mass_at, offs_b, num_keys, EXACT),
-        _levels(mass_at, offs_c, num_keys, EXACT),
+        _levels(mass_at, keys_a, real_a, EXACT), _levels(mass_at, keys_b, real_b, EXACT),
+        _levels(mass_at, keys_c, real_c, EXACT),
     )  # fmt: skip
     # of a bf16 row 2**-16 of its largest mass is as good as nothing
     floor = 0 if EXACT else tl.maximum(tl.maximum(tl.max(tl.maximum(a, b)), tl.max(c)) - (SIZE - 2), 0)
-    a = _ranked(a, floor, first_at, offs_a, num_keys, SIZE - 1, HAS_FIRST)
-    b = _ranked(b, floor, first_at, offs_b, num_keys, SIZE - 1, HAS_FIRST)
-    c = _ranked(c, floor, first_at, offs_c, num_keys, SIZE - 1, HAS_FIRST)
-    weight_a = _weights(weight_ptr, offs_a, num_keys, FLAT or CHILDREN == 1)
-    weight_b = _weights(weight_ptr, offs_b, num_keys, CHILDREN == 1)
-    weight_c = _weights(weight_ptr, offs_c, num_keys, CHILDREN == 1)
+    a = _ranked(a, floor, first_at, keys_a, real_a, SIZE - 1, HAS_FIRST)
+    b = _ranked(b, floor, first_at, keys_b, real_b, SIZE - 1, HAS_FIRST)
+    c = _ranked(c, floor, first_at, keys_c, real_c, SIZE - 1, HAS_FIRST)
+    weight_a = _weights(weight_ptr, keys_a, real_a, FLAT or CHILDREN == 1)
+    weight_b = _weights(weight_ptr, keys_b, real_b, CHILDREN == 1)
+    weight_c = _weights(weight_ptr, keys_c, real_c, CHILDREN == 1)
     # The largest level whose keys still fill the list lies in [bound, end).
     bound, end = tl.full([], 0, tl.int32), tl.full([], SIZE, tl.int32)
     for _ in tl.static_range(STEPS):
@@ -194,9 +212,9 @@ def select_kernel(  # type: ignore[no-untyped-def]
     left = width - above_a - above_b - tl.sum(tl.where(c > bound, weight_c, 0))
     i_b, i = (i_bh // num_heads).to(tl.int64), i_bh % num_heads
     out = keys_ptr + list_at + i_b * batch_step + i * head_step + i_row * row_step
-    _emit(out, table_ptr, offs_a, a, weight_a, bound, left, 0, 0, most, SHIFT, 1 if FLAT else CHILDREN)
-    _emit(out, table_ptr, offs_b, b, weight_b, bound, left, above_a, equal_a, most, SHIFT, CHILDREN)
-    _emit(out, table_ptr, offs_c, c, weight_c, bound, left, above_a + above_b, equal_a + equal_b, most, SHIFT, CHILDREN)
+    _emit(out, table_ptr, keys_a, a, weight_a, bound, left, 0, 0, most, SHIFT, 1 if FLAT else CHILDREN)
+    _emit(out, table_ptr, keys_b, b, weight_b, bound, left, above_a, equal_a, most, SHIFT, CHILDREN)
+    _emit(out, table_ptr, keys_c, c, weight_c, bound, left, above_a + above_b, equal_a + equal_b, most, SHIFT, CHILDREN)
 
 
 @lru_cache(maxsize=256)
@@ -316,35 +334,62 @@ def _there(variant: Cs4a, problem: AttentionProblem) -> Cs4a:
 
 
 @lru_cache(maxsize=256)
-def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype) -> Build:
-    """What `select` launches for lists of `variant` in the stage at `problem`."""
+def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype, short: int = 0) -> Build:
+    """What `select` launches for lists of `variant` in the stage at `problem`; short: keys of its shortlist, 0: none."""
     _, weight, most = _child_table(problem, variant.decision_scale, _expands(variant, problem), "cpu")
-    n = problem.schedule.num_keys(variant.decision_scale)
+    n = short or problem.schedule.num_keys(variant.decision_scale)
     half = max(16, 1 << (n.bit_length() - 2))
-    types = {name: "*i32" for name in ("keys_ptr", "source_ptr", "table_ptr", "weight_ptr")}
+    types = {name: "*i32" for name in ("keys_ptr", "source_ptr", "table_ptr", "weight_ptr", "short_ptr")}
     types |= {"mass_ptr": f"*{TYPES[mass]}", "first_ptr": "*i8"}
-    ints = ("list_at", "head_step", "batch_step", "row_step", "num_heads", "num_tiles", "num_keys", "mass_keys", "width", "most")
+    ints = ("list_at", "head_step", "batch_step", "row_step", "num_heads", "num_tiles", "all_keys", "num_keys", "mass_keys",
+            "width", "most")  # fmt: skip
     constants = {
         "EXACT": mass == torch.float32, "HAS_FIRST": _first_keys(problem, _there(variant, problem), "cpu") is not None,
-        "SHIFT": 16 if problem.num_keys < 1 << 15 else 32, "CHILDREN": most, "FLAT": bool((weight[:half] == 1).all()),
+        "SHORT": short > 0, "SHIFT": 16 if problem.num_keys < 1 << 15 else 32, "CHILDREN": most,
+        "FLAT": not short and bool((weight[:half] == 1).all()),
         "HALF": half, "TAIL": max(16, 1 << (n - 2 * half).bit_length()),
     }  # fmt: skip
-    return Build.of(select_kernel, types | dict.fromkeys(ints, "i32"), constants, SELECT_OPTIONS, True)
+    options = SHORT_OPTIONS if short else ALL_OPTIONS
+    return Build.of(select_kernel, types | dict.fromkeys(ints, "i32"), constants, options, True)
 
 
-def select(mass: Tensor, keys: Tensor, lists: Lists, problem: AttentionProblem, decision: AttentionProblem) -> None:
-    """Fills `lists` in the key buffer of the stage at `problem` from mass [B, h, T_S, >= Nk_S] of the decision scale."""
+def shortlisted(variant: Cs4a, decision: AttentionProblem, scales: Collection[int]) -> int:
+    """How many of the best keys hold all that the lists of these scales may take; 0 where a shortlist would gain nothing.
+
+    variant: in its form at the decision scale. Whatever a key stands for, a list has no more of them than places.
+    """
+    full = decision.num_keys
+    most = max(keys_kept(variant, decision.schedule, s if variant.keys == "place" else variant.decision_scale) for s in scales)
+    return -(-most // 16) * 16 if len(scales) > 1 and 3 * most <= full else 0
+
+
+def shortlist(mass: Tensor, variant: Cs4a, decision: AttentionProblem, heads: tuple[int, ...], many: int) -> Tensor:
+    """[B, h, T, many] int32: positions of each tile's heaviest keys, ascending. variant: in its form at the decision scale."""
+    short = torch.empty(*mass.shape[:3], many, dtype=torch.int32, device=mass.device)
+    tiles = mass.shape[2]
+    lists = Lists(variant, heads, 0, tiles * many, len(heads) * tiles * many, many, tiles, many)
+    select(mass, short, lists, decision, decision)
+    return short
+
+
+def select(
+    mass: Tensor, keys: Tensor, lists: Lists, problem: AttentionProblem, decision: AttentionProblem, short: Tensor | None = None
+) -> None:
+    """Fills `lists` in the key buffer of the stage at `problem` from mass [B, h, T_S, >= Nk_S] of the decision scale.
+
+    short: a shortlist to choose from; see `shortlisted`.
+    """
     device, variant = str(mass.device), lists.variant
     expand = _expands(variant, problem)
     table, weight, most = _child_table(problem, variant.decision_scale, expand, device)
     first = _first_keys(problem, _there(variant, problem), device)
     sources = _list_sources(problem, variant, lists.rows, device)
-    n = decision.num_keys
-    run = launcher(select_build(variant, problem, mass.dtype), mass.device)
+    n = 0 if short is None else short.shape[3]
+    run = launcher(select_build(variant, problem, mass.dtype, n), mass.device)
     run(
         (lists.rows, problem.batch * len(lists.heads), 1),
         pointer(mass), pointer(keys), pointer(mass if first is None else first),
-        pointer(sources), pointer(table), pointer(weight),
-        lists.at, lists.head_step, lists.batch_step, lists.row_step, len(lists.heads), mass.shape[2], n, mass.shape[3],
-        lists.width, most,
+        pointer(sources), pointer(table), pointer(weight), pointer(keys if short is None else short),
+        lists.at, lists.head_step, lists.batch_step, lists.row_step, len(lists.heads), mass.shape[2],
+        decision.num_keys, n or decision.num_keys, mass.shape[3], lists.width, most,
     )  # fmt: skip

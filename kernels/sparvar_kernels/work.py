@@ -22,7 +22,8 @@ from sparvar_kernels.problem import AttentionProblem
 from sparvar_kernels.scales import Tile, partition
 from sparvar_kernels.variants import Cs4a, Csla, Reuse, Variant, at_decision
 
-FIELDS = 16  # int32 a program, one 64-byte line: the ten below, zeros after
+Array = np.ndarray
+FIELDS = 16  # int32 a program, one 64-byte line: the fourteen below, zeros after
 LIST_PAD = 256  # readable entries behind every list: the largest key block
 
 
@@ -72,7 +73,25 @@ class Part:
     outs: tuple[int, ...] | None = None
 
 
-def work_table(parts: list[Part], block_m: int) -> Tensor:
+def _cells_under(first: Array, last: Array, length: int, source: int) -> tuple[Array, Array]:
+    """The first and last cell of a residual's axis of `source` cells that bear on queries first..last of `length`."""
+    place = [((n + 0.5) * (source / length) - 0.5).clip(0, source - 1).astype(np.int32) for n in (first, last)]
+    return place[0], np.minimum(place[1] + 1, source - 1)
+
+
+def _residual_cells(rows: Array, grid: tuple[int, int], source: tuple[int, int]) -> Array:
+    """[..., 4]: first row, first column, last row and last column of the cells that bear on table rows (fields 1 to 4)."""
+    (h, w), origin, width, first, last = grid, rows[..., 1], rows[..., 2], rows[..., 3], rows[..., 4] - 1
+    one_row = first // width == last // width
+    ends = [origin + n // width * w + np.where(one_row, n % width, side) for n, side in ((first, 0), (last, width - 1))]
+    (top, left), (bottom, right) = (np.divmod(n, w) for n in ends)
+    wraps = (origin % w + width > w) & (top != bottom)  # a raster tile that goes on in the next row
+    left, right = np.where(wraps, 0, left), np.where(wraps, w - 1, right)
+    (low_y, high_y), (low_x, high_x) = _cells_under(top, bottom, h, source[0]), _cells_under(left, right, w, source[1])
+    return np.stack([low_y, low_x, high_y, high_x], -1)
+
+
+def work_table(parts: list[Part], block_m: int, grid: tuple[int, int] = (1, 1), source: tuple[int, int] | None = None) -> Tensor:
     """[P, FIELDS] int32 on the CPU: longest lists first, then head by head so that K and V of a head stay in the L2 cache."""
     made = []
     for part in parts:
@@ -89,6 +108,8 @@ def work_table(parts: list[Part], block_m: int) -> Tensor:
         rows[..., 7] = part.counts.numpy()[tile]
         rows[..., 8] = -1 if part.slots is None else np.array(part.slots)[:, None]
         rows[..., 9] = heads[:, None] if part.outs is None else np.array(part.outs)[:, None]
+        if source is not None:
+            rows[..., 10:14] = _residual_cells(rows, grid, source)
         made.append(rows.reshape(-1, FIELDS))
     table = np.concatenate(made)
     blocks = -(-table[:, 7] // 256)  # lists of about one length keep their head-by-head order
@@ -170,14 +191,16 @@ def build_stage(
         size += len(listed)
     if size >= 1 << 31:
         raise ValueError(f"scale {s}: key lists of {size} entries; want less than 2**31 (fewer images at once)")
-    table = work_table(parts, config.block_m)
+    decision = next((d for v, _ in groups if (d := getattr(v, "decision_scale", None)) is not None), s)
+    table = work_table(parts, config.block_m, problem.grid, schedule.grids[decision])
     keys = torch.zeros(size + LIST_PAD, dtype=torch.int32, device=device)
     for at, listed in known:
         keys[at : at + len(listed)] = listed.to(device)
     for made, band in bands:
         block = keys[made.at : made.at + problem.batch * made.batch_step].view(-1, made.rows, made.row_step)
         block[..., made.width : made.width + band.shape[-1]] = band.to(device)
-    masked = bool((table[:, 7] % config.block_n != 0).any())
+    ragged = table[:, 7] % config.block_n != 0
+    masked = bool((ragged | (table[:, 7] == 0) if config.fetchers else ragged).any())  # warps that fetch begin with a block
     return Stage(keys, table.to(device), masked, tuple(dynamic))
 
 
