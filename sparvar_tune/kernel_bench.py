@@ -36,14 +36,18 @@ from sparvar_tune.compiling import binaries, compile_all, compilers
 from sparvar_tune.machine import version_of
 from sparvar_tune.measure import interleaved, paired_speedup, timing
 from sparvar_tune.models import MODELS
+from sparvar_tune.peers import dense_ways, flashinfer_lists, flex128
 from sparvar_tune.policies import paper_policy, paper_windows
 from sparvar_tune.recorded import File, Row
 from sparvar_tune.schedule import points, space
 from sparvar_tune.schema import Speedup, Workload, one_line
 
 ROUNDS = 30
-# ways beside FlashAttention-2 and cuDNN, and what a report says of them
+DENSE = ("FA2", "cuDNN", "FA3")  # FlashAttention-2 and -3
+# ways beside dense ones, and what a report says of them
 BESIDE = (("Flex128", "the paper's FlexAttention form takes", "ours"),
+          ("plain", "the kernel whose warps do all takes", "ours"),
+          ("FlashInfer", "FlashInfer over the same lists, page size 1, takes", "ours"),
           ("efficient", "PyTorch's memory-efficient attention takes", "ours"),
           ("parts", "its parts one after the other take", "together"))  # fmt: skip
 RECORDED = ("CSLA 8x8, last scale", "CSLA 8x8, with residual", "CSLA 8x8, scale 48", "CS4A 20 % 8x16",
@@ -66,6 +70,7 @@ class Case:
     policy: Policy
     goal: str = ""
     flex: bool = False
+    lists: bool = False  # others may run over its key lists, too
     decision: bool = False  # time the decision scale itself
 
     @property
@@ -85,8 +90,10 @@ def _csla(schedule: ScaleSchedule, tile: Tile, decision: int | None = None, sink
     return Csla(paper_windows(schedule), sinks, tile, decision_scale=decision)
 
 
-def _one(name: str, variant: Variant, goal: str, scale: int = 12, flex: bool = False, bound: float | None = 20.0) -> Case:
-    return Case(name, SQUARE, scale, 28, 128, "bf16", bound, Policy.uniform(1, 28, {scale: variant}), goal, flex)
+def _one(
+    name: str, variant: Variant, goal: str, scale: int = 12, flex: bool = False, bound: float | None = 20.0, lists: bool = False
+) -> Case:  # fmt: skip
+    return Case(name, SQUARE, scale, 28, 128, "bf16", bound, Policy.uniform(1, 28, {scale: variant}), goal, flex, lists)
 
 
 def _hart(name: str, schedule: ScaleSchedule, variant: Variant, goal: str) -> Case:
@@ -106,14 +113,16 @@ def cases() -> list[Case]:
     hart = MODELS["hart"].schedule()
     return [
         _one("CSLA 8x8, last scale", _csla(SQUARE, Tile(8, 8)), ">= 20x FA2, >= 3x Flex, >= 11x cuDNN", flex=True),
-        _one("CSLA 8x16, last scale", _csla(SQUARE, Tile(8, 16)), ">= 20x FA2, >= 11x cuDNN"),
+        _one("CSLA 8x16, last scale", _csla(SQUARE, Tile(8, 16)), ">= 20x FA2, >= 11x cuDNN", lists=True),
         _one("CSLA 8x8, no logit bound", _csla(SQUARE, Tile(8, 8)), "what the bound is worth", bound=None),
         _one("CSLA 8x8, with residual", _csla(SQUARE, Tile(8, 8), 10), "<= 1.03x of CSLA 8x8"),
         _one("CSLA 8x16, with residual", _csla(SQUARE, Tile(8, 16), 10), "<= 1.03x of CSLA 8x16"),
         _one("CSLA 8x8, scale 40", _csla(SQUARE, Tile(8, 8)), ">= 6x FA2", 10),
         _one("CSLA 8x8, scale 48", _csla(SQUARE, Tile(8, 8)), ">= 10x FA2", 11),
-        _one("CS4A 20 % 8x16", Cs4a(10, 0.2, Tile(8, 16), residual=False), ">= 6.5x FA2, >= 85 % of cuDNN's rate"),
-        _one("CS4A 10 % 8x16", Cs4a(10, 0.1, Tile(8, 16), residual=False), ">= 11x FA2, >= 85 % of cuDNN's rate"),
+        _one("CS4A 20 % 8x16", Cs4a(10, 0.2, Tile(8, 16), residual=False), ">= 6.5x FA2, >= 85 % of cuDNN's rate",
+             lists=True),
+        _one("CS4A 10 % 8x16", Cs4a(10, 0.1, Tile(8, 16), residual=False), ">= 11x FA2, >= 85 % of cuDNN's rate",
+             lists=True),
         _one("CS4A 10 % 8x16, with residual", Cs4a(10, 0.1, Tile(8, 16)), "<= 1.03x of CS4A 10 % 8x16"),
         _one("CS4A 10 % 8x8, with residual", Cs4a(10, 0.1, Tile(8, 8)), ">= 8x FA2"),
         _one("reuse", Reuse(10), ""),
@@ -181,43 +190,6 @@ def error_of(case: Case, attend: SparseAttention, bench: Bench, samples: int = 1
     return worst
 
 
-def baselines(case: Case, bench: Bench) -> dict[str, Callable[[], object]]:
-    """Dense attention by FlashAttention-2 and cuDNN (through PyTorch), and the paper's FlexAttention form where asked.
-
-    Neither takes fp32; there PyTorch's memory-efficient attention is what is left.
-    """
-    q, k, v, scale = bench.q, bench.k, bench.v, bench.problem.softmax_scale
-    if case.dtype == "fp32":
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        return {"efficient": lambda: efficient(q, k, v, None, False, 0.0, False, scale=scale)}
-    flash, cudnn = torch.ops.aten._scaled_dot_product_flash_attention, torch.ops.aten._scaled_dot_product_cudnn_attention
-    ways: dict[str, Callable[[], object]] = {
-        "FA2": lambda: flash(q, k, v, 0.0, False, False, scale=scale),
-        "cuDNN": lambda: cudnn(q, k, v, None, False, 0.0, False, False, scale=scale),
-    }
-    if case.flex:
-        ways["Flex128"] = _flex(case, bench)
-    return ways
-
-
-def _flex(case: Case, bench: Bench) -> Callable[[], object]:
-    """The paper's CSLA: FlexAttention over the 128 x 128 blocks its rule touches, each attended whole."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    p = bench.problem
-    lists = csla_lists(p.schedule, p.scale_index, Csla(paper_windows(p.schedule), 5, Tile(0, 128), "block128"))
-    blocks = -(-p.num_keys // 128)
-    touched = torch.zeros(lists.keys.shape[2], blocks, dtype=torch.bool)
-    touched.scatter_(1, (lists.keys[0, 0] // 128).long(), True)
-    counts = touched.sum(-1).int()
-    order = torch.argsort(touched.int(), dim=-1, descending=True, stable=True).int()
-    full = (counts[None, None].cuda(), order[None, None].contiguous().cuda())
-    none = (torch.zeros_like(full[0]), torch.zeros_like(full[1]))
-    mask = BlockMask.from_kv_blocks(*none, *full, BLOCK_SIZE=(128, 128), seq_lengths=(p.num_queries, p.num_keys))
-    compiled = torch.compile(flex_attention, dynamic=False)  # its autotuning takes 20 s and picks by other inputs
-    return lambda: compiled(bench.q, bench.k, bench.v, block_mask=mask, scale=p.softmax_scale)
-
-
 def measure_case(case: Case) -> dict[str, Any]:
     """One row's raw numbers; "error" names what went wrong instead."""
     problems = {s: case.problem(s) for s in range(len(case.schedule))}
@@ -227,18 +199,35 @@ def measure_case(case: Case) -> dict[str, Any]:
     for candidate in configs:
         attend = bench.attention(candidate)
         screened.append((median(interleaved({"this": lambda: bench.call(attend)}, 8)["this"]), candidate))  # noqa: B023
-    best = min(screened, key=lambda at: at[0])[1]
+    ranked = [config for _, config in sorted(screened, key=lambda at: at[0])]
+    best = ranked[0]
     attend = bench.attention(best)
     worst = error_of(case, attend, bench) if not case.decision else _dense_error(bench, attend)
     raw: dict[str, Any] = {"case": case.name, "goal": case.goal, "config": vars(best), "relative_error": worst}
     if not worst < 0.01:
         return raw | {"error": f"relative error {worst:.2e} against its reference: not timed"}
-    ways = baselines(case, bench) | {"ours": lambda: bench.call(attend)}
+    ways = dense_ways(bench.problem, bench.q, bench.k, bench.v) | {"ours": lambda: bench.call(attend)}
+    if case.flex:
+        ways["Flex128"] = flex128(bench.problem, bench.q, bench.k, bench.v)
+    if best.fetchers:
+        plain = bench.attention(next(config for config in ranked if not config.fetchers))
+        ways["plain"] = lambda: bench.call(plain)
+    if case.lists and (others := _over_lists(case, bench)):
+        ways["FlashInfer"] = others
     if case.name.startswith("mixed"):
         ways["parts"] = _parts(case, bench, best)
     spent = interleaved(ways, ROUNDS)
     flops, moved = (0.0, 0.0) if case.decision else work_of(case, attend, bench.problem)
     return raw | {"ms": spent, "flops": flops, "bytes": moved}
+
+
+def _over_lists(case: Case, bench: Bench) -> Callable[[], object] | None:
+    """FlashInfer on the lists of 128 rows, its output held against ours."""
+    attend = bench.attention(TritonConfig(128, 32, 8, 5))
+    ours = bench.call(attend)
+    layer = next(iter(attend._layers.values()))[0]
+    (stage,) = (stage for (scale, _), (stage, _) in layer.stages.items() if scale == case.scale_index)
+    return flashinfer_lists(stage, bench.problem, bench.q, bench.k, bench.v, ours)
 
 
 def _dense_error(bench: Bench, attend: SparseAttention) -> float:
@@ -350,19 +339,20 @@ def _plan_image_ms() -> float:
 
 def case_space(case: Case, problem: AttentionProblem) -> list[TritonConfig]:
     """Configurations worth trying: no program larger than a query tile."""
-    if case.decision:
-        return [TritonConfig()]
+    capability = torch.cuda.get_device_capability()
+    if case.decision:  # of its sparse pass
+        return [c for c in (TritonConfig(), *TritonConfig.fetching(problem)) if not why_not(problem, "triton", c, capability)]
     rows = max(getattr(v, "tile", Tile(0, 128)).rows for v in variants_of(case.policy, 0, case.scale_index))
-    return [c for c in space(problem, torch.cuda.get_device_capability()) if c.block_m <= max(64, rows)]
+    return [c for c in space(problem, capability) if c.block_m <= max(64, rows)]
 
 
 def record_space(case: Case) -> File:
     """The time of every legal configuration of a case, none pruned, all in one interleaved run: what `replay` reads."""
     bench = Bench(case.policy, {s: case.problem(s) for s in range(len(case.schedule))}, 0, case.scale_index)
     capability = torch.cuda.get_device_capability()
-    choices = TritonConfig.space()
-    configs = [TritonConfig(**point) for point in points(choices)]
+    configs = [*(TritonConfig(**point) for point in points(TritonConfig.space())), *TritonConfig.fetching(bench.problem)]
     configs = [c for c in configs if not why_not(bench.problem, "triton", c, capability)]
+    choices = {name: sorted({getattr(c, name) for c in configs}) for name in sorted(vars(TritonConfig()))}
     jobs = [b for c in configs for b in binaries(case.policy, bench.problems, 0, case.scale_index, c, capability)]
     with compilers(os.cpu_count() or 2) as pool:
         compile_all(jobs, pool, lambda text: None)
@@ -382,7 +372,7 @@ def record_space(case: Case) -> File:
         point = {name: getattr(config, name) for name in choices}
         t = timing(spent[str(i)]) if i not in failures else None
         rows.append(Row(point, t.p20_ms, t.p50_ms, t.p80_ms, t.n, None) if t else Row(point, None, None, None, None, failures[i]))
-    return File(1, torch.cuda.get_device_name(), case.name, "ms", {k: list(v) for k, v in choices.items()}, tuple(rows))
+    return File(1, torch.cuda.get_device_name(), case.name, "ms", choices, tuple(rows))
 
 
 def measure_all(say: Callable[[str], None], keep: Callable[[dict[str, Any]], None], only: str = "") -> dict[str, Any]:
@@ -428,8 +418,8 @@ def render(raw: dict[str, Any]) -> str:
         f"n = {ROUNDS}; ratios are medians of paired calls with 95 % intervals. Limit: the larger of listed bytes over this "
         f"machine's copy rate ({limits['copy_bytes_per_s'] / 1e12:.2f} TB/s) and useful FLOPs over its own matrix-product rate "
         f"({limits['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s). Regenerate: `sparvar-tune bench --from` the JSON beside this.", "",
-        "| case | ours | FA2 | cuDNN | x FA2 | x cuDNN | useful TFLOP/s | of limit | goal | configuration |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| case | ours | {' | '.join((*DENSE, *(f'x {name}' for name in DENSE)))} | useful TFLOP/s | of limit | goal "
+        "| configuration |", "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     notes = []
     for row in raw["rows"]:
@@ -438,8 +428,8 @@ def render(raw: dict[str, Any]) -> str:
             continue
         ms = row["ms"]
         ours = timing(ms["ours"])
-        dense = [f"{timing(ms[name]).p50_ms:.3f}" if name in ms else "-" for name in ("FA2", "cuDNN")]
-        ratios = [_ratio(paired_speedup(ms[name], ms["ours"])) if name in ms else "-" for name in ("FA2", "cuDNN")]
+        dense = [f"{timing(ms[name]).p50_ms:.3f}" if name in ms else "-" for name in DENSE]
+        ratios = [_ratio(paired_speedup(ms[name], ms["ours"])) if name in ms else "-" for name in DENSE]
         bound = max(row["bytes"] / limits["copy_bytes_per_s"], row["flops"] / limits["gemm_flops_per_s"]) * 1e3
         rate = f"{row['flops'] / ours.p50_ms / 1e9:.0f}" if row["flops"] else "-"
         share = f"{bound / ours.p50_ms:.0%} of {bound:.3f}" if bound and "FA2" in ms else "-"  # the rates are those of bf16
