@@ -171,7 +171,7 @@ def test_flipped_bytes_never_crash_or_change_a_verdict(tmp_path, home):
 # --- verify without an adapter: the GPU is faked, its times are made up ---
 
 H100 = find_gpu("h100-sxm")
-CONFIG = (("block_m", 64), ("block_n", 64), ("maxnreg", 0), ("num_stages", 5), ("num_warps", 4))
+CONFIG = (("block_m", 64), ("block_n", 64), ("fetchers", 0), ("maxnreg", 0), ("num_stages", 5), ("num_warps", 4))
 
 
 @pytest.fixture

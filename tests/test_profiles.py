@@ -133,6 +133,12 @@ def test_illegal_launches_are_refused():
     data["rows"][1]["config"] = {**config, "block_n": 3}
     with pytest.raises(ProfileError, match=r"rows\[1\]: block_n=3: want 16"):
         schema.from_json(json.dumps(data), "f")
+    data["rows"][1]["config"] = {**config, "fetchers": 4}
+    with pytest.raises(ProfileError, match=r"rows\[1\]: fetchers=4: wants a Hopper GPU"):
+        schema.from_json(json.dumps(data), "f")
+    data["rows"][1]["config"] = {name: value for name, value in config.items() if name != "maxnreg"}
+    with pytest.raises(ProfileError, match="want exactly"):  # a file of before may lack `fetchers` (as above), nothing else
+        schema.from_json(json.dumps(data), "f")
     data["rows"][1]["config"] = config
     data["silicon"].update(gpu="v100", family="volta", capability=[7, 0])
     with pytest.raises(ProfileError, match="capability 7"):
