@@ -23,7 +23,6 @@ import numpy as np
 from sparvar_kernels.configs import TritonConfig
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.problem import AttentionProblem
-from sparvar_kernels.registry import why_not
 from sparvar_tune.bench import distinct_layers
 from sparvar_tune.compiling import Binary, binaries, compile_all, compilers
 from sparvar_tune.costmodel import (
@@ -50,7 +49,7 @@ from sparvar_tune.models import MODELS
 from sparvar_tune.policies import paper_policy
 from sparvar_tune.profiles import load, shipped_folder, write_atomic
 from sparvar_tune.recorded import read_space
-from sparvar_tune.schedule import points, space
+from sparvar_tune.schedule import legal, space
 from sparvar_tune.schema import Workload
 
 SPACES = {"h100-sxm": Path("reports/spaces-h100"), "h200": Path("reports/spaces-h200")}
@@ -173,9 +172,8 @@ def wanted_binaries() -> dict[str, Binary]:
     for case in cases():
         if (SPACES[FITTED_ON] / case.file).is_file():
             problem = case.problem(case.scale_index)
-            configs = [TritonConfig(**at) for at in points(TritonConfig.space())]
-            legal = [c for c in configs if not why_not(problem, "triton", c, recorded.capability)]
-            _note(found, case.policy, _problems(case), 0, case.scale_index, legal, recorded)
+            configs = legal(problem, recorded.capability)
+            _note(found, case.policy, _problems(case), 0, case.scale_index, configs, recorded)
     for gpu in {g.capability: g for g in GPUS.values() if g.capability}.values():
         for policy, w in _predicted_policies():
             problems = w.problems()
@@ -200,8 +198,9 @@ def _note(
     found: dict[str, Binary], policy: Policy, problems: Mapping[int, AttentionProblem], layer: int, s: int,
     configs: Sequence[TritonConfig], gpu: Gpu,
 ) -> None:  # fmt: skip
+    """Adds what the launches of these configurations need, those the model knows."""
     assert gpu.capability
-    for config in configs:
+    for config in (c for c in configs if not c.fetchers):
         made = {binary_key(w, config, gpu): w for w in works(policy, problems, layer, s, config)}
         if made.keys() <= found.keys():
             continue

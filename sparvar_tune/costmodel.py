@@ -238,7 +238,8 @@ def key_of(
     kernel: str, constants: Mapping[str, int], dtype: str, config: TritonConfig, capability: tuple[int, int]
 ) -> str | None:
     """The `binary_key` of a compiled binary by its constants; None for one that no prediction is about."""
-    if not kernel.endswith(".gathered_kernel") or constants["EPILOGUE"] > 1 or constants["BLOCK_M"] != config.block_m:
+    known = kernel.endswith(".gathered_kernel") and not config.fetchers
+    if not known or constants["EPILOGUE"] > 1 or constants["BLOCK_M"] != config.block_m:
         return None
     kinds = bool(constants["MASKED"]), constants["EPILOGUE"] == 1, bool(constants["HAS_BIAS"])
     return _key(capability, constants["HEAD_DIM"], dtype, kinds, config)

@@ -27,7 +27,6 @@ from sparvar_kernels.csla import csla_lists
 from sparvar_kernels.layer_triton import Layer
 from sparvar_kernels.policy import Policy, Rule, plan_layers
 from sparvar_kernels.problem import AttentionProblem
-from sparvar_kernels.registry import why_not
 from sparvar_kernels.scales import ScaleSchedule, Tile
 from sparvar_kernels.variants import Cs4a, Csla, Reuse, Variant
 from sparvar_kernels.work import shared_stage
@@ -39,7 +38,7 @@ from sparvar_tune.models import MODELS
 from sparvar_tune.peers import dense_ways, flashinfer_lists, flex128
 from sparvar_tune.policies import paper_policy, paper_windows
 from sparvar_tune.recorded import File, Row
-from sparvar_tune.schedule import points, space
+from sparvar_tune.schedule import legal, space
 from sparvar_tune.schema import Speedup, Workload, one_line
 
 ROUNDS = 30
@@ -341,7 +340,7 @@ def case_space(case: Case, problem: AttentionProblem) -> list[TritonConfig]:
     """Configurations worth trying: no program larger than a query tile."""
     capability = torch.cuda.get_device_capability()
     if case.decision:  # of its sparse pass
-        return [c for c in (TritonConfig(), *TritonConfig.fetching(problem)) if not why_not(problem, "triton", c, capability)]
+        return [c for c in legal(problem, capability) if c.fetchers or c == TritonConfig()]
     rows = max(getattr(v, "tile", Tile(0, 128)).rows for v in variants_of(case.policy, 0, case.scale_index))
     return [c for c in space(problem, capability) if c.block_m <= max(64, rows)]
 
@@ -350,8 +349,7 @@ def record_space(case: Case) -> File:
     """The time of every legal configuration of a case, none pruned, all in one interleaved run: what `replay` reads."""
     bench = Bench(case.policy, {s: case.problem(s) for s in range(len(case.schedule))}, 0, case.scale_index)
     capability = torch.cuda.get_device_capability()
-    configs = [*(TritonConfig(**point) for point in points(TritonConfig.space())), *TritonConfig.fetching(bench.problem)]
-    configs = [c for c in configs if not why_not(bench.problem, "triton", c, capability)]
+    configs = legal(bench.problem, capability)
     choices = {name: sorted({getattr(c, name) for c in configs}) for name in sorted(vars(TritonConfig()))}
     jobs = [b for c in configs for b in binaries(case.policy, bench.problems, 0, case.scale_index, c, capability)]
     with compilers(os.cpu_count() or 2) as pool:

@@ -39,19 +39,20 @@ def points(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+def legal(problem: AttentionProblem, capability: tuple[int, int] | None) -> list[TritonConfig]:
+    """Every legal configuration: of launches whose warps do all, then of those whose warps fetch or multiply."""
+    plain = (TritonConfig(**point) for point in points(TritonConfig.space()))
+    return [c for c in (*plain, *TritonConfig.fetching(problem)) if not why_not(problem, "triton", c, capability)]
+
+
 def space(problem: AttentionProblem, capability: tuple[int, int] | None) -> list[TritonConfig]:
     """Every legal configuration worth trying.
 
     Eight warps want 128 rows (a warp group of four works on 64), and only they gain from a register limit: two programs
     then fit on a multiprocessor. Pipelines of fewer than five stages never won on Hopper. There warps that only fetch mostly do.
     """
-    plain = [c for c in map(_config, points(TritonConfig.space())) if c.num_warps * 16 <= c.block_m
-             and (c.num_warps == 8 or not c.maxnreg) and c.num_stages >= 5]  # fmt: skip
-    return [c for c in (*plain, *TritonConfig.fetching(problem)) if not why_not(problem, "triton", c, capability)]
-
-
-def _config(point: Mapping[str, int]) -> TritonConfig:
-    return TritonConfig(**point)
+    return [c for c in legal(problem, capability) if c.fetchers or (c.num_warps * 16 <= c.block_m
+            and (c.num_warps == 8 or not c.maxnreg) and c.num_stages >= 5)]  # fmt: skip
 
 
 @dataclass(frozen=True)
