@@ -1,5 +1,5 @@
 import sys
 
-from sparvar_tune.cli import main
+from sparvar_tune.cli.parser import main
 
 sys.exit(main())

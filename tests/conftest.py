@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from sparvar_kernels import dense, gathered_cpu, layer_cpu
+from sparvar_kernels.backends import dense
+from sparvar_kernels.backends.cpu import gathered as gathered_cpu
+from sparvar_kernels.backends.cpu import layer as layer_cpu
 
 # The same examples on every run and machine: a failure here is a failure there.
 settings.register_profile("fixed", derandomize=True, deadline=None)

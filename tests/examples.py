@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sparvar_kernels import Cs4a, Csla, Policy, Pooled, Reuse, Rule, Tile
-from sparvar_tune import schema
+from sparvar_tune.profile import schema
 
 
 def timing(ms: float) -> schema.Timing:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from sparvar_kernels.configs import TritonConfig
-from sparvar_kernels.work import build_stage
-from sparvar_tune.models import MODELS
-from sparvar_tune.policies import paper_policy
-from sparvar_tune.schema import Workload
+from sparvar_kernels.backends.configs import TritonConfig
+from sparvar_kernels.backends.triton.work import build_stage
+from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.policy_search.menu import paper_policy
+from sparvar_tune.profile.schema import Workload
 
 MODEL = MODELS["infinity-8b"]
 WORKLOAD = Workload.of(MODEL, MODEL.default_resolution, "1.000")

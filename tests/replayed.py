@@ -28,9 +28,12 @@ import torch
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Dense, Variant
-from sparvar_tune import certify, judge, machine, models, profiles, search, tune
-from sparvar_tune.policies import Table, menu, paper_policy
-from sparvar_tune.search import SCALE_WEIGHTS
+from sparvar_tune.catalog import models
+from sparvar_tune.policy_search import certify, judge, study
+from sparvar_tune.policy_search.menu import Table, menu, paper_policy
+from sparvar_tune.policy_search.study import SCALE_WEIGHTS
+from sparvar_tune.profile import machine, store
+from sparvar_tune.ways import search_here
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "reports" / "spaces-cpu" / "pocketvar-options.json"
@@ -177,26 +180,26 @@ def launch_factor(launch: Launch | None) -> float:
 
 def install(setattr_: Callable[[object, str, object], None]) -> None:
     """Puts recorded attention and options in place of live ones, and stops the date."""
-    for module in (judge, certify, tune):
+    for module in (judge, certify, search_here):
         setattr_(module, "make_attention", Attention)
-    setattr_(tune, "measure_options", lambda adapter, *_: adapter.table)
+    setattr_(search_here, "measure_options", lambda adapter, *_: adapter.table)
     today = types.SimpleNamespace(today=lambda: datetime.date(2026, 1, 2))
-    setattr_(tune, "datetime", types.SimpleNamespace(date=today))
+    setattr_(search_here, "datetime", types.SimpleNamespace(date=today))
 
 
 def record() -> None:
     """Measures pocketvar on this CPU and fits the model of PSNR to the profiles of this checkout."""
     from sparvar_tune.adapters import load_adapter
-    from sparvar_tune.gpus import GPUS
-    from sparvar_tune.measure import Stopwatch
-    from sparvar_tune.pairs import search_pairs
+    from sparvar_tune.catalog.gpus import GPUS
+    from sparvar_tune.measure.pairs import search_pairs
+    from sparvar_tune.measure.timing import Stopwatch
 
     adapter, stopwatch = load_adapter(models.find_model("pocketvar"), "cpu"), Stopwatch("cpu")
-    table = tune.measure_options(adapter, lambda text: None)
+    table = search_here.measure_options(adapter, lambda text: None)
     first, layers, heads = judge.first_touched(adapter), adapter.model.layers, adapter.model.heads
     ways: dict[str, Any] = {"dense": adapter.dense}
     for form in ("paper", "drop last scale"):
-        ways[form] = judge.make_attention(adapter, judge.build_policy(search.Knobs(form=form), adapter, table))
+        ways[form] = judge.make_attention(adapter, judge.build_policy(study.Knobs(form=form), adapter, table))
     starts: list[float] = []
     rests: dict[str, list[float]] = {name: [] for name in ways}
     for pair in search_pairs(adapter.num_classes, 5):
@@ -206,7 +209,7 @@ def record() -> None:
             rests[name].append(stopwatch(lambda: adapter.finish(states[0], attend)))  # noqa: B023
     points = []
     for path in sorted((ROOT / "profiles" / "cpu").glob("pocketvar*.json")):
-        profile, error = profiles.load(path), 0.0
+        profile, error = store.load(path), 0.0
         for weight, s in zip(SCALE_WEIGHTS, reversed(table.error), strict=True):
             names = {variant: name for name, variant in menu(adapter.schedule, s).items()}
             error += weight * sum(

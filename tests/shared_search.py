@@ -13,8 +13,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from sparvar_tune import search
-from sparvar_tune.storage import open_shared
+from sparvar_tune.policy_search import study as search
+from sparvar_tune.policy_search.storage import open_shared
 
 
 def main(url: str, trials: str, sleep_s: str, log: str, grace_s: str = "60") -> None:

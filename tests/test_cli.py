@@ -16,7 +16,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from sparvar_tune import cli, commands, console, misses, overlay, profiles, runtime, schema, search, storage, tuning
+from sparvar_tune.cli import commands, console, parser, tune_command
+from sparvar_tune.policy_search import storage
+from sparvar_tune.policy_search import study as search
+from sparvar_tune.profile import misses, overlay, schema, store
+from sparvar_tune.runtime import tuned as runtime
 
 HERE = Path(__file__).parent
 TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "45s", "--pairs", "12"]
@@ -25,7 +29,7 @@ TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "45s", "--pairs", "1
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
     tiny.install(monkeypatch.setattr)
-    from sparvar_tune import models
+    from sparvar_tune.catalog import models
 
     monkeypatch.setattr(commands, "MODELS", models.MODELS)
     return home
@@ -33,7 +37,7 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     try:
-        code = cli.main(list(words))
+        code = parser.main(list(words))
     except SystemExit as stop:
         code = int(stop.code or 0)
     said = capsys.readouterr()
@@ -51,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.fixture
 def never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny model sparse attention is no faster than dense; let every timed pair say it is, to reach the end."""
-    from sparvar_tune import certify
+    from sparvar_tune.policy_search import certify
 
     measured = certify.compare_on
 
@@ -62,7 +66,7 @@ def never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
         return trial
 
     monkeypatch.setattr(certify, "compare_on", faster)
-    import sparvar_tune.tune as tune
+    import sparvar_tune.ways.search_here as tune
 
     monkeypatch.setattr(tune, "compare_on", faster)
     measured_options = tune.measure_options
@@ -80,7 +84,7 @@ def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path):
     code, out, err = run(capsys, *TUNE, "--min-psnr", "40", "--min-ssim", "0.9")
     assert code == 0, (out, err)
     path = tiny_model / "profiles" / "cpu" / "pocketvar--custom.json"
-    profile = profiles.load(path)
+    profile = store.load(path)
     assert profile.evidence.n == 12 and profile.evidence.psnr_lower_db >= 40 and profile.state == "measured"
     assert "whole picture" in out and "certifying trial" in out
     code, out, _ = run(capsys, "show", "--profile", str(path))
@@ -100,7 +104,7 @@ def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path):
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 3'))
     assert "show --profile FILE --seal" in refused(capsys, "show", "--profile", str(path))
     code, out, _ = run(capsys, "show", "--profile", str(path), "--seal")
-    assert code == 0 and "sealed" in out and profiles.load(path).seed == 3
+    assert code == 0 and "sealed" in out and store.load(path).seed == 3
 
 
 def test_a_bound_nothing_meets_writes_nothing(tiny_model, capsys, tmp_path):
@@ -196,13 +200,13 @@ def test_bad_files_are_one_line(tiny_model, capsys, tmp_path, content, said):
 def test_prediction_is_marked(tiny_model, capsys, tmp_path):
     code, out, _ = run(capsys, "--gpu", "a100", "--model", "hart", "--out", str(tmp_path))
     assert code == 0 and "unverified" in out and "predicted" in out and "to make it real" in out
-    profile = profiles.load(tmp_path / "a100-80" / "hart.json")
+    profile = store.load(tmp_path / "a100-80" / "hart.json")
     assert (profile.state, profile.policy_state, profile.evidence, profile.generation) == ("predicted", "unverified", None, None)
     assert [r.scale_index for r in profile.rows] == [10, 11, 12] and profile.workload.prefix == 300
     for row in profile.rows:
         assert 0 < row.tuned_predicted_ms < row.dense_predicted_ms
     code, out, _ = run(capsys, "--gpu", "a100", "--model", "hart", "--images", "4", "--out", str(tmp_path))
-    four = profiles.load(tmp_path / "a100-80" / "hart--images-4.json")
+    four = store.load(tmp_path / "a100-80" / "hart--images-4.json")
     assert code == 0 and "--images 4 --write" in out and four.workload.batch == 8 == 4 * profile.workload.batch
     assert 2 < four.rows[-1].tuned_predicted_ms / profile.rows[-1].tuned_predicted_ms < 5
     code, out, _ = run(capsys, "--gpu", "h100", "--model", "infinity-8b", "--aspect", "1.750", "--out", str(tmp_path))
@@ -301,7 +305,7 @@ def test_misses_are_recorded_tuned_and_forgotten(tiny_model, capsys, monkeypatch
     def broken(*_):
         raise ValueError("nothing\nworks")
 
-    monkeypatch.setattr(tuning, "_predict", broken)
+    monkeypatch.setattr(tune_command, "_predict", broken)
     code, out, _ = run(capsys, "--gpu", "l40s", "--from-misses")
     assert (
         code == 1 and "not tuned: nothing" in out and out.count("works") == 1 and [m.model for m in misses.read()] == ["var-d16"]

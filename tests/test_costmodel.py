@@ -9,13 +9,14 @@ import math
 import pytest
 import torch
 
-from sparvar_kernels.configs import TritonConfig
-from sparvar_tune import costfit, predict
-from sparvar_tune.costmodel import Taken, Work, at_once, binary_key, dense_ms, launch_ms, load_binaries, load_fit
-from sparvar_tune.gpus import GPUS
-from sparvar_tune.models import MODELS
-from sparvar_tune.policies import paper_policy
-from sparvar_tune.schema import Workload
+from lab import cost_fit
+from sparvar_kernels.backends.configs import TritonConfig
+from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.launch_search.cost_model import Taken, Work, at_once, binary_key, dense_ms, launch_ms, load_binaries, load_fit
+from sparvar_tune.policy_search.menu import paper_policy
+from sparvar_tune.profile.schema import Workload
+from sparvar_tune.ways import predict
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="lists its binaries through Triton")
 H100, H200, A100 = (GPUS[slug] for slug in ("h100-sxm", "h200", "a100-80"))
@@ -25,7 +26,7 @@ LIGHT = Taken(136, 65792, 0)
 
 @pytest.fixture(scope="module")
 def points():
-    found = list(costfit.recorded_points())
+    found = list(cost_fit.recorded_points())
     assert len(found) == 6 * 48
     return found
 
@@ -33,7 +34,7 @@ def points():
 def test_an_h200_that_the_fit_never_saw(points):
     """The issue's bounds: the predicted pick within 10 % of the measured optimum, rank correlation at least 0.9."""
     assert load_fit().gpu == "h100-sxm"
-    for q in costfit.quality(points, load_fit(), load_binaries(), H200):
+    for q in cost_fit.quality(points, load_fit(), load_binaries(), H200):
         assert q.regret <= 0.10 and q.rank >= 0.9, q
         assert q.lost <= 0.03 and q.kept <= 0.6, q  # what pruning costs, and that it prunes
 
@@ -42,15 +43,15 @@ def test_a_problem_that_the_fit_never_saw(points):
     pytest.importorskip("scipy")
     names = sorted({p.problem for p in points})[:2]
     for name in names:
-        made = costfit.fit([p for p in points if p.problem != name], load_binaries(), H100)
-        (q,) = costfit.quality([p for p in points if p.problem == name], made, load_binaries(), H100)
+        made = cost_fit.fit([p for p in points if p.problem != name], load_binaries(), H100)
+        (q,) = cost_fit.quality([p for p in points if p.problem == name], made, load_binaries(), H100)
         assert q.regret <= 0.10 and q.rank >= 0.9 and q.lost <= 0.03, q
 
 
 def test_the_table_of_binaries_is_of_todays_kernels():
-    """Three of its binaries compiled again; after a change of the kernel: python -m sparvar_tune.costfit binaries (and fit)."""
-    from sparvar_tune.bench import distinct_layers
-    from sparvar_tune.compiling import compile_all, compilers
+    """Three of its binaries compiled again; after a change of the kernel: python -m lab.cost_fit binaries (and fit)."""
+    from sparvar_tune.launch_search.compiling import compile_all, compilers
+    from sparvar_tune.launch_search.layer_call import distinct_layers
 
     known, found = load_binaries(), {}
     for slug in ("hart", "infinity-8b"):
@@ -59,7 +60,7 @@ def test_the_table_of_binaries_is_of_todays_kernels():
         policy = paper_policy(w.schedule, model.layers, model.heads)
         problems = {s: w.problem(s) for s in range(len(w.schedule))}
         layer = next(iter(distinct_layers(policy, len(w.schedule) - 1)))
-        costfit._note(found, policy, problems, layer, len(w.schedule) - 1, [TritonConfig(64, 32, 4, 7)], GPUS["l40s"])
+        cost_fit._note(found, policy, problems, layer, len(w.schedule) - 1, [TritonConfig(64, 32, 4, 7)], GPUS["l40s"])
     with compilers(2) as pool:
         made = compile_all(found.values(), pool, lambda text: None)
     assert len(found) >= 2

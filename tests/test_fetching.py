@@ -14,10 +14,10 @@ from test_triton import LAST_CASES, ODD, VARIANTS, check, edges_layouts_and_bits
 from tolerances import TOLERANCES
 
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Reuse, Rule, ScaleSchedule, Tile, why_not
-from sparvar_kernels.configs import SHARED_LIMIT, TritonConfig
-from sparvar_kernels.work import FIELDS, Part, tiles_of, work_table
-from sparvar_tune.compiling import Binary, compile_all, compilers
-from sparvar_tune.schedule import space
+from sparvar_kernels.backends.configs import SHARED_LIMIT, TritonConfig
+from sparvar_kernels.backends.triton.work import FIELDS, Part, tiles_of, work_table
+from sparvar_tune.launch_search.choose import space
+from sparvar_tune.launch_search.compiling import Binary, compile_all, compilers
 
 HOPPER = (9, 0)
 KINDS = [(dtype, dim) for dtype in ("bf16", "fp16") for dim in (64, 128)]
@@ -77,7 +77,7 @@ def test_the_search_sees_it_on_hopper_alone():
 @needs_triton
 def test_every_configuration_compiles_and_fits():
     """Without a GPU: shared memory as foreseen, all programs that should be resident are, and hardly a spill."""
-    from sparvar_kernels.layer_triton import gathered_build
+    from sparvar_kernels.backends.triton.layer import gathered_build
 
     jobs = {}
     for dtype, dim in KINDS:
@@ -104,8 +104,8 @@ def test_the_assembler_keeps_every_product(epilogue):
     """Products of the tensor cores in the machine code, by count: an assembler once dropped those of the values."""
     import re
 
-    from sparvar_kernels.binary import compile_for, machine_code
-    from sparvar_kernels.layer_triton import gathered_build
+    from sparvar_kernels.backends.triton.binary import compile_for, machine_code
+    from sparvar_kernels.backends.triton.layer import gathered_build
 
     for dim in (64, 128):
         problem = AttentionProblem(ODD, 4, 1, 1, dim, "bf16", 1.0, 20.0)
@@ -137,8 +137,8 @@ def test_gpu_edges_layouts_and_bits(name, dtype, dim):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_gpu_full_size_given_the_lists(dim):
     """The last scale of Infinity: every kind of head in one launch, every program against fp32 attention over its list."""
-    from sparvar_tune.bench import Bench
-    from sparvar_tune.kernel_bench import Case, error_of
+    from lab.kernel_table import Case, error_of
+    from sparvar_tune.launch_search.layer_call import Bench
 
     schedule = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
     windows = (-1,) * 8 + (1, 1, 3, 5, 7)
@@ -160,8 +160,8 @@ def test_gpu_full_size_given_the_lists(dim):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_gpu_lists_of_several_whole_lengths(dim, dtype, bound):
     """More table entries than programs, no list with a tail, not all alike: a compiler once took the first length for all."""
-    from sparvar_tune.bench import Bench
-    from sparvar_tune.kernel_bench import Case, error_of
+    from lab.kernel_table import Case, error_of
+    from sparvar_tune.launch_search.layer_call import Bench
 
     schedule = ScaleSchedule.square((1, 2, 3, 4, 6, 9, 13, 18))  # 640 keys
     policy = Policy.uniform(1, 36, {7: Csla((-1,) * 4 + (1, 3, 3, 3), 2, Tile(0, 128), "block128")})

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparvar_tune.fidelity import Constraint, compare_pictures, lower_bound, recall_of_mass, relative_l2, t_quantile
-from sparvar_tune.lpips import Lpips
-from sparvar_tune.measure import paired_speedup, timing
-from sparvar_tune.pairs import held_out_pairs, search_pairs, yardstick_pairs
+from sparvar_tune.measure.fidelity import Constraint, compare_pictures, lower_bound, recall_of_mass, relative_l2, t_quantile
+from sparvar_tune.measure.lpips import Lpips
+from sparvar_tune.measure.pairs import held_out_pairs, search_pairs, yardstick_pairs
+from sparvar_tune.measure.timing import paired_speedup, timing
 
 
 def test_psnr_by_hand():

@@ -9,76 +9,51 @@ from pathlib import Path
 
 import pytest
 
-from sparvar_tune import profiles, schema
-from sparvar_tune.gpus import GPUS
-from sparvar_tune.models import MODELS
+from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.profile import schema, store
 
 ROOT = Path(__file__).parent.parent
-# Every module may import only modules of lines above its own (or its own line, where that is one package).
-LAYERS = [
-    {"scales"}, {"problem", "variants", "lists"}, {"configs"}, {"registry", "csla"}, {"cs4a", "dense", "residual", "reference"},
-    {"pooled", "policy", "work"}, {"binary"}, {"gathered_cpu", "gathered_triton", "gathered_gluon"}, {"selecting_triton"},
-    {"layer_cpu", "layer_triton"}, {"attention"}, {"sparvar_kernels"},
-    {"names"}, {"gpus", "models"}, {"json_reader"}, {"schema"}, {"profiles", "runs"}, {"misses", "overlay"},
-    {"worker"}, {"workers", "machine", "measure", "fidelity", "lpips", "pairs", "capture", "policies"},
-    {"bench", "costmodel", "peers"}, {"compiling"}, {"timer"}, {"measurements"},
-    {"sheet"}, {"tokenizer", "photos"}, {"model"}, {"train"}, {"adapters"}, {"adapters.pocketvar"}, {"yardsticks"},
-    {"sensitivity", "runtime", "schedule", "recorded"}, {"predict", "timed", "kernel_bench"}, {"costfit"},
-    {"storage"}, {"search"}, {"replay"}, {"judge"}, {"certify"}, {"tune", "report", "verifying"}, {"transfer"},
-    {"console"}, {"tuning"}, {"commands"}, {"cli"},
-]  # fmt: skip
-RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
+# A room may import itself and rooms before it; a face (`__init__`) speaks for its room.
+ROOMS = (
+    "sparvar_kernels.geometry", "sparvar_kernels.variants", "sparvar_kernels.policy", "sparvar_kernels.backends",
+    "sparvar_kernels.oracle", "sparvar_kernels.attention", "sparvar_kernels", "sparvar_tune.catalog", "sparvar_tune.pocketvar",
+    "sparvar_tune.profile", "sparvar_tune.measure", "sparvar_tune.adapters", "sparvar_tune.runtime", "sparvar_tune.policy_search",
+    "sparvar_tune.launch_search", "sparvar_tune.ways", "sparvar_tune", "sparvar_tune.cli", "sparvar_tune.__main__", "lab",
+)  # fmt: skip
+SOURCES = [*ROOT.glob("kernels/**/*.py"), *ROOT.glob("sparvar_tune/**/*.py"), *ROOT.glob("lab/**/*.py")]
 
 
-def module_name(path: Path) -> str:
-    if path.name == "__init__.py":
-        return path.parent.name
-    return f"adapters.{path.stem}" if path.parent.name == "adapters" else path.stem
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("kernels.").removesuffix(".__init__")
 
 
-def sources() -> list[Path]:
-    found = [*ROOT.glob("kernels/sparvar_kernels/*.py"), *ROOT.glob("sparvar_tune/**/*.py")]
-    return [p for p in found if module_name(p) not in ("sparvar_tune", "__main__", "pocketvar") or p.parent.name == "adapters"]
+def rank(module: str) -> int:
+    """Place in ROOMS of the room a module or a name in it belongs to."""
+    return ROOMS.index(max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len))
 
 
-def imported(path: Path) -> set[str]:
-    out = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("sparvar_kernels", "sparvar_tune"):
-            tail = node.module.split(".")[1:]
-            if "adapters" in tail:
-                out.add(".".join(tail[tail.index("adapters") :]))
-            elif tail and tail != ["pocketvar"]:
-                out.add(tail[-1])
-            else:
-                names = [a.name for a in node.names]
-                out |= {n for n in names if n in RANK} or ({"sparvar_kernels"} if node.module == "sparvar_kernels" else set())
-    return out
-
-
-@pytest.mark.parametrize("path", sources(), ids=module_name)
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_imports_point_one_way(path):
-    own = module_name(path)
-    assert own in RANK, f"{own}: give the new module its place in LAYERS"
-    for other in imported(path):
-        assert other in RANK and RANK[other] < RANK[own], f"{own} imports {other}, which is not below it"
+    for node in ast.walk(ast.parse(path.read_text())):
+        for name in (f"{node.module}.{a.name}" for a in node.names) if isinstance(node, ast.ImportFrom) else ():
+            if name.split(".")[0] in ("sparvar_kernels", "sparvar_tune", "lab"):
+                assert rank(name) <= rank(module_of(path)), f"{module_of(path)} imports {name}, whose room comes after its own"
 
 
 def test_few_import_optuna():
-    users = [module_name(p) for p in sources() if "import optuna" in p.read_text() or "from optuna" in p.read_text()]
-    assert sorted(users) == ["replay", "search", "storage"]
+    users = [module_of(p) for p in SOURCES if "import optuna" in p.read_text() or "from optuna" in p.read_text()]
+    assert sorted(users) == ["lab.sampler_study", "sparvar_tune.policy_search.storage", "sparvar_tune.policy_search.study"]
 
 
 def test_runtime_is_light():
-    code = (
-        "import sys, sparvar_tune.runtime; print([m for m in ('optuna', 'pandas', 'triton', 'torchmetrics') if m in sys.modules])"
-    )
+    code = "import sys, sparvar_tune.runtime; print({'optuna', 'pandas', 'triton', 'torchmetrics'} & set(sys.modules) or [])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, env=_env())
     assert done.stdout.strip() == "[]"
 
 
 def test_help_needs_no_torch():
-    code = "import sys, sparvar_tune.cli; sparvar_tune.cli.build_parser(); print('torch' in sys.modules)"
+    code = "import sys, sparvar_tune.cli.parser; sparvar_tune.cli.parser.build_parser(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, env=_env())
     assert done.stdout.strip() == "False"
 
@@ -104,12 +79,12 @@ def test_profiles_are_shipped():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_shipped_profiles_are_sound_and_current(path):
-    profile = profiles.load(path)
+    profile = store.load(path)
     assert profile.silicon.gpu == path.parent.name and path.parent.name in GPUS
     model = MODELS[profile.workload.model]
     assert profile.workload.schedule == model.schedule(profile.workload.resolution, profile.workload.aspect)
     assert schema.to_json(profile) == path.read_text()
-    assert profile.kernel_hash == profiles.kernel_hash(GPUS[profile.silicon.gpu]), "the kernels changed: tune this profile again"
+    assert profile.kernel_hash == store.kernel_hash(GPUS[profile.silicon.gpu]), "the kernels changed: tune this profile again"
 
 
 def test_a_machine_without_triton_predicts_and_searches():
@@ -117,7 +92,7 @@ def test_a_machine_without_triton_predicts_and_searches():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "from sparvar_tune import tune, transfer\n"
-        "from sparvar_tune.cli import main\n"
+        "from sparvar_tune.cli.parser import main\n"
         "sys.exit(main(['--gpu', 'a100', '--model', 'hart', '--dry-run']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

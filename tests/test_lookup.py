@@ -12,10 +12,10 @@ import pytest
 from examples import changed, example, fails
 
 import sparvar_kernels
-from sparvar_kernels.registry import KERNELS
-from sparvar_tune import profiles
-from sparvar_tune.gpus import GPUS, distance, find_gpu
-from sparvar_tune.schema import ProfileError
+from sparvar_kernels.backends.registry import KERNELS
+from sparvar_tune.catalog.gpus import GPUS, distance, find_gpu
+from sparvar_tune.profile import store
+from sparvar_tune.profile.schema import ProfileError
 
 
 def on(gpu, **workload):
@@ -30,20 +30,20 @@ RELATIVES = tuple(g for g in GPUS.values() if g.family == "hopper" and g.slug !=
 
 def test_lookup_exact_then_family_then_miss(tmp_path):
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
-    assert isinstance(found, profiles.Miss)
+    found = store.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, store.Miss)
     for part in ("pocketvar.json", *(str(f / g) for f in (mine, theirs) for g in ("h200", "h100-sxm", "h100-pcie"))):
         assert part in found.reason
-    profiles.save(on("h100-sxm"), theirs / "h100-sxm" / "pocketvar.json")
-    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
-    assert isinstance(found, profiles.Match) and not found.exact and "h100-sxm for h200, hopper, distance 0.52" in found.reason
+    store.save(on("h100-sxm"), theirs / "h100-sxm" / "pocketvar.json")
+    found = store.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, store.Match) and not found.exact and "h100-sxm for h200, hopper, distance 0.52" in found.reason
     assert found.sha256 == hashlib.sha256(found.path.read_bytes()).hexdigest()
-    profiles.save(on("h200"), theirs / "h200" / "pocketvar.json")
-    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
-    assert isinstance(found, profiles.Match) and found.exact and found.path.is_relative_to(theirs)
-    profiles.save(on("h200"), mine / "h200" / "pocketvar.json")
-    found = profiles.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
-    assert isinstance(found, profiles.Match) and found.path.is_relative_to(mine)
+    store.save(on("h200"), theirs / "h200" / "pocketvar.json")
+    found = store.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, store.Match) and found.exact and found.path.is_relative_to(theirs)
+    store.save(on("h200"), mine / "h200" / "pocketvar.json")
+    found = store.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+    assert isinstance(found, store.Match) and found.path.is_relative_to(mine)
 
 
 @pytest.mark.parametrize(("made", "name", "said"), [
@@ -60,25 +60,25 @@ def test_lookup_exact_then_family_then_miss(tmp_path):
 ], ids=range(10))  # fmt: skip
 def test_a_file_in_anothers_place_is_refused(tmp_path, made, name, said):
     """A copied or renamed file must not pass for another GPU, model, resolution, aspect or preset."""
-    profiles.save(made, tmp_path / "h200" / name)
+    store.save(made, tmp_path / "h200" / name)
     with pytest.raises(ProfileError, match=re.escape(said)):
-        profiles.find(name, H200, RELATIVES, (tmp_path,))
+        store.find(name, H200, RELATIVES, (tmp_path,))
 
 
 def test_a_folder_that_cannot_be_looked_into_is_said(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", fails(PermissionError(13, "Permission denied")))
         with pytest.raises(ProfileError, match="Permission denied"):
-            profiles.find("pocketvar.json", H200, RELATIVES, (tmp_path,))
+            store.find("pocketvar.json", H200, RELATIVES, (tmp_path,))
 
 
 def test_mismatch_names_every_difference_gravest_first():
     made = example()
     same = {"gpu": find_gpu("cpu"), "versions": made.versions, "kernel_hash": made.kernel_hash}
-    assert profiles.mismatch(made, **same) == []
-    assert profiles.mismatch(made, **same, weights_sha256="cd" * 32) == []
+    assert store.mismatch(made, **same) == []
+    assert store.mismatch(made, **same, weights_sha256="cd" * 32) == []
     other = {"gpu": H200, "versions": dataclasses.replace(made.versions, torch="2.14.0", triton="3.5"), "kernel_hash": "00" * 32}
-    assert profiles.mismatch(made, **other, weights_sha256="00" * 32) == [
+    assert store.mismatch(made, **other, weights_sha256="00" * 32) == [
         "tuned for other silicon (cpu, here h200)", "tuned with other kernel sources", "certified on other weights of this model",
         "tuned with torch 2.13.0, here 2.14.0", "tuned with triton (none), here 3.5",
     ]  # fmt: skip
@@ -89,19 +89,19 @@ def test_kernel_hash_sees_every_source_that_runs_there(tmp_path, monkeypatch, sl
     package, gpu = Path(sparvar_kernels.__file__).parent, find_gpu(slug)
     for path in package.glob("*.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    before = profiles.kernel_hash(gpu)
+    before = store.kernel_hash(gpu)
     monkeypatch.setattr(sparvar_kernels, "__file__", str(tmp_path / "__init__.py"))
-    assert profiles.kernel_hash(gpu) == before and len(before) == 64
+    assert store.kernel_hash(gpu) == before and len(before) == 64
     unseen, now = set(), before
     for path in sorted(tmp_path.glob("*.py")):
         path.write_bytes(path.read_bytes() + b"\nTOUCHED = 1\n")
-        was, now = now, profiles.kernel_hash(gpu)
+        was, now = now, store.kernel_hash(gpu)
         if now == was:
             unseen.add(path.stem)
     other = {"cpu": KERNELS["triton"].own, "h200": KERNELS["cpu"].own}[slug]
     assert unseen == {"reference", *other} and all((tmp_path / f"{name}.py").exists() for name in other)
     (tmp_path / "csla.py").rename(tmp_path / "csla2.py")
-    assert profiles.kernel_hash(gpu) != now
+    assert store.kernel_hash(gpu) != now
 
 
 @pytest.mark.parametrize(("written", "same"), [
@@ -110,7 +110,7 @@ def test_kernel_hash_sees_every_source_that_runs_there(tmp_path, monkeypatch, sl
     ("x = '# 1'\n", False), ("x = 1; '#'\n", False), ("if x:\n    x = 1\n", False),
 ])  # fmt: skip
 def test_words_of_a_source_change_no_hash(written, same):
-    assert (profiles.code_of(written.encode()) == profiles.code_of(b"x = 1\n")) == same
+    assert (store.code_of(written.encode()) == store.code_of(b"x = 1\n")) == same
 
 
 def test_code_keeps_strings_and_loses_docstrings():
@@ -129,29 +129,29 @@ def f(a):  # what it does
     ]
 '''
     want = 'def f(a):\n    b = """kept # here\n\n    """\n    return a[\n        0\n    ]'
-    assert profiles.code_of(source.encode()) == want
-    assert profiles.code_of(source.replace("More.", "Less.").encode()) == want
-    assert profiles.code_of(source.replace("kept", "").encode()) != want
+    assert store.code_of(source.encode()) == want
+    assert store.code_of(source.replace("More.", "Less.").encode()) == want
+    assert store.code_of(source.replace("kept", "").encode()) != want
 
 
 def test_folders(monkeypatch):
     for name, value in (("SPARVAR_TUNE_HOME", "/a"), ("XDG_DATA_HOME", "/b"), ("HOME", "/c")):
         monkeypatch.setenv(name, value)
-    assert profiles.user_folder() == Path("/a/profiles")
+    assert store.user_folder() == Path("/a/profiles")
     monkeypatch.delenv("SPARVAR_TUNE_HOME")
-    assert profiles.user_folder() == Path("/b/sparvar-tune/profiles")
+    assert store.user_folder() == Path("/b/sparvar-tune/profiles")
     monkeypatch.setenv("XDG_DATA_HOME", "relative")
-    assert profiles.user_folder() == Path("/c/.local/share/sparvar-tune/profiles")
+    assert store.user_folder() == Path("/c/.local/share/sparvar-tune/profiles")
     monkeypatch.setattr(Path, "home", fails(RuntimeError("Could not determine home directory.")))
     with pytest.raises(ProfileError, match="set SPARVAR_TUNE_HOME"):
-        profiles.user_folder()
+        store.user_folder()
 
 
 def test_names():
     default = ("1M", "1.000")
-    assert profiles.profile_name("m", "near-lossless", *default, default) == "m.json"
-    assert profiles.profile_name("m", "paper", "1M", "1.250", default) == "m--1M--1.250--paper.json"
-    assert profiles.profile_name("m", "paper", *default, default, 4) == "m--paper--images-4.json"
+    assert store.profile_name("m", "near-lossless", *default, default) == "m.json"
+    assert store.profile_name("m", "paper", "1M", "1.250", default) == "m--1M--1.250--paper.json"
+    assert store.profile_name("m", "paper", *default, default, 4) == "m--paper--images-4.json"
 
 
 def slugs(gpus):
@@ -165,8 +165,8 @@ def test_distance_between_gpus():
     assert distance(g["rtx5090"], g["b200"]) == math.inf  # one family in name, two binaries
     assert distance(g["a100-80"], g["l40s"]) == distance(g["cpu"], g["h200"]) == math.inf
     assert distance(g["h200"], g["h100-sxm"]) == pytest.approx(math.log2(4800 / 3352))
-    assert slugs(profiles.near(g["h200"])) == ["h100-sxm"] and slugs(profiles.near(g["h100-sxm"])) == ["h200", "h100-pcie"]
-    assert profiles.near(g["cpu"]) == profiles.near(g["b200"]) == ()
+    assert slugs(store.near(g["h200"])) == ["h100-sxm"] and slugs(store.near(g["h100-sxm"])) == ["h200", "h100-pcie"]
+    assert store.near(g["cpu"]) == store.near(g["b200"]) == ()
 
 
 @pytest.mark.parametrize(("has", "wants", "said"), [
@@ -176,7 +176,7 @@ def test_distance_between_gpus():
 ])  # fmt: skip
 def test_a_miss_names_the_nearest_that_is_too_far(tmp_path, has, wants, said):
     for slug in has:
-        profiles.save(on(slug), tmp_path / slug / "pocketvar.json")
+        store.save(on(slug), tmp_path / slug / "pocketvar.json")
     gpu = find_gpu(wants)
-    found = profiles.find("pocketvar.json", gpu, profiles.near(gpu), (tmp_path,))
-    assert isinstance(found, profiles.Miss) and (said in found.reason if said else "too far" not in found.reason)
+    found = store.find("pocketvar.json", gpu, store.near(gpu), (tmp_path,))
+    assert isinstance(found, store.Miss) and (said in found.reason if said else "too far" not in found.reason)

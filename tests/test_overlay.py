@@ -15,11 +15,14 @@ from test_profiles import HUGE, paths_of
 from test_runtime import GRIDS, profile
 
 from sparvar_kernels import Policy, Pooled, Reuse, Rule
-from sparvar_tune import machine, models, overlay, profiles, runtime, schema, verifying
-from sparvar_tune.gpus import find_gpu
-from sparvar_tune.overlay import DEMOTED, OK, Overlay, Verified
-from sparvar_tune.schema import ProfileError, Speedup
-from sparvar_tune.timer import Times
+from sparvar_tune.catalog import models
+from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.launch_search.timing_task import Times
+from sparvar_tune.profile import machine, overlay, schema, store
+from sparvar_tune.profile.overlay import DEMOTED, OK, Overlay, Verified
+from sparvar_tune.profile.schema import ProfileError, Speedup
+from sparvar_tune.runtime import tuned as runtime
+from sparvar_tune.ways import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unverified")
 CPU = find_gpu("cpu")
@@ -31,7 +34,7 @@ ROWS = (Verified(5, GOOD, OK, ""), Verified(6, BAD, DEMOTED, "slow"))
 
 def made(sha256="12" * 32, rows=ROWS, **changes) -> Overlay:
     base = Overlay(
-        1, "2026-11-24", sha256, profiles.kernel_hash(CPU), machine.versions(), machine.device_name(machine.silicon(CPU, True)),
+        1, "2026-11-24", sha256, store.kernel_hash(CPU), machine.versions(), machine.device_name(machine.silicon(CPU, True)),
         OK, "", tuple(rows),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
@@ -40,7 +43,7 @@ def made(sha256="12" * 32, rows=ROWS, **changes) -> Overlay:
 def loaded(folder, **changes):
     """A profile of pocketvar as it loads here, and its file."""
     path = folder / "cpu" / "pocketvar.json"
-    profiles.save(profile(**changes), path)
+    store.save(profile(**changes), path)
     return runtime.load_profile("pocketvar", gpu="cpu", folders=(folder,)), path
 
 
@@ -193,8 +196,8 @@ def gpu(monkeypatch, home):
                 found[task] = failure if tuned is None else Times(tuple(spread[0]), (tuple(spread[1]),), 1.0, None)
             return found
 
-    monkeypatch.setattr(verifying.timed, "workshop", lambda gpu, shop: contextlib.nullcontext(Shop()))
-    for module in (verifying, runtime):
+    monkeypatch.setattr(verify.time_only, "workshop", lambda gpu, shop: contextlib.nullcontext(Shop()))
+    for module in (verify, runtime):
         monkeypatch.setattr(module, "silicon", lambda _gpu, _here: here)
     monkeypatch.setitem(models.MODELS, "hart", dataclasses.replace(
         models.MODELS["hart"], layers=2, heads=2, head_dim=32,
@@ -206,17 +209,17 @@ def gpu(monkeypatch, home):
 def hart(tmp_path):
     """Stores an unverified profile of that model, tuned on an H100 with the kernels as they are."""
     rows = tuple(dataclasses.replace(row, kernel="triton", config=CONFIG) for row in profile().rows)
-    profiles.save(profile(
+    store.save(profile(
         workload=dataclasses.replace(profile().workload, model="hart", resolution="1024", dtype="fp16", batch=2), rows=rows,
         silicon=dataclasses.replace(profile().silicon, gpu="h100-sxm", family="hopper", capability=(9, 0), threads=None),
-        policy_state="unverified", evidence=None, generation=None, kernel_hash=profiles.kernel_hash(H100),
+        policy_state="unverified", evidence=None, generation=None, kernel_hash=store.kernel_hash(H100),
     ), tmp_path / "h100-sxm" / "hart.json")  # fmt: skip
 
 
 def check(tmp_path, said, budget=55.0, write=False):
     tuned = runtime.load_profile("hart", gpu="h100-sxm", folders=(tmp_path,))
-    good = verifying.verify(tuned, models.MODELS["hart"], 8, budget, write, said.append, lambda text: None)
-    return good, runtime.load_profile("hart", gpu="h100-sxm", folders=(profiles.user_folder(), tmp_path))
+    good = verify.verify(tuned, models.MODELS["hart"], 8, budget, write, said.append, lambda text: None)
+    return good, runtime.load_profile("hart", gpu="h100-sxm", folders=(store.user_folder(), tmp_path))
 
 
 def test_verify_without_an_adapter_times_the_rows(tmp_path, gpu):
@@ -230,7 +233,7 @@ def test_verify_without_an_adapter_times_the_rows(tmp_path, gpu):
     assert "scale  5: ok: 2.0" in text and "scale  6: FAIL" in text and "verified in 0 s" in text and "scale 6 runs dense" in text
     times[6] = (3.0, 1.0)
     good, after = check(tmp_path, said)
-    assert good and not after.demoted and after.overlay.rows[1].speedup.n == verifying.ROUNDS
+    assert good and not after.demoted and after.overlay.rows[1].speedup.n == verify.ROUNDS
 
 
 def test_a_launch_that_raises_is_demoted(tmp_path, gpu):
@@ -239,7 +242,7 @@ def test_a_launch_that_raises_is_demoted(tmp_path, gpu):
     times.update({5: (2.0, 1.0), 6: (1.0, None)})
     good, after = check(tmp_path, said, write=True)
     assert not good and set(after.demoted) == {6} and "launch failed: raised: RuntimeError" in after.demoted[6]
-    assert "not written as a profile" in "\n".join(said) and not (profiles.user_folder() / "h100-sxm").exists()
+    assert "not written as a profile" in "\n".join(said) and not (store.user_folder() / "h100-sxm").exists()
 
 
 def test_a_spent_budget_leaves_rows_as_they_are(tmp_path, gpu):
@@ -255,12 +258,12 @@ def test_written_times_are_this_users_profile(tmp_path, gpu):
     """Stale kernels and an uncertain gain: new times make a new profile, and the overlay is about that one."""
     times, said, _ = gpu
     hart(tmp_path)
-    stale = dataclasses.replace(profiles.load(tmp_path / "h100-sxm" / "hart.json"), kernel_hash="00" * 32)
-    profiles.save(stale, tmp_path / "h100-sxm" / "hart.json")
+    stale = dataclasses.replace(store.load(tmp_path / "h100-sxm" / "hart.json"), kernel_hash="00" * 32)
+    store.save(stale, tmp_path / "h100-sxm" / "hart.json")
     times.update({5: (2.0, 1.0), 6: (3.0, 1.0)})
     good, after = check(tmp_path, said, write=True)
-    assert good and after.path == profiles.user_folder() / "h100-sxm" / "hart.json" and not after.demoted
-    assert after.overlay is not None and after.profile.kernel_hash == profiles.kernel_hash(H100)
+    assert good and after.path == store.user_folder() / "h100-sxm" / "hart.json" and not after.demoted
+    assert after.overlay is not None and after.profile.kernel_hash == store.kernel_hash(H100)
     assert after.profile.rows[1].speedup.median == pytest.approx(3, rel=0.02) and after.profile.policy == stale.policy
 
 
@@ -273,9 +276,9 @@ def test_another_number_of_images_serves_and_is_said(tmp_path, gpu):
     for images in (2, 4):
         assert load(images).profile is not None and f"no profile for {images} images at once" in load(images).explain()
     assert load(5).profile is None and "hart--images-5.json" in load(5).explain() and "factor of 4" in load(5).explain()
-    four = dataclasses.replace(profiles.load(tmp_path / "h100-sxm" / "hart.json"), trials=4)
+    four = dataclasses.replace(store.load(tmp_path / "h100-sxm" / "hart.json"), trials=4)
     four = dataclasses.replace(four, workload=dataclasses.replace(four.workload, batch=8))
-    profiles.save(four, tmp_path / "h100-sxm" / "hart--images-4.json")
+    store.save(four, tmp_path / "h100-sxm" / "hart--images-4.json")
     assert [load(n).profile.workload.batch for n in (1, 2, 3, 4, 16)] == [2, 2, 8, 8, 8]
     with pytest.raises(ValueError, match=r"want 1\.\.256"):
         load(0)
@@ -293,7 +296,7 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
     said = []
 
     def check(tuned, budget=55.0, **changes):
-        real = verifying.compare_on
+        real = verify.compare_on
 
         def faked(*args):
             trial = real(*args)
@@ -302,8 +305,8 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
             return trial
 
         with monkeypatch.context() as patch:
-            patch.setattr(verifying, "compare_on", faked)
-            good = verifying.verify(tuned, models.find_model("pocketvar"), 6, budget, False, said.append, said.append)
+            patch.setattr(verify, "compare_on", faked)
+            good = verify.verify(tuned, models.find_model("pocketvar"), 6, budget, False, said.append, said.append)
         return good, runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
 
     required = dataclasses.replace(profile().evidence, required_psnr_db=1.0)
@@ -320,4 +323,4 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
     good, after = check(tuned)
     assert not good and after.policy().rules == () and "demoted by verify" in after.explain() and "pictures:" in after.explain()
     with pytest.raises(ValueError, match="at least 2"):
-        verifying.verify(tuned, models.find_model("pocketvar"), 1, 9.0, False, said.append, said.append)
+        verify.verify(tuned, models.find_model("pocketvar"), 1, 9.0, False, said.append, said.append)

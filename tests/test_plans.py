@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparvar_kernels import reference
-from sparvar_kernels.cs4a import children, cs4a_lists, expand, keys_kept, rank_keys, ranks_needed, source_tiles
-from sparvar_kernels.csla import csla_lists
-from sparvar_kernels.scales import ScaleSchedule, Tile, nearest_cell, partition
+from sparvar_kernels import oracle
+from sparvar_kernels.geometry.scales import ScaleSchedule, Tile, nearest_cell, partition
 from sparvar_kernels.variants import Cs4a, Csla, at_decision
+from sparvar_kernels.variants.cs4a.planner import children, cs4a_lists, expand, keys_kept, rank_keys, ranks_needed, source_tiles
+from sparvar_kernels.variants.csla.planner import csla_lists
 
 INFINITY = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
 PAPER_WINDOWS = (-1,) * 8 + (1, 1, 3, 5, 7)
@@ -29,7 +29,7 @@ def schedules(draw, least: int = 1) -> ScaleSchedule:
 @given(grids, tiles)
 @settings(max_examples=150, deadline=None)
 def test_partition_holds_every_query_once(grid, tile):
-    made, want = partition(grid, tile), reference.tile_lists(grid, tile)
+    made, want = partition(grid, tile), oracle.tile_lists(grid, tile)
     assert [row[:n].tolist() for row, n in zip(made.rows, made.counts.tolist(), strict=True)] == want
     for row, n in zip(made.rows, made.counts.tolist(), strict=True):
         assert set(row[n:].tolist()) <= {int(row[0])}
@@ -57,7 +57,7 @@ def test_csla_lists_equal_brute_force(schedule, tile, data):
     sinks = data.draw(st.integers(0, n))
     block = data.draw(st.booleans())
     variant = Csla(windows, sinks, Tile(0, 128) if block else tile, "block128" if block else "exact")
-    want = reference.csla_keys(schedule, scale, variant)
+    want = oracle.csla_keys(schedule, scale, variant)
     if min(map(len, want)) == 0:
         with pytest.raises(ValueError, match="sees no key"):
             csla_lists(schedule, scale, variant)
@@ -81,12 +81,12 @@ def test_cs4a_lists_equal_brute_force(schedule, tile, data):
     mass = torch.rand(2, 3, num_tiles, schedule.num_keys(decision), generator=torch.Generator().manual_seed(seed))
     ranked = rank_keys(mass, ranks_needed(variant, schedule, scale))
     lists = cs4a_lists(ranked, schedule, scale, variant)
-    assert lists.keys.shape[-1] == keys_kept(variant, schedule, scale) == reference.kept(variant, schedule, scale)
+    assert lists.keys.shape[-1] == keys_kept(variant, schedule, scale) == oracle.kept(variant, schedule, scale)
     source = source_tiles(schedule, scale, variant).tolist()
     for b in range(2):
         for h in range(3):
             for t, row in enumerate(lists.keys[b, h].tolist()):
-                assert row == reference.cs4a_keys(ranked[b, h, source[t]].tolist(), schedule, scale, variant)
+                assert row == oracle.cs4a_keys(ranked[b, h, source[t]].tolist(), schedule, scale, variant)
                 assert len(set(row)) == len(row)
 
 

@@ -19,18 +19,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparvar_kernels import Cs4a, Csla, Policy, Pooled, Reuse, Rule, SparseAttention, Tile
-from sparvar_tune import json_reader, profiles, schema
-from sparvar_tune.schema import ProfileError
+from sparvar_tune.profile import reader, schema, store
+from sparvar_tune.profile.schema import ProfileError
 
 TEXT = schema.to_json(example())
 
 
 def test_round_trip(tmp_path):
     path = tmp_path / "cpu" / "pocketvar.json"
-    profiles.save(example(), path)
-    assert profiles.load(path) == example()
+    store.save(example(), path)
+    assert store.load(path) == example()
     assert path.read_text() == TEXT
-    profiles.save(profiles.load(path), path)
+    store.save(store.load(path), path)
     assert path.read_text() == TEXT
     assert [p.name for p in path.parent.iterdir()] == ["pocketvar.json"]
 
@@ -60,7 +60,7 @@ def put(path, change):
 
 def sealed(data):
     with contextlib.suppress(ValueError):  # NaN has no seal
-        data["checksum"] = json_reader.checksum(data)
+        data["checksum"] = reader.checksum(data)
     return json.dumps(data)
 
 
@@ -201,15 +201,15 @@ def test_an_edit_is_refused_until_sealed(tmp_path, path, value):
     file = tmp_path / "p.json"
     file.write_text(json.dumps(data))
     with pytest.raises(ProfileError) as caught:
-        profiles.load(file)
+        store.load(file)
     said = str(caught.value)
     assert said.isprintable() and len(said) < 500
     if value is False:  # a wrong type stays wrong under any seal
         with pytest.raises(ProfileError, match="prefix"):
-            profiles.seal(file)
+            store.seal(file)
         return
     assert "edited or damaged" in said and "--seal" in said
-    assert profiles.seal(file) == profiles.load(file) and (path == ("checksum",)) == (profiles.load(file) == example())
+    assert store.seal(file) == store.load(file) and (path == ("checksum",)) == (store.load(file) == example())
 
 
 def test_a_missing_checksum_is_named():
@@ -320,14 +320,14 @@ def test_settings_keep_every_digit():
 def test_unreadable_files(tmp_path):
     path = tmp_path / "p.json"
     with pytest.raises(ProfileError, match="No such file"):
-        profiles.load(path)
+        store.load(path)
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ProfileError, match="not UTF-8"):
-        profiles.load(path)
+        store.load(path)
     with path.open("wb") as file:
         file.truncate(100 << 20)
     with pytest.raises(ProfileError, match="over 1048576 bytes"):
-        profiles.load(path)
+        store.load(path)
     for text, said in (
         ("[" * 100_000, "nested"),
         (TEXT.replace('"confidence"', '"checksum": 1e999, "confidence"', 1), "unknown field"),
@@ -344,9 +344,9 @@ def test_unreadable_files(tmp_path):
     ):
         path.write_text(text, "utf-8")
         with pytest.raises(ProfileError, match=said):
-            profiles.load(path)
+            store.load(path)
     with pytest.raises(ProfileError, match="Is a directory"):
-        profiles.load(tmp_path)
+        store.load(tmp_path)
 
 
 class FullFile(io.FileIO):
@@ -367,23 +367,23 @@ FULL, READ_ONLY = OSError(errno.ENOSPC, "No space left on device"), PermissionEr
 ], ids=["replace", "fsync", "write", "read-only", "interrupted-replace", "interrupted-fsync"])  # fmt: skip
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, module, call, with_):
     path = tmp_path / "p.json"
-    profiles.save(example(), path)
+    store.save(example(), path)
     with monkeypatch.context() as patch:
         patch.setattr(module, call, with_)
         with pytest.raises((ProfileError, KeyboardInterrupt)) as caught:
-            profiles.save(dataclasses.replace(example(), seed=1), path)
+            store.save(dataclasses.replace(example(), seed=1), path)
     if caught.type is ProfileError:
         assert re.search(r"p\.json: cannot be written \((No space left on device|Permission denied)\)", str(caught.value))
-    assert profiles.load(path) == example() and [p.name for p in tmp_path.iterdir()] == ["p.json"]
+    assert store.load(path) == example() and [p.name for p in tmp_path.iterdir()] == ["p.json"]
 
 
 def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ProfileError, match="cannot be written"):
-        profiles.save(example(), tmp_path / "file" / "p.json")
+        store.save(example(), tmp_path / "file" / "p.json")
     (tmp_path / "p.json").mkdir()
     with pytest.raises(ProfileError, match="cannot be written"):
-        profiles.save(example(), tmp_path / "p.json")
+        store.save(example(), tmp_path / "p.json")
     assert {p.name for p in tmp_path.iterdir()} == {"file", "p.json"}
 
 
@@ -399,6 +399,6 @@ def test_a_folder_in_the_way(tmp_path):
 ], ids=range(8))  # fmt: skip
 def test_what_would_not_load_is_not_written(tmp_path, made, said):
     with pytest.raises(ProfileError) as caught:
-        profiles.save(made, tmp_path / "p.json")
+        store.save(made, tmp_path / "p.json")
     assert "p.json: not written: " in str(caught.value) and said in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -16,9 +16,10 @@ from statistics import pstdev
 import optuna
 import pytest
 
-from sparvar_tune import kernel_bench, schedule
-from sparvar_tune import replay as r
-from sparvar_tune.recorded import Row, Space, numbers, read_space
+from lab import kernel_table
+from lab import sampler_study as r
+from lab.recorded_spaces import Row, Space, numbers, read_space
+from sparvar_tune.launch_search import choose
 
 CHOICES = {
     "block_m": [64, 128],
@@ -300,7 +301,7 @@ def test_the_same_bytes_from_another_process(tmp_path):
     done = []
     for seed in ("1", "2"):
         out = tmp_path / seed / "samplers.md"
-        command = [sys.executable, "-m", "sparvar_tune.replay", str(path), "--out", str(out), "--seeds", "3", "--samplers"]
+        command = [sys.executable, "-m", "lab.sampler_study", str(path), "--out", str(out), "--seeds", "3", "--samplers"]
         env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "PYTHONHASHSEED": seed}
         done.append(subprocess.Popen([*command, "random", "tpe", "nsga2", "screened"], cwd=root, env=env))
     assert [process.wait() for process in done] == [0, 0]
@@ -337,8 +338,8 @@ def test_spaces_of_a_real_gpu_are_kept():
 def test_the_tuner_finds_the_optimum_of_recorded_spaces(path):
     """The configurations it tries hold the best of all, and picking among them by noisy screens costs at most 3 %."""
     space = read_space(path)
-    case = next(c for c in kernel_bench.cases() if c.name == space.problem)
-    tried = {tuple(vars(c)[name] for name in space.choices) for c in schedule.space(case.problem(case.scale_index), (9, 0))}
+    case = next(c for c in kernel_table.cases() if c.name == space.problem)
+    tried = {tuple(vars(c)[name] for name in space.choices) for c in choose.space(case.problem(case.scale_index), (9, 0))}
     kept = {p: row for p, row in space.rows.items() if tuple(row.config[name] for name in space.choices) in tried}
     assert len(kept) == len(tried) < len(space.rows)
     assert min(row.value for row in kept.values()) <= 1.03 * space.optimum

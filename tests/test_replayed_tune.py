@@ -9,9 +9,12 @@ import numpy
 import pytest
 import replayed
 
-from sparvar_tune import judge, schema, search, tune
-from sparvar_tune.fidelity import Constraint
-from sparvar_tune.gpus import GPUS
+from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.measure.fidelity import Constraint
+from sparvar_tune.policy_search import judge
+from sparvar_tune.policy_search import study as search
+from sparvar_tune.profile import schema
+from sparvar_tune.ways import search_here
 
 WANTED = Constraint(34.57, 0.93)
 NEEDED_DB = WANTED.psnr_db + 0.45  # of a trial's mean: the judge's margin and what the confidence bound takes
@@ -27,10 +30,10 @@ def run(folder: Path, seed: int, storage: str | None = None) -> tuple[str, schem
     """The profile file's text, the profile, what was said, and the seconds of the replayed clock."""
     clock, said = replayed.Clock(), list[str]()
     adapter = replayed.Adapter(clock)
-    request = tune.Request(
+    request = search_here.Request(
         adapter.model, "256", "1.000", GPUS["cpu"], "near-lossless", WANTED, 290.0, 32, seed, False, folder, storage
     )
-    profile = tune.tune(request, adapter, said.append, lambda text: None, clock)
+    profile = search_here.tune(request, adapter, said.append, lambda text: None, clock)
     return schema.to_json(profile), profile, said, clock.now
 
 
@@ -46,10 +49,10 @@ def test_the_profile_says_what_the_recording_says(tmp_path):
     adapter, raw = replayed.Adapter(), replayed.recording()
     dense = raw["dense"]["start_ms"] + raw["dense"]["rest_ms"]
     assert profile.generation.dense.p50_ms == pytest.approx(dense)
-    kernel = tune.KERNELS[tune.kernel_for("cpu")]
-    best = min(factor(kernel.name, values) for values in tune.points(kernel.config.space()))
+    kernel = search_here.KERNELS[search_here.kernel_for("cpu")]
+    best = min(factor(kernel.name, values) for values in search_here.points(kernel.config.space()))
     assert [factor(row.kernel, dict(row.config)) for row in profile.rows] == [best] * len(profile.rows)
-    launches = {row.scale_index: tune.Launch(row.kernel, kernel.config(**dict(row.config))) for row in profile.rows}
+    launches = {row.scale_index: search_here.Launch(row.kernel, kernel.config(**dict(row.config))) for row in profile.rows}
     spent = sum(adapter.layer_ms(profile.policy, launches).values()) + adapter.other_ms(profile.policy)
     assert profile.generation.tuned.p50_ms == pytest.approx(raw["dense"]["start_ms"] + spent)
     assert abs(profile.evidence.psnr_mean_db - adapter.psnr(profile.policy)) < 0.4
@@ -57,7 +60,7 @@ def test_the_profile_says_what_the_recording_says(tmp_path):
 
 
 def factor(kernel: str, values: dict[str, int]) -> float:
-    return replayed.launch_factor(tune.Launch(kernel, tune.KERNELS[kernel].config(**values)))
+    return replayed.launch_factor(search_here.Launch(kernel, search_here.KERNELS[kernel].config(**values)))
 
 
 def test_a_run_that_joins_certifies_the_best_of_all_trials(tmp_path):

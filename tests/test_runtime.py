@@ -12,11 +12,12 @@ from examples import example
 
 import sparvar_tune
 from sparvar_kernels import AttentionProblem, Policy, Pooled, Reuse, Rule
-from sparvar_kernels.dense import dense_attention
-from sparvar_kernels.scales import ScaleSchedule
-from sparvar_tune import machine, profiles, runtime, schema
-from sparvar_tune.gpus import find_gpu
+from sparvar_kernels.backends.dense import dense_attention
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.pocketvar.model import DENSE, Generation, draw_noise
+from sparvar_tune.profile import machine, schema, store
+from sparvar_tune.runtime import tuned as runtime
 
 GRIDS = tuple((s, s) for s in tiny.SIDES)
 
@@ -26,14 +27,14 @@ def profile(**changes) -> schema.Profile:
     base = dataclasses.replace(
         base, policy=Policy(("AB", "BB"), (Rule(5, "A", Pooled(3, 2)), Rule(6, "A", Reuse(4)), Rule(6, "B", Pooled(3, 2)))),
         workload=dataclasses.replace(base.workload, grids=GRIDS, layers=2, heads=2, head_dim=32),
-        kernel_hash=profiles.kernel_hash(find_gpu("cpu")),
+        kernel_hash=store.kernel_hash(find_gpu("cpu")),
         silicon=machine.silicon(find_gpu("cpu"), True), versions=machine.versions(),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 
 
 def stored(tmp_path, made, gpu="cpu"):
-    profiles.save(made, tmp_path / gpu / "pocketvar.json")
+    store.save(made, tmp_path / gpu / "pocketvar.json")
     return runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
 
 
@@ -55,7 +56,7 @@ def test_no_profile_is_dense_with_the_reason(tmp_path):
 
 def test_family_is_used_and_said(tmp_path):
     h100 = profile(silicon=dataclasses.replace(profile().silicon, gpu="h100-sxm", family="hopper"))
-    profiles.save(h100, tmp_path / "h100-sxm" / "pocketvar.json")
+    store.save(h100, tmp_path / "h100-sxm" / "pocketvar.json")
     tuned = runtime.load_profile("pocketvar", gpu="h200", folders=(tmp_path,))
     assert tuned.profile is not None and "same family (h100-sxm for h200" in tuned.reasons[0]
 

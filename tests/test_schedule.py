@@ -18,17 +18,18 @@ import pytest
 import torch
 from leftovers import gone, marked
 
-from sparvar_kernels.configs import TritonConfig
-from sparvar_tune import profiles, timed
-from sparvar_tune.compiling import Binary, Compiled
-from sparvar_tune.gpus import GPUS, detect_gpu
-from sparvar_tune.json_reader import to_plain
-from sparvar_tune.measurements import Identity, Log, Workshop, read_log
-from sparvar_tune.models import MODELS
-from sparvar_tune.policies import paper_policy
-from sparvar_tune.schedule import Found, Schedule, space
-from sparvar_tune.schema import Profile, ProfileError, Workload
-from sparvar_tune.workers import Job, Pool
+from sparvar_kernels.backends.configs import TritonConfig
+from sparvar_tune.catalog.gpus import GPUS, detect_gpu
+from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.launch_search.choose import Found, Schedule, space
+from sparvar_tune.launch_search.compiling import Binary, Compiled
+from sparvar_tune.launch_search.log import Identity, Log, Workshop, read_log
+from sparvar_tune.launch_search.process_pool import Job, Pool
+from sparvar_tune.policy_search.menu import paper_policy
+from sparvar_tune.profile import store
+from sparvar_tune.profile.reader import to_plain
+from sparvar_tune.profile.schema import Profile, ProfileError, Workload
+from sparvar_tune.ways import time_only
 
 from timer_target import made_up_ms  # isort: skip
 
@@ -292,15 +293,15 @@ def test_gpu_schedule_from_start_to_replay(tmp_path, mode):
     gpu = detect_gpu()
     w = Workload.of(MODEL, MODEL.default_resolution, "1.000")
     policy = paper_policy(w.schedule, MODEL.layers, MODEL.heads)
-    target = timed.Target(MODEL, gpu, "near-lossless", MODEL.default_resolution, "1.000", 1, policy)
+    target = time_only.Target(MODEL, gpu, "near-lossless", MODEL.default_resolution, "1.000", 1, policy)
     first: list[Profile] = []
-    made = timed.time_policy(target, timed.Shop(tmp_path, mode=mode), print, lambda text: None, first.append)
+    made = time_only.time_policy(target, time_only.Shop(tmp_path, mode=mode), print, lambda text: None, first.append)
     assert made.why_not() is None and first[0].why_not() is None
     assert [row.scale_index for row in made.rows] == [7, 8, 9] and all(row.tuned and row.tuned.n == 30 for row in made.rows)
     assert any(f"of {mode} calls" in note for note in made.notes)
-    lines = read_log(tmp_path / timed.LOG)
+    lines = read_log(tmp_path / time_only.LOG)
     assert lines and not any(line.failure for line in lines)
-    again = timed.replay(made, [tmp_path / timed.LOG], gpu) if mode == "eager" else None
+    again = time_only.replay(made, [tmp_path / time_only.LOG], gpu) if mode == "eager" else None
     assert again is None or (again.rows, again.notes) == (made.rows, made.notes[1:])
 
 
@@ -309,13 +310,13 @@ def test_a_worker_owns_a_gpu_like_the_first_and_plans_on_one_thread(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4")
-    every = timed.gpu_environments(None)
+    every = time_only.gpu_environments(None)
     assert [e["CUDA_VISIBLE_DEVICES"] for e in every] == ["7", "5", "4"]
     assert all(e["OMP_NUM_THREADS"] == "1" for e in every), "threads of several workers get into each other's way"
-    assert timed.gpu_environments(2) == every[:2]
+    assert time_only.gpu_environments(2) == every[:2]
     for wrong in (0, 4):
         with pytest.raises(ValueError, match=r"want 1\.\.3"):
-            timed.gpu_environments(wrong)
+            time_only.gpu_environments(wrong)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two processes want two cores")
@@ -325,7 +326,7 @@ def test_two_workers_plan_more_than_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A")
     took = {}
     for workers in (1, 2):
-        environments = [{**e, "PYTHONPATH": PATH} for e in timed.gpu_environments(workers)]
+        environments = [{**e, "PYTHONPATH": PATH} for e in time_only.gpu_environments(workers)]
         with Pool("planning_target:plan", environments) as pool:
             warm: set[object] = set()
             while len(warm) < workers:  # each has imported what it needs
@@ -347,9 +348,9 @@ SHIPPED = sorted((ROOT / "profiles").glob("h*/*.json"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_shipped_log_gives_its_profile_again(path):
     """Every row, its choice and its times, from the measurements under reports/ alone; no GPU is asked."""
-    made = profiles.load(path)
+    made = store.load(path)
     logs = sorted((ROOT / "reports" / path.parent.name).glob("*.jsonl"))
-    again = timed.replay(made, logs, GPUS[made.silicon.gpu])
+    again = time_only.replay(made, logs, GPUS[made.silicon.gpu])
     assert to_plain(again.rows) == to_plain(made.rows)
     assert made.notes[0 if made.evidence else 1 :] == again.notes
     assert made.evidence or made.trials == again.tried, "all its trials were launches"

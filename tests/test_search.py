@@ -8,9 +8,10 @@ import math
 import pytest
 
 from sparvar_kernels import Dense, Policy
-from sparvar_kernels.scales import ScaleSchedule
-from sparvar_tune import search as s
-from sparvar_tune.policies import Table, assign, decision_scale, describe, menu, paper_policy
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.policy_search import study as s
+from sparvar_tune.policy_search.menu import Table, assign, decision_scale, menu, paper_policy
+from sparvar_tune.profile.describe import describe
 
 LATENCY = {"paper": 60.0, "drop last scale": 40.0}
 

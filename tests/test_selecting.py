@@ -10,12 +10,12 @@ import torch
 from interpreted import in_interpreter
 
 from sparvar_kernels import AttentionProblem, Cs4a, ScaleSchedule, Tile
-from sparvar_kernels.cs4a import children, window_first
-from sparvar_kernels.problem import DTYPES
-from sparvar_kernels.reference import tile_lists
-from sparvar_kernels.scales import partition
+from sparvar_kernels.backends.triton.work import place_lists
+from sparvar_kernels.geometry.problem import DTYPES
+from sparvar_kernels.geometry.scales import partition
+from sparvar_kernels.oracle import tile_lists
 from sparvar_kernels.variants import at_decision
-from sparvar_kernels.work import place_lists
+from sparvar_kernels.variants.cs4a.planner import children, window_first
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -29,7 +29,7 @@ SELECTIONS = [
 
 def wrong_lists(schedule, decision_scale, scale, tile, window, mass_dtype, short, device) -> int:
     """Lists that differ from taking keys by mass, then by position, until the list is full; nothing before or behind them."""
-    from sparvar_kernels.selecting_triton import select, shortlist
+    from sparvar_kernels.backends.triton.selecting import select, shortlist
 
     problems = {s: AttentionProblem(schedule, s, 2, 3, 32, "fp32") for s in (decision_scale, scale)}
     variant = Cs4a(decision_scale, 0.4 if schedule is ODD else 0.3, Tile.parse(tile), window=window)
@@ -74,7 +74,7 @@ MASSES = [
 
 def mass_error(dtype, dim, tile, sample, device) -> float:
     """Largest difference from fp64, relative to the largest mass; a tile of 300 queries is more than a program holds."""
-    from sparvar_kernels.selecting_triton import column_mass
+    from sparvar_kernels.backends.triton.selecting import column_mass
 
     schedule = ScaleSchedule(((3, 4), (11, 9), (17, 19)))
     problem = AttentionProblem(schedule, 2, 2, 3, dim, dtype, 1.0, 9.0)

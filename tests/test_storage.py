@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from sparvar_tune import cli, search, storage
+from sparvar_tune.cli import parser
+from sparvar_tune.policy_search import storage
+from sparvar_tune.policy_search import study as search
 
 HERE = Path(__file__).parent
 KINDS = ("sqlite", "journal", "postgresql", "mysql")
@@ -202,9 +204,9 @@ SEEDS = [search.Found(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, 29.0,
     ("postgresql+nodriver://u:hunter2@h/x", "nodriver"),
 ])  # fmt: skip
 def test_bad_urls_are_one_line_before_any_work(capsys, home, monkeypatch, words, said):
-    monkeypatch.setattr("sparvar_tune.tuning.load_adapter", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("sparvar_tune.cli.tune_command.load_adapter", lambda *_: pytest.fail("work began"))
     begun = time.monotonic()
-    assert cli.main(["--gpu", "cpu", "--model", "pocketvar", "--storage", words]) == 2
+    assert parser.main(["--gpu", "cpu", "--model", "pocketvar", "--storage", words]) == 2
     out, err = capsys.readouterr()
     assert said in err and err.count("\n") == 1 and "Traceback" not in err and time.monotonic() - begun < 10, err
     assert not any(secret in out + err for secret in ("hunter2", "hun@", "ter2"))
@@ -212,7 +214,7 @@ def test_bad_urls_are_one_line_before_any_work(capsys, home, monkeypatch, words,
 
 def test_a_dry_run_says_where_without_the_password(capsys, home):
     words = ["--gpu", "cpu", "--model", "pocketvar", "--dry-run", "--storage", "postgresql://u:hunter2@nowhere/x"]
-    assert cli.main(words) == 0
+    assert parser.main(words) == 0
     out = capsys.readouterr().out
     assert "trials go to postgresql://nowhere/x" in out and "hunter2" not in out
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparvar_tune.gpus import ALIASES, GPUS, Gpu, detect_gpu, find_gpu, match_gpu
-from sparvar_tune.models import MODELS, find_model
+from sparvar_tune.catalog.gpus import ALIASES, GPUS, Gpu, detect_gpu, find_gpu, match_gpu
+from sparvar_tune.catalog.models import MODELS, find_model
 
 KIB, MIB = 1024, 1024**2
 CUDA_GPUS = [gpu for gpu in GPUS.values() if gpu.family != "cpu"]

@@ -9,33 +9,35 @@ import pytest
 import tiny
 
 from sparvar_kernels import Cs4a, Csla, Policy, Rule, Tile
-from sparvar_tune import certify, machine, profiles, schema, transfer, tune
 from sparvar_tune.adapters import load_adapter
-from sparvar_tune.fidelity import Constraint
-from sparvar_tune.gpus import GPUS
-from sparvar_tune.models import find_model
-from sparvar_tune.schedule import Found
-from sparvar_tune.timed import Shop
-from sparvar_tune.tune import SEARCHED, NothingMeetsTheBound, Request
+from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.catalog.models import find_model
+from sparvar_tune.launch_search.choose import Found
+from sparvar_tune.measure.fidelity import Constraint
+from sparvar_tune.policy_search import certify
+from sparvar_tune.profile import machine, schema, store
+from sparvar_tune.ways import search_here, take_over
+from sparvar_tune.ways.search_here import SEARCHED, NothingMeetsTheBound, Request
+from sparvar_tune.ways.time_only import Shop
 
 SHIPPED = Path(__file__).parent.parent / "profiles"
 T = schema.Timing(1.0, 1.0, 1.0, 30)
 
 
 def test_only_a_policy_searched_on_other_silicon_and_these_weights_is_taken_over(tmp_path):
-    shipped = profiles.load(SHIPPED / "cpu" / "pocketvar.json")
+    shipped = store.load(SHIPPED / "cpu" / "pocketvar.json")
     weights = shipped.workload.weights_sha256
-    found = transfer.find_policy("pocketvar.json", weights, GPUS["h100-sxm"], (tmp_path, SHIPPED))
+    found = take_over.find_policy("pocketvar.json", weights, GPUS["h100-sxm"], (tmp_path, SHIPPED))
     assert found and found[0] == shipped and found[1] == SHIPPED / "cpu" / "pocketvar.json"
-    assert transfer.find_policy("pocketvar.json", "0" * 64, GPUS["h100-sxm"], (SHIPPED,)) is None
-    near = transfer.find_policy("pocketvar.json", weights, GPUS["h200"], (SHIPPED,))
+    assert take_over.find_policy("pocketvar.json", "0" * 64, GPUS["h100-sxm"], (SHIPPED,)) is None
+    near = take_over.find_policy("pocketvar.json", weights, GPUS["h200"], (SHIPPED,))
     assert near and near[1].parent.name == "h100-sxm", "the nearest silicon's, before the CPU's"
-    profiles.save(shipped, tmp_path / "cpu" / "pocketvar.json")
-    assert transfer.find_policy("pocketvar.json", weights, GPUS["cpu"], (tmp_path,)) is None, "its own is no other silicon's"
-    assert transfer.find_policy("hart.json", weights, GPUS["h100-sxm"], (SHIPPED,)) is None
+    store.save(shipped, tmp_path / "cpu" / "pocketvar.json")
+    assert take_over.find_policy("pocketvar.json", weights, GPUS["cpu"], (tmp_path,)) is None, "its own is no other silicon's"
+    assert take_over.find_policy("hart.json", weights, GPUS["h100-sxm"], (SHIPPED,)) is None
     taken = dataclasses.replace(shipped, policy_source="searched on h200, certified again here")
-    profiles.save(taken, tmp_path / "cpu" / "pocketvar.json")
-    assert transfer.find_policy("pocketvar.json", weights, GPUS["h100-sxm"], (tmp_path,)) is None, "a copy is no source"
+    store.save(taken, tmp_path / "cpu" / "pocketvar.json")
+    assert take_over.find_policy("pocketvar.json", weights, GPUS["h100-sxm"], (tmp_path,)) is None, "a copy is no source"
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def taken_over(monkeypatch, tmp_path):
     policy = Policy(("AB", "BA"), rules)
     row = schema.Row(6, "cpu", (("score_elements", 1 << 20),), "measured", "dense", T, T, schema.Speedup(2.0, 2.0, 2.0, 30))
     here = machine.silicon(GPUS["h100-sxm"], False)
-    monkeypatch.setattr(tune, "silicon", lambda gpu, here_: here)
+    monkeypatch.setattr(search_here, "silicon", lambda gpu, here_: here)
     measured = certify.compare_on
 
     def run(psnr_db: float, gain: float) -> schema.Profile:
@@ -58,12 +60,12 @@ def taken_over(monkeypatch, tmp_path):
             trial.tuned_ms = [ms / gain for ms in trial.dense_ms]
             return trial
 
-        monkeypatch.setattr(transfer, "compare_on", compare)
-        monkeypatch.setattr(transfer, "time_launches", lambda *_: Found((row,), 16, ("a note",)))
+        monkeypatch.setattr(take_over, "compare_on", compare)
+        monkeypatch.setattr(take_over, "time_launches", lambda *_: Found((row,), 16, ("a note",)))
         bound = Constraint(psnr_db, 0.0)
         request = Request(model, "256", "1.000", GPUS["h100-sxm"], "near-lossless", bound, 60.0, 12, 0, False, tmp_path)
-        source = dataclasses.replace(profiles.load(SHIPPED / "cpu" / "pocketvar.json"), policy=policy)
-        return transfer.transfer(request, adapter, source, Shop(tmp_path), lambda text: None, lambda text: None)
+        source = dataclasses.replace(store.load(SHIPPED / "cpu" / "pocketvar.json"), policy=policy)
+        return take_over.transfer(request, adapter, source, Shop(tmp_path), lambda text: None, lambda text: None)
 
     return run
 
@@ -92,13 +94,13 @@ def test_trials_of_another_processor_schedule_or_bound_are_of_another_space(monk
     )
     spaces = set()
     for silicon in (here, dataclasses.replace(here, name="Another"), dataclasses.replace(here, threads=64)):
-        monkeypatch.setattr(tune, "silicon", lambda gpu, there, s=silicon: s)
+        monkeypatch.setattr(search_here, "silicon", lambda gpu, there, s=silicon: s)
         for other in (
             request,
             dataclasses.replace(request, constraint=Constraint(31.0, 0.9)),
             dataclasses.replace(request, pairs=8),
         ):
-            spaces.add(tune._space(other, adapter))
+            spaces.add(search_here._space(other, adapter))
     assert len(spaces) == 9 and all(s.startswith("pocketvar-") for s in spaces)
     same = dataclasses.replace(request, seed=5, budget_s=9.0, resume=False)
-    assert tune._space(same, adapter) in spaces
+    assert search_here._space(same, adapter) in spaces

@@ -26,18 +26,18 @@ from sparvar_kernels import (
     ScaleSchedule,
     SparseAttention,
     Tile,
+    oracle,
     why_not,
 )
-from sparvar_kernels import reference as oracle
 from sparvar_kernels.attention import Launch
-from sparvar_kernels.configs import SHARED_LIMIT, TritonConfig
+from sparvar_kernels.backends.configs import SHARED_LIMIT, TritonConfig
 from sparvar_kernels.variants import at_decision
-from sparvar_tune import profiles
-from sparvar_tune.bench import Bench
-from sparvar_tune.compiling import Binary, compile_all, compilers
-from sparvar_tune.gpus import GPUS
-from sparvar_tune.models import MODELS
-from sparvar_tune.policies import paper_policy
+from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.launch_search.compiling import Binary, compile_all, compilers
+from sparvar_tune.launch_search.layer_call import Bench
+from sparvar_tune.policy_search.menu import paper_policy
+from sparvar_tune.profile import store
 
 ODD = ScaleSchedule(((1, 1), (2, 3), (4, 5), (7, 6), (9, 11)))
 TILE = Tile(4, 3)
@@ -102,8 +102,9 @@ def check_three_targets(device: str, heads: int = 3) -> float:
 
 def check_predicted_builds(device: str) -> tuple[int, int]:
     """(binaries launched, of which nobody foresaw): what `compiling.binaries` plans on a CPU against what calls launch."""
-    from sparvar_kernels import layer_triton, selecting_triton
-    from sparvar_tune.compiling import binaries
+    from sparvar_kernels.backends.triton import layer as layer_triton
+    from sparvar_kernels.backends.triton import selecting
+    from sparvar_tune.launch_search.compiling import binaries
 
     schedule = ScaleSchedule(((1, 1), (2, 2), (4, 4), (6, 6), (8, 8)))
     windows = (-1, -1, 3, 3, 5)
@@ -116,10 +117,10 @@ def check_predicted_builds(device: str) -> tuple[int, int]:
         Policy(("AAAA",), (Rule(3, "A", Cs4a(2, 0.3, Tile(0, 12), keys="index", bands=(3, 3))),
                            Rule(4, "A", Cs4a(2, 0.2, Tile(0, 12), keys="index", bands=(3, 3))))),
     ]  # fmt: skip
-    config, launched, original = TritonConfig(16, 32, 4, 1 if device == "cpu" else 2), set(), selecting_triton.launcher
+    config, launched, original = TritonConfig(16, 32, 4, 1 if device == "cpu" else 2), set(), selecting.launcher
     problems = {s: AttentionProblem(schedule, s, 2, 4, 32, "fp32", 1.0, 12.0) for s in range(5)}
     planned = set()
-    for module in (layer_triton, selecting_triton):
+    for module in (layer_triton, selecting):
         module.launcher = lambda build, device: (launched.add(build), original(build, device))[1]
     try:
         for policy in policies:
@@ -128,7 +129,7 @@ def check_predicted_builds(device: str) -> tuple[int, int]:
                 bench = Bench(policy, problems, 0, s, tuple(t.to(device) for t in problems[s].make_inputs(1)))
                 bench.call(bench.attention(config))
     finally:
-        layer_triton.launcher = selecting_triton.launcher = original
+        layer_triton.launcher = selecting.launcher = original
     return len(launched), len(launched - planned)
 
 
@@ -210,7 +211,7 @@ def test_every_binary_a_call_launches_is_foreseen():
 @pytest.mark.parametrize("name", ["hart", "infinity-8b", "var-d16", "var-d36"])
 def test_the_papers_policy_can_be_planned_on_every_model(name):
     """Key buffers of every sparse scale, built without a GPU; small schedules have lists of odd lengths."""
-    from sparvar_kernels.work import build_stage
+    from sparvar_kernels.backends.triton.work import build_stage
 
     model = MODELS[name]
     schedule = model.schedule()
@@ -248,14 +249,14 @@ def test_gpu_launches_only_what_is_foreseen():
 @pytest.mark.parametrize("dim", [64, 128])
 def test_gpu_last_scale_of_infinity(dtype, dim):
     """4096 x 10521, batch 2, against masked fp32 attention on the GPU."""
-    from sparvar_kernels.csla import tile_mask
+    from sparvar_kernels.variants.csla.planner import tile_mask
 
     schedule = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
     variant = Csla((-1,) * 8 + (1, 1, 3, 5, 7), 5, Tile(8, 16))
     problem = AttentionProblem(schedule, 12, 2, 4, dim, dtype, 1.0, 20.0)
     q, k, v = problem.make_inputs(0, "cuda")
     out = SparseAttention(Policy.uniform(1, 4, {12: variant}), schedule, logit_bound=20.0)(q, k, v, 0, 12)
-    from sparvar_kernels.scales import partition
+    from sparvar_kernels.geometry.scales import partition
 
     mask = tile_mask(schedule, 12, variant)[partition((64, 64), variant.tile).tile_of].cuda()
     scores = (q.float() @ k.float().transpose(-1, -2)).masked_fill_(~mask, float("-inf"))
@@ -276,13 +277,13 @@ def aot_jobs() -> dict[Binary, int]:
         for dim, dtype, bound in ((128, "bf16", 20.0), (64, "fp16", None))
     }
     for path in sorted((Path(__file__).parent.parent / "profiles").glob("*/*.json")):
-        shipped = profiles.load(path)
+        shipped = store.load(path)
         w = shipped.workload
         for row in shipped.rows:
             if row.kernel == "triton":
                 problem = AttentionProblem(ODD, 4, 2, 2, w.head_dim, w.dtype, 1.0, w.logit_bound)
                 problems.setdefault(problem, set()).add(TritonConfig(**dict(row.config)))
-    from sparvar_kernels.layer_triton import gathered_build
+    from sparvar_kernels.backends.triton.layer import gathered_build
 
     found = {}
     for problem, configs in problems.items():
@@ -297,7 +298,7 @@ def aot_jobs() -> dict[Binary, int]:
 
 def ranking_builds() -> list[Binary]:
     """The mass and selection kernels of a full-size decision scale, on every target."""
-    from sparvar_kernels.selecting_triton import mass_build, sampled_rows, select_build
+    from sparvar_kernels.backends.triton.selecting import mass_build, sampled_rows, select_build
 
     schedule = MODELS["infinity-8b"].schedule()
     here, later = (AttentionProblem(schedule, s, 2, 28, 128, "bf16", 1.0, 20.0) for s in (10, 12))

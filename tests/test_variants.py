@@ -8,15 +8,27 @@ import pytest
 import torch
 from tolerances import MASS_TOLERANCE, TOLERANCES
 
-from sparvar_kernels import AttentionProblem, Cs4a, Csla, Dense, Policy, Pooled, Reuse, Rule, ScaleSchedule, SparseAttention, Tile
-from sparvar_kernels import reference as oracle
+from sparvar_kernels import (
+    AttentionProblem,
+    Cs4a,
+    Csla,
+    Dense,
+    Policy,
+    Pooled,
+    Reuse,
+    Rule,
+    ScaleSchedule,
+    SparseAttention,
+    Tile,
+    oracle,
+)
 from sparvar_kernels.attention import Launch
-from sparvar_kernels.configs import CpuConfig
-from sparvar_kernels.dense import column_mass
-from sparvar_kernels.layer_cpu import key_lists
-from sparvar_kernels.residual import enlarge
-from sparvar_kernels.scales import partition
+from sparvar_kernels.backends.configs import CpuConfig
+from sparvar_kernels.backends.cpu.layer import key_lists
+from sparvar_kernels.backends.dense import column_mass
+from sparvar_kernels.geometry.scales import partition
 from sparvar_kernels.variants import at_decision, variant_from_dict, variant_to_dict, why_not_variant
+from sparvar_kernels.variants.residual import enlarge
 
 ODD = ScaleSchedule(((1, 1), (2, 3), (4, 5), (7, 6), (9, 11)))
 PREFIXED = ScaleSchedule(((2, 2), (3, 3), (5, 5), (8, 8), (13, 10)), prefix=7)
@@ -161,7 +173,7 @@ def test_paper_index_form_runs():
     pair = problems(ODD, "fp64")
     inputs = [p.make_inputs(i) for i, p in enumerate(pair)]
     got = run(Policy.uniform(1, 2, {LAST: variant}), pair, inputs)
-    from sparvar_kernels.cs4a import rank_keys, ranks_needed
+    from sparvar_kernels.variants.cs4a.planner import rank_keys, ranks_needed
 
     ranked = rank_keys(oracle.mass(*inputs[0][:2], pair[0], variant.tile), ranks_needed(variant, ODD, LAST))
     lists = key_lists(variant, pair[1], ranked, "cpu")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from leftovers import gone, marked
 
-from sparvar_tune.workers import Job, Outcome, Pool
+from sparvar_tune.launch_search.process_pool import Job, Outcome, Pool
 
 ROOT = Path(__file__).parent.parent
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -89,7 +89,7 @@ def test_a_worker_survives_what_its_target_raises(env):
 
 
 REPLACED = [
-    ("poison", {}, "raised", "sparvar_tune.worker.Poisoned: do not use me again"),
+    ("poison", {}, "raised", "sparvar_tune.launch_search.worker.Poisoned: do not use me again"),
     ("raise", {"text": "CUDA error: out"}, "raised", "ValueError: CUDA error: out"),
     ("chained", {"text": "an illegal memory access was encountered"}, "raised", "KeyError: 'the kernel failed'"),
     ("segfault", {}, "died", "SIGSEGV"),
@@ -206,7 +206,7 @@ def test_no_worker_left_is_an_error_after_the_last_outcome(env, target, seconds,
 
 PARENT = """
 import sys
-from sparvar_tune.workers import Job, Pool
+from sparvar_tune.launch_search.process_pool import Job, Pool
 modes = ["hang", "hang_with_gil", "hang_with_child"]
 with Pool("worker_target:target", [{}] * len(modes)) as pool:
     list(pool.run(Job(m, {"mode": m, "began": f"{sys.argv[1]}/{m}"}, 600.0) for m in modes))

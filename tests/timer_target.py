@@ -1,4 +1,4 @@
-"""Stands in for `sparvar_tune.timer` in workers: times made up from the configuration, and faults on order. Without torch."""
+"""Stands in for the timing task in workers: times made up from the configuration, and faults on order. Without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 
-from sparvar_tune.worker import Poisoned
+from sparvar_tune.launch_search.worker import Poisoned
 
 FAULTS = ("raise", "illegal", "die", "kill", "hang", "garbage")
 

@@ -11,9 +11,10 @@ import time
 
 import torch
 
-from sparvar_kernels.scales import ScaleSchedule
-from sparvar_tune import adapters, models
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune import adapters
 from sparvar_tune.adapters import pocketvar as adapter
+from sparvar_tune.catalog import models
 from sparvar_tune.pocketvar.model import PocketConfig, PocketVAR
 
 SIDES = (1, 2, 4, 6, 8, 12, 16)
@@ -53,8 +54,8 @@ def install(setattr_=setattr) -> None:
 
 
 if __name__ == "__main__":
-    from sparvar_tune import commands
-    from sparvar_tune.cli import main
+    from sparvar_tune.cli import commands
+    from sparvar_tune.cli.parser import main
 
     install()
     commands.MODELS = models.MODELS

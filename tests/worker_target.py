@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from sparvar_tune.workers import Poisoned
+from sparvar_tune.launch_search.process_pool import Poisoned
 
 # A file whose length says how many of the next imports die.
 if "BROKEN_STARTS" in os.environ and (broken := Path(os.environ["BROKEN_STARTS"])).read_text():

@@ -1,10 +1,10 @@
 """Sparse attention for next-scale (VAR) image models: variants, planners, kernels and their oracle."""
 
 from sparvar_kernels.attention import Launch, SparseAttention
+from sparvar_kernels.backends.registry import KERNELS, why_not
+from sparvar_kernels.geometry.problem import AttentionProblem
+from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
 from sparvar_kernels.policy import Policy, Rule
-from sparvar_kernels.problem import AttentionProblem
-from sparvar_kernels.registry import KERNELS, why_not
-from sparvar_kernels.scales import ScaleSchedule, Tile
 from sparvar_kernels.variants import VARIANTS, Cs4a, Csla, Dense, Pooled, Reuse, Variant
 
 __all__ = [

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparvar_kernels.configs import LaunchConfig
+from sparvar_kernels.backends.configs import LaunchConfig
+from sparvar_kernels.backends.registry import KERNELS, kernel_for, why_not
+from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
+from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy, plan_layers
-from sparvar_kernels.problem import DTYPES, AttentionProblem
-from sparvar_kernels.registry import KERNELS, kernel_for, why_not
-from sparvar_kernels.scales import ScaleSchedule
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from sparvar_kernels.cs4a import ranks_needed
-from sparvar_kernels.scales import ScaleSchedule
+from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Reuse, Variant, at_decision, why_not_variant
+from sparvar_kernels.variants.cs4a.planner import ranks_needed
 
 
 @dataclass(frozen=True)

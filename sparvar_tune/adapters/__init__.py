@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_kernels.scales import ScaleSchedule
-from sparvar_tune.models import Model
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.catalog.models import Model
 
 ADAPTERS = {"pocketvar": "sparvar_tune.adapters.pocketvar"}
 

@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_tune.models import Model
-from sparvar_tune.names import PRESETS
-from sparvar_tune.pocketvar.model import DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
-from sparvar_tune.pocketvar.photos import CLASSES
+from sparvar_tune.catalog.models import Model
+from sparvar_tune.catalog.names import PRESETS
+from sparvar_tune.pocketvar.model import CLASSES, DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
 
 YARDSTICKS = Path(__file__).parents[1] / "pocketvar" / "yardsticks.json"
 REDRAW = "dense, noise redrawn at the last two scales"
@@ -69,7 +68,7 @@ class PocketAdapter:
             for name, psnr_db, _ssim in self.yardsticks():
                 if name == REDRAW:
                     return psnr_db, 0.93
-            raise ValueError(f"{YARDSTICKS.name}: not of these weights; run python -m sparvar_tune.pocketvar.yardsticks")
+            raise ValueError(f"{YARDSTICKS.name}: not of these weights; run python -m lab.pocketvar.yardsticks")
         if preset == "fast":
             return 27.0, 0.88  # a draft: what is where stays, fine texture does not
         raise ValueError(f"preset {preset!r}: want one of {', '.join(PRESETS)}")

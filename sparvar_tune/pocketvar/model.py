@@ -19,10 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparvar_kernels.scales import ScaleSchedule
+from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.pocketvar.tokenizer import Decoder, Quantiser, pool
 
 WEIGHTS = Path(__file__).with_name("pocketvar.safetensors")
+
+# What it draws, by class index; the photos each is made of are in lab/pocketvar/photos.py.
+CLASSES: tuple[str, ...] = (
+    "astronaut", "cat", "coffee", "motorcycle", "rocket", "galaxies", "retina", "tissue", "pagoda", "flower",
+)  # fmt: skip
 CPU_PORTION = 512  # tokens; of 256, 512, 1024, 2048 and all at once the fastest on 2 cores
 SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
 
@@ -280,7 +285,7 @@ def load_pocketvar(path: Path = WEIGHTS, device: str = "cpu", dtype: torch.dtype
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no weights; reinstall the package or run python -m sparvar_tune.pocketvar.train")
+        raise FileNotFoundError(f"{path}: no weights; reinstall the package or run python -m lab.pocketvar.train")
     try:
         with safe_open(path, "pt") as file:
             fields = json.loads(file.metadata()["config"])

@@ -1,6 +1,6 @@
 """Speed of the kernel table's cases: `pytest tests/benchmarks --benchmark-enable -m ''` on any machine.
 
-The cases are those of `sparvar-tune bench`, by the same names: on a GPU (marker gpu) as they stand, on a CPU in fp32 on a tiny
+The cases are those of `python -m lab.kernel_table`, by the same names: on a GPU (marker gpu) as they stand, on a CPU in fp32 on a tiny
 schedule with four heads. What is timed is first held against a reference.
 """
 
@@ -11,12 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparvar_kernels import Policy, Pooled, ScaleSchedule, SparseAttention
-from sparvar_kernels import reference as oracle
-from sparvar_kernels.configs import TritonConfig
+from lab.kernel_table import Case, cases, error_of
+from sparvar_kernels import Policy, Pooled, ScaleSchedule, SparseAttention, oracle
+from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.variants import at_decision
-from sparvar_tune.bench import Bench, decision_scales
-from sparvar_tune.kernel_bench import Case, cases, error_of
+from sparvar_tune.launch_search.layer_call import Bench, decision_scales
 
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # fourteen grids like HART's; Infinity's schedules have thirteen
 CASES = {case.name: case for case in cases()}

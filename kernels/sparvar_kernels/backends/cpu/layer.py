@@ -1,0 +1,120 @@
+"""One layer's attention on a plain CPU: a group of heads at a time, what a decision scale found kept between scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparvar_kernels.backends.configs import CpuConfig
+from sparvar_kernels.backends.cpu.gathered import gathered_attention
+from sparvar_kernels.backends.cpu.pooled import pooled_attention
+from sparvar_kernels.backends.dense import column_mass, dense_heads
+from sparvar_kernels.geometry.problem import AttentionProblem
+from sparvar_kernels.policy import LayerPlan, Record, RecordKey
+from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant, at_decision
+from sparvar_kernels.variants.cs4a.planner import cs4a_lists, rank_keys, window_first
+from sparvar_kernels.variants.csla.planner import csla_lists
+from sparvar_kernels.variants.lists import KeyLists
+from sparvar_kernels.variants.residual import enlarge
+
+
+@dataclass
+class Memory:
+    """What one layer's decision scales left behind."""
+
+    scale: dict[RecordKey, int] = field(default_factory=dict)
+    ranked: dict[RecordKey, Tensor] = field(default_factory=dict)  # [B, h, T, R] int32
+    residual: dict[RecordKey, Tensor] = field(default_factory=dict)  # [B, h, N_S, D]
+
+
+class Layer:
+    """All scales of one layer for one batch size and dtype. `problems`, `configs`: per scale."""
+
+    def __init__(
+        self, plans: tuple[LayerPlan, ...], problems: Sequence[AttentionProblem], configs: Sequence[CpuConfig], device: str
+    ) -> None:
+        self.plans, self.problems, self.configs = plans, problems, configs
+        self.memory = Memory()
+
+    def reset(self) -> None:
+        """Forgets the image."""
+        self.memory = Memory()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale_index: int) -> Tensor:
+        """[B, H, Nq, D] of this layer at one scale; keeps what later scales need."""
+        return attend(q, k, v, self.problems[scale_index], self.plans[scale_index], self.memory, self.configs[scale_index])
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: LayerPlan, memory: Memory, config: CpuConfig
+) -> Tensor:
+    """[B, H, Nq, D] of one layer at one scale; writes what later scales need into `memory`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for variant, heads in plan.groups:
+        if isinstance(variant, Dense):
+            dense_heads(q, k, v, problem, heads, out)
+            continue
+        if isinstance(variant, Pooled):
+            pooled_attention(q, k, v, problem, heads, variant, out)
+            continue
+        record = _record_of(variant, heads, problem, memory)
+        if not isinstance(variant, Reuse):
+            lists = key_lists(variant, problem, memory.ranked.get(record) if record else None, str(q.device))
+            gathered_attention(q, k, v, lists, heads, out, problem, config)
+        if record in memory.residual:
+            grown = enlarge(memory.residual[record], problem.schedule.grids[memory.scale[record]], problem.grid)
+            for i, h in enumerate(heads):
+                if isinstance(variant, Reuse):
+                    out[:, h] = grown[:, i]
+                else:
+                    out[:, h] += grown[:, i]
+    _record(q, k, v, problem, plan.records, memory, config, out)
+    return out
+
+
+def key_lists(variant: Variant, problem: AttentionProblem, ranked: Tensor | None, device: str) -> KeyLists:
+    """The key lists of a sparse variant; `ranked` [B, h, T, R] is what its decision scale found (Cs4a)."""
+    if isinstance(variant, Csla):
+        return csla_lists(problem.schedule, problem.scale_index, variant, device)
+    assert isinstance(variant, Cs4a) and ranked is not None
+    return cs4a_lists(ranked, problem.schedule, problem.scale_index, variant)
+
+
+def _record_of(variant: Variant, heads: tuple[int, ...], problem: AttentionProblem, memory: Memory) -> RecordKey | None:
+    decision = getattr(variant, "decision_scale", None)
+    if decision is None:
+        return None
+    record = (at_decision(variant, problem.schedule, problem.scale_index), heads)
+    if record not in memory.scale:
+        raise ValueError(f"scale {problem.scale_index}: its decision scale {decision} was not run for this image and layer")
+    return record
+
+
+def _record(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, records: tuple[Record, ...], memory: Memory,
+    config: CpuConfig, out: Tensor,
+) -> None:  # fmt: skip
+    """Ranks keys and takes dense minus sparse for the heads that later scales will ask about; out holds dense."""
+    masses: dict[tuple[object, ...], Tensor] = {}
+    for record in records:
+        variant, heads = record.key
+        memory.scale[record.key] = problem.scale_index
+        if isinstance(variant, Cs4a):
+            shared = (heads, variant.tile, variant.sample)
+            if shared not in masses:
+                masses[shared] = column_mass(q, k, problem, heads, variant.tile, variant.sample)
+            memory.ranked[record.key] = rank_keys(
+                masses[shared], record.ranks, window_first(problem.schedule, variant, str(q.device))
+            )
+        if not record.wants_residual:
+            continue
+        dense = out[:, list(heads)]
+        if not isinstance(variant, Reuse):
+            lists = key_lists(variant, problem, memory.ranked.get(record.key), str(q.device))
+            sparse = torch.empty_like(out)
+            gathered_attention(q, k, v, lists, heads, sparse, problem, config)
+            dense = dense - sparse[:, list(heads)]
+        memory.residual[record.key] = dense

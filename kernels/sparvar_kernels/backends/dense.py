@@ -1,0 +1,101 @@
+"""Dense attention: the baseline every speed-up is quoted against, and the decision scale's pass with column mass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparvar_kernels.geometry.problem import AttentionProblem
+from sparvar_kernels.geometry.scales import Tile, partition
+
+# Largest logit for which exp() without subtracting the maximum stays exact in fp32: sums over 2**17 keys of e**60
+# stay below 3e38 and e**-60 relative to the largest term is far below fp32 resolution.
+SAFE_LOGIT = 60.0
+SCORE_ELEMENTS = 1 << 18  # scores held at once on a CPU: 1 MiB of fp32; best of 2**16..2**21 (27 ms against 31..121)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Tensor:
+    """The fastest dense attention PyTorch has here: cuDNN where it runs, else its own choice of backend. [B, H, Nq, D]."""
+    if q.is_cuda and _cudnn_runs(q):
+        return _cudnn(q, k, v, problem.softmax_scale, False)[0]
+    return F.scaled_dot_product_attention(q, k, v, scale=problem.softmax_scale)
+
+
+def _cudnn_runs(q: Tensor) -> bool:
+    """cuDNN's attention: half precision, head_dim a multiple of 8 up to 128, 8.0 and newer."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _cudnn_here(q.device.index or 0)
+
+
+@lru_cache(maxsize=16)
+def _cudnn_here(device: int) -> bool:
+    usable = torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
+    return usable and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor]:
+    out, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, lse, 0.0, False, False, scale=scale)[:2]
+    return out, sums
+
+
+def dense_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention [B, H, Nq, D] and the natural log of each row's sum of exponentials [B, H, Nq] (fp32)."""
+    if not q.is_cuda:  # Triton's interpreter
+        scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+        lse = torch.logsumexp(scores, -1)
+        return (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype), lse
+    if _cudnn_runs(q):
+        out, lse = _cudnn(q, k, v, scale, True)
+        return out, lse.reshape(q.shape[:3])
+    if q.dtype == torch.float32:
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)[:2]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+    return out, lse[..., : q.shape[2]]
+
+
+def dense_heads(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, heads: Sequence[int], out: Tensor) -> None:
+    """Dense attention of the named heads into out [B, H, Nq, D]; runs of neighbouring heads are views, not copies."""
+    for begin, end in head_runs(heads):
+        part = slice(begin, end)
+        out[:, part] = dense_attention(q[:, part], k[:, part], v[:, part], problem)
+
+
+def head_runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+    """[begin, end) of each run of neighbouring heads."""
+    runs: list[tuple[int, int]] = []
+    for h in heads:
+        if runs and runs[-1][1] == h:
+            runs[-1] = (runs[-1][0], h + 1)
+        else:
+            runs.append((h, h + 1))
+    return runs
+
+
+def column_mass(q: Tensor, k: Tensor, problem: AttentionProblem, heads: Sequence[int], tile: Tile, sample: int) -> Tensor:
+    """[B, len(heads), T, Nk] fp32: softmax probability of each key summed over every `sample`-th query of each tile.
+
+    CS4A's importance (paper section 3.2). Tiles are worked in groups small enough for the scores to stay in cache.
+    """
+    tiles = partition(problem.grid, tile, str(q.device))
+    rows = tiles.rows[:, ::sample]  # [T, Q']; short tiles repeat their first query, which only re-weights within them
+    num_tiles, each = rows.shape
+    mass = torch.empty(q.shape[0], len(heads), num_tiles, k.shape[2], dtype=torch.float32, device=q.device)
+    step = max(1, SCORE_ELEMENTS // (each * k.shape[2])) if q.device.type == "cpu" else num_tiles
+    bounded = problem.logit_bound is not None and problem.logit_bound <= SAFE_LOGIT
+    for b in range(q.shape[0]):
+        for i, h in enumerate(heads):
+            queries = q[b, h].float().index_select(0, rows.flatten()).mul_(problem.softmax_scale)
+            keys = k[b, h].float().T
+            for t in range(0, num_tiles, step):
+                scores = queries[t * each : (t + step) * each] @ keys  # [C * Q', Nk]
+                if not bounded:
+                    scores -= scores.amax(-1, keepdim=True)
+                scores.exp_()
+                weight = scores.sum(-1).reciprocal_().view(-1, 1, each)
+                torch.bmm(weight, scores.view(-1, each, scores.shape[-1]), out=mass[b, i, t : t + step].unsqueeze(1))
+    return mass

@@ -1,0 +1,5 @@
+"""The command line; see parser.py."""
+
+from sparvar_tune.cli.parser import build_parser, main
+
+__all__ = ["build_parser", "main"]

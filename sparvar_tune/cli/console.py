@@ -1,0 +1,88 @@
+"""What every command says and asks: lines for people, the target its words name, where its files go."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sparvar_tune.catalog.gpus import Gpu
+from sparvar_tune.catalog.models import MAX_IMAGES, Model, find_model
+from sparvar_tune.profile import schema, store
+from sparvar_tune.profile.describe import describe
+from sparvar_tune.profile.machine import choose_gpu, is_here
+
+
+def status(text: str) -> None:
+    """A line that the next one overwrites; silent when nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text[:150]}", end="", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(text, flush=True)
+
+
+def target(args: argparse.Namespace) -> tuple[Gpu, Model, str, str]:
+    gpu, model = choose_gpu(args.gpu), find_model(args.model)
+    resolution, aspect = args.resolution or model.default_resolution, args.aspect or model.default_aspect
+    model.schedule(resolution, aspect)
+    return gpu, model, resolution, aspect
+
+
+def require_here(command: str, gpu: Gpu) -> None:
+    """Raises ValueError unless this machine would run on `gpu`: nothing runs elsewhere than asked."""
+    if not is_here(gpu):
+        raise ValueError(f"{command}: {gpu.slug} is not in this machine; run it where it is, or leave out --gpu")
+
+
+def file_name(model: Model, preset: str, resolution: str, aspect: str, images: int = 1) -> str:
+    default = (model.default_resolution, model.default_aspect)
+    return store.profile_name(model.slug, preset, resolution, aspect, default, images)
+
+
+def refuse_images(args: argparse.Namespace, model: Model) -> None:
+    if args.images > MAX_IMAGES:
+        raise ValueError(f"--images {args.images}: want 1..{MAX_IMAGES}")
+    if model.adapter is not None and args.images != 1:
+        raise ValueError(f"--images {args.images}: {model.slug}'s adapter draws one image at a time; leave out --images")
+
+
+def run_folder(gpu: Gpu, profile: Path) -> Path:
+    """Where trials and measurements towards a profile file are kept."""
+    return store.user_folder().parent / "runs" / f"{gpu.slug}--{profile.stem}"
+
+
+def probe_writable(out: Path) -> None:
+    """Fails before the work rather than after it if the profile could not be written."""
+    probe = out.parent / f".{out.name}.probe"
+    store.write_atomic(probe, b"")
+    probe.unlink()
+
+
+def print_profile(profile: schema.Profile, path: Path) -> None:
+    w, e, g = profile.workload, profile.evidence, profile.generation
+    say(f"{path}")
+    say(f"  {w.model} {w.resolution} ({w.aspect}), batch {w.batch}, {profile.preset}, on {profile.silicon.name}: "
+         f"{profile.state}, policy {profile.policy_state}")  # fmt: skip
+    say(f"  policy: {describe(profile.policy)}")
+    if e is not None:
+        say(f"  pictures: PSNR {e.psnr_mean_db:.2f} dB, lower {e.confidence:.1%} bound {e.psnr_lower_db:.2f} (wanted "
+             f"{e.required_psnr_db:.2f}); SSIM {e.ssim_mean:.4f}, lower bound {e.ssim_lower:.4f} (wanted {e.required_ssim:g}); "
+             f"MS-SSIM {e.ms_ssim_mean:.4f}; {e.n} held-out pairs")  # fmt: skip
+        for y in e.yardsticks:
+            say(f"  yardstick: {y.name}: {y.psnr_db:.2f} dB, SSIM {y.ssim:.4f}")
+    if g is not None:
+        say(f"  whole picture: {g.dense.p50_ms:.0f} -> {g.tuned.p50_ms:.0f} ms, {g.speedup.median:.2f}x "
+             f"(95 % interval {g.speedup.low:.2f}..{g.speedup.high:.2f}, n={g.speedup.n}) against {g.dense_name}")  # fmt: skip
+    for row in profile.rows:
+        config = ", ".join(f"{k}={v}" for k, v in row.config)
+        if row.tuned and row.dense and row.speedup:
+            cost = f"{row.dense.p50_ms:.2f} -> {row.tuned.p50_ms:.2f} ms a layer, {row.speedup.median:.2f}x"
+        else:
+            cost = f"{row.dense_predicted_ms:.3f} -> {row.tuned_predicted_ms:.3f} ms a layer, predicted"
+        say(f"  scale {row.scale_index}: {cost} ({row.kernel}: {config})")
+    for note in profile.notes:
+        say(f"  note: {note}")

@@ -1,0 +1,160 @@
+"""The last word on a policy: held-out pictures and interleaved times, in one pass.
+
+For every held-out (class, seed) pair the dense and the tuned generation run one after the other, in alternating order,
+from the same coarse state; the part before the first scale a policy may touch is the same computation in both, so it is
+run once and its time counted on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from sparvar_kernels.attention import Launch
+from sparvar_kernels.policy import Policy
+from sparvar_tune.adapters import Adapter, Pair
+from sparvar_tune.measure.fidelity import Constraint, PictureFidelity, class_mean, compare_pictures, hash_pairs, lower_bound
+from sparvar_tune.measure.lpips import Lpips
+from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, timing
+from sparvar_tune.policy_search.judge import first_touched, make_attention
+from sparvar_tune.profile.schema import Evidence, Generation, Row, Yardstick
+
+
+class Timed:
+    """Attention that adds up the milliseconds spent at each scale."""
+
+    def __init__(self, inner: Any, stopwatch: Stopwatch) -> None:
+        self.inner, self.stopwatch = inner, stopwatch
+        self.skip_scales: tuple[int, ...] = inner.skip_scales
+        self.spent_ms: dict[int, float] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
+        made: list[Tensor] = []
+        ms = self.stopwatch(lambda: made.append(self.inner(q, k, v, layer, scale_index)))
+        self.spent_ms[scale_index] = self.spent_ms.get(scale_index, 0.0) + ms
+        return made[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One picture made one way: whole generation and attention by scale in ms, fidelity against the dense twin."""
+
+    ms: float
+    scales_ms: dict[int, float]
+    fidelity: PictureFidelity
+    lpips: float | None = None
+
+
+def run_pairs(
+    adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None], lpips: Lpips | None = None,
+    give_up: Callable[[dict[str, list[Outcome]]], bool] = lambda outcomes: False, clock: Clock = CLOCK,
+) -> dict[str, list[Outcome]]:  # fmt: skip
+    """Every pair's picture every way (attention callables by name; "dense" must be one), in rotating order.
+
+    Ends early once `give_up` says so after a pair.
+    """
+    stopwatch, begun = Stopwatch(adapter.device, clock), clock()
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
+    for i, pair in enumerate(pairs):
+        states: list[Any] = []
+        shared = stopwatch(lambda: states.append(adapter.start(pair, first_touched(adapter))))  # noqa: B023
+        made: dict[str, tuple[Tensor, float, dict[int, float]]] = {}
+        names = list(ways)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            if hasattr(ways[name], "reset"):
+                ways[name].reset()
+            attend, pictures = Timed(ways[name], stopwatch), list[Tensor]()
+            ms = stopwatch(lambda: pictures.append(adapter.finish(states[0], attend)))  # noqa: B023
+            made[name] = (pictures[0], shared + ms, attend.spent_ms)
+        for name, (picture, ms, spent) in made.items():
+            dense = made["dense"][0]
+            outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense), lpips(picture, dense) if lpips else None))
+        if give_up(outcomes):
+            break
+        left = (clock() - begun) / (i + 1) * (len(pairs) - i - 1)
+        say(f"pair {i + 1}/{len(pairs)}: {_so_far(outcomes)}, {left:.0f} s left")
+    return outcomes
+
+
+def _so_far(outcomes: dict[str, list[Outcome]]) -> str:
+    dense = sum(o.ms for o in outcomes["dense"])
+    return ", ".join(
+        f"{name} {fmean(o.fidelity.psnr_db for o in found):.2f} dB at {dense / sum(o.ms for o in found):.2f}x"
+        for name, found in outcomes.items() if name != "dense"
+    )  # fmt: skip
+
+
+@dataclass
+class Trial:
+    """Everything measured on the held-out pairs; lists run over pairs, times are in ms."""
+
+    pairs: list[Pair]
+    found: list[PictureFidelity]
+    dense_ms: list[float]
+    tuned_ms: list[float]
+    dense_scales: list[dict[int, float]]
+    tuned_scales: list[dict[int, float]]
+
+
+def compare_on(
+    adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None],
+    doomed: Callable[[Sequence[PictureFidelity], Sequence[Pair]], bool] = lambda found, pairs: False, clock: Clock = CLOCK,
+) -> Trial:  # fmt: skip
+    """Dense and tuned pictures of every pair, timed side by side; of the first pairs only once `doomed` says so."""
+    ways = {"dense": adapter.dense, "tuned": make_attention(adapter, policy, launches)}
+    dense, tuned = run_pairs(
+        adapter, ways, pairs, say, clock=clock, give_up=lambda outcomes: doomed([o.fidelity for o in outcomes["tuned"]], pairs)
+    ).values()
+    return Trial(
+        list(pairs[: len(tuned)]), [o.fidelity for o in tuned], [o.ms for o in dense], [o.ms for o in tuned],
+        [o.scales_ms for o in dense], [o.scales_ms for o in tuned],
+    )  # fmt: skip
+
+
+def evidence(trial: Trial, adapter: Adapter, constraint: Constraint, confidence: float) -> tuple[Evidence, float]:
+    """The evidence a profile carries, and the shortfall (<= 0: certified)."""
+    psnr, ssim, classes = [f.psnr_db for f in trial.found], [f.ssim for f in trial.found], [label for label, _ in trial.pairs]
+    low_psnr, low_ssim = (lower_bound(values, classes, confidence) for values in (psnr, ssim))
+    made = Evidence(
+        n=len(psnr), confidence=confidence,
+        psnr_mean_db=class_mean(psnr, classes), psnr_lower_db=low_psnr, required_psnr_db=constraint.psnr_db,
+        ssim_mean=class_mean(ssim, classes), ssim_lower=low_ssim, required_ssim=constraint.ssim,
+        ms_ssim_mean=class_mean([f.ms_ssim for f in trial.found], classes),
+        data_hash=hash_pairs(trial.pairs, adapter.weights_sha256, adapter.temperature),
+        yardsticks=tuple(Yardstick(*y) for y in adapter.yardsticks()),
+    )  # fmt: skip
+    return made, constraint.shortfall(low_psnr, low_ssim)
+
+
+def generation(trial: Trial, adapter: Adapter) -> Generation:
+    return Generation(
+        adapter.dense_name, timing(trial.dense_ms), timing(trial.tuned_ms), paired_speedup(trial.dense_ms, trial.tuned_ms)
+    )
+
+
+def measured_rows(trial: Trial, adapter: Adapter, policy: Policy, launches: Mapping[int, Launch]) -> tuple[Row, ...]:
+    """One row per scale with a rule: one layer's attention, averaged over layers, list making included."""
+    rows, layers = [], adapter.model.layers
+    for s in sorted({r.scale_index for r in policy.rules}):
+        dense = [spent[s] / layers for spent in trial.dense_scales]
+        tuned = [spent[s] / layers for spent in trial.tuned_scales]
+        rows.append(Row(
+            s, launches[s].kernel, tuple(sorted(vars(launches[s].config).items())), "measured", adapter.dense_name,
+            timing(tuned), timing(dense), paired_speedup(dense, tuned),
+        ))  # fmt: skip
+    return tuple(rows)
+
+
+def decision_cost(trial: Trial, adapter: Adapter, policy: Policy) -> tuple[str, ...]:
+    """Notes on what decision scales pay for ranking keys and keeping residuals; the whole-picture time includes it."""
+    decisions = [getattr(r.variant, "decision_scale", None) for r in policy.rules]
+    scales = {s for s in decisions if s is not None}
+    notes = []
+    for s in sorted(scales - {r.scale_index for r in policy.rules}):
+        dense, tuned = (timing([x[s] / adapter.model.layers for x in side]) for side in (trial.dense_scales, trial.tuned_scales))
+        notes.append(f"decision scale {s}: {dense.p50_ms:.1f} -> {tuned.p50_ms:.1f} ms a layer for ranking keys and residuals")
+    return tuple(notes)

@@ -1,0 +1,145 @@
+"""From options to policies: the paper's fixed setting, the menu a search chooses from, and how a budget is spent.
+
+Each (layer, head, scale) may take any option of the menu. What an option costs in time and error is measured once, on
+a capture, into a `Table`; a policy then falls out of prices: every head takes the choice (an option at each scale) with the
+least time + price[scale] * error. The search only turns the prices and a few structural knobs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
+from sparvar_kernels.policy import Policy, Rule
+from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
+
+PAPER_WINDOWS = (1, 1, 3, 5, 7)  # the last five key scales; the ones before are sinks or unseen
+WIDE_WINDOWS = (1, 3, 5, 9, 13)
+PAPER_BANDS = (7, 9)
+PAPER_SOURCE = "the paper's fixed setting (arXiv 2602.04361), carried to this schedule"
+UNVERIFIED = "the policy's fidelity on this model was not measured: no activations of it were at hand"
+SPARSE_SCALES = 3  # the paper touches the last three scales
+TILES = ("8x16", "8x8")  # query tiles of the search, on the last grid
+SHARES, SAMPLE = (0.06, 0.12), 4  # of keys kept by CS4A, which ranks them by every fourth query's mass
+
+
+def paper_sinks(schedule: ScaleSchedule) -> int:
+    """Five scales when the first is 1x1; where a text prefix stands in for it (HART) four and the prefix."""
+    return min(len(schedule), 5 if schedule.grids[0] == (1, 1) else 4)
+
+
+def _windows(schedule: ScaleSchedule, last: tuple[int, ...]) -> tuple[int, ...]:
+    return ((-1,) * len(schedule) + last)[-len(schedule) :]
+
+
+def paper_windows(schedule: ScaleSchedule) -> tuple[int, ...]:
+    """The side of the window on each key scale, negative where it is unseen."""
+    return _windows(schedule, PAPER_WINDOWS)
+
+
+def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
+    """The paper's fixed setting in its exact forms, carried to `schedule` (its section 4 and public defaults).
+
+    The first 11 layers (of 32; fewer in shallower models in proportion) are CS4A from the third-last scale on, the others
+    CSLA over the last three scales. Raises ValueError for schedules of fewer than six scales.
+    """
+    n = len(schedule)
+    if n < 6:
+        raise ValueError(f"{n} scales: the paper's setting needs at least 6")
+    first = decision_scale(schedule)
+    cs4a_layers = min(11, round(layers * 11 / 32))
+    rules: list[Rule] = []
+    if cs4a_layers:
+        cs4a = Cs4a(first, 0.2, Tile(0, 192), "index", bands=PAPER_BANDS)
+        rules += [Rule(s, "A", cs4a) for s in range(first + 1, n)]
+    csla = Csla(paper_windows(schedule), paper_sinks(schedule), Tile(0, 128), "block128")
+    rules += [Rule(s, "B", csla) for s in range(first, n)]
+    return Policy(("A" * heads,) * cs4a_layers + ("B" * heads,) * (layers - cs4a_layers), tuple(rules))
+
+
+def decision_scale(schedule: ScaleSchedule) -> int:
+    """Where heads that choose keys choose them: the first scale a searched policy may act on (the paper's third-last)."""
+    return len(schedule) - SPARSE_SCALES
+
+
+def menu(schedule: ScaleSchedule, scale_index: int) -> dict[str, Variant]:
+    """Name -> variant for one scale from the decision scale on, "dense" first; at the decision scale what needs no decision."""
+    sinks, decision = paper_sinks(schedule), decision_scale(schedule)
+    narrow, wide = _windows(schedule, PAPER_WINDOWS), _windows(schedule, WIDE_WINDOWS)
+    options: dict[str, Variant] = {"dense": Dense()}
+    for first in (len(schedule) - 4, len(schedule) - 6):
+        options |= {f"pooled {factor} from {first}": Pooled(max(0, first), factor) for factor in (2, 4)}
+    if scale_index > decision:
+        options["reuse"] = Reuse(decision)
+    for text in TILES:
+        tile = Tile.parse(text).scaled(schedule.grids[-1], schedule.grids[scale_index])
+        options |= {f"csla {text}": Csla(narrow, sinks, tile), f"csla wide {text}": Csla(wide, sinks, tile)}
+        if scale_index > decision:
+            options[f"csla {text} + residual"] = Csla(narrow, sinks, tile, decision_scale=decision)
+            options |= {f"cs4a {share:g} {text}": Cs4a(decision, share, tile, sample=SAMPLE) for share in SHARES}
+    return options
+
+
+@dataclass(frozen=True)
+class Table:
+    """What each option of the menu costs, measured on a capture.
+
+    error[scale][option][layer][head]: squared error of the head's output over the layer's squared output.
+    time_ms[scale][option]: one head of one layer. decision_ms[option]: what a head that uses it later adds to its dense
+    pass at the decision scale (ranking keys, making the residual); options that decide nothing are not in it.
+    """
+
+    error: Mapping[int, Mapping[str, tuple[tuple[float, ...], ...]]]
+    time_ms: Mapping[int, Mapping[str, float]]
+    decision_ms: Mapping[str, float]
+
+    def choices(self) -> dict[tuple[str, ...], float]:
+        """Everything one head may do, an option per scale, with its time in ms: what decides needs dense before it."""
+        first, *later = self.time_ms
+        out = {}
+        for choice in itertools.product(*self.time_ms.values()):
+            deciding = {o for o in choice if o in self.decision_ms}
+            if choice[0] == "dense" or not deciding:
+                times = (self.time_ms[s][o] for s, o in zip((first, *later), choice, strict=True))
+                out[choice] = sum(times) + sum(self.decision_ms[o] for o in deciding)
+        return out
+
+    def damage(self, choice: tuple[str, ...], layer: int, head: int, prices: Mapping[int, float]) -> float:
+        return sum(prices[s] * self.error[s][o][layer][head] for s, o in zip(self.error, choice, strict=True))
+
+
+def assign(table: Table, schedule: ScaleSchedule, prices: Mapping[int, float], tilt: float) -> Policy:
+    """The policy in which every head takes the choice of least time + price * error (the Lagrangian of a budget).
+
+    prices[scale]: what one unit of error is worth, in dense times of one head at the last scale.
+    tilt: errors of the last layer weigh exp(tilt), of the first exp(-tilt).
+    """
+    scales = list(table.time_ms)
+    layers, heads = (len(x) for x in (table.error[scales[0]]["dense"], table.error[scales[0]]["dense"][0]))
+    unit = table.time_ms[scales[-1]]["dense"]  # makes prices mean the same on a CPU and on a GPU
+
+    def best(choices: Mapping[tuple[str, ...], float], layer: int, head: int) -> tuple[str, ...]:
+        weight = unit * math.exp(tilt * (2 * layer / max(1, layers - 1) - 1))
+        return min(choices, key=lambda c: choices[c] + weight * table.damage(c, layer, head, prices))
+
+    everything = table.choices()
+    chosen = {(layer, head): best(everything, layer, head) for layer in range(layers) for head in range(heads)}
+    common = Counter(chosen.values()).most_common(len(string.ascii_letters))
+    if len(set(chosen.values())) > len(common):  # a policy has so many letters; rare choices give way to the nearest
+        kept = {c: everything[c] for c, _ in common}
+        chosen = {at: c if c in kept else best(kept, *at) for at, c in chosen.items()}
+    letters = dict(zip(dict.fromkeys(chosen.values()), string.ascii_letters, strict=False))
+    options = {s: menu(schedule, s) for s in scales}
+    rules = [
+        Rule(s, letter, options[s][name])
+        for choice, letter in letters.items()
+        for s, name in zip(scales, choice, strict=True)
+        if name != "dense"
+    ]
+    rows = ("".join(letters[chosen[layer, head]] for head in range(heads)) for layer in range(layers))
+    return Policy(tuple(rows), tuple(sorted(rules, key=lambda r: (r.scale_index, r.head_class))))

@@ -1,0 +1,33 @@
+"""A policy in words."""
+
+from __future__ import annotations
+
+from sparvar_kernels.policy import Policy
+from sparvar_kernels.variants import Cs4a, Csla, Pooled, Variant
+
+
+def describe(policy: Policy) -> str:
+    """One line: how many heads do what at each scale that has a rule."""
+    parts = []
+    for s in sorted({r.scale_index for r in policy.rules}):
+        counts: dict[str, int] = {}
+        for layer, letters in enumerate(policy.heads):
+            for head in range(len(letters)):
+                name = short_name(policy.variant(layer, head, s))
+                counts[name] = counts.get(name, 0) + 1
+        parts.append(f"scale {s}: " + ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda x: -x[1])))
+    if policy.skip_scales:
+        parts.append(f"scales {policy.skip_scales} left out")
+    return "; ".join(parts) or "dense everywhere"
+
+
+def short_name(variant: Variant) -> str:
+    """Such as "cs4a 5% 8x8" or "csla 1,1,3,5,7 8x16"."""
+    if isinstance(variant, Cs4a):
+        return f"cs4a {variant.top_k:.0%} {variant.tile}" + (" paper" if variant.keys == "index" else "")
+    if isinstance(variant, Csla):
+        sides = ",".join(str(w) for w in variant.windows if w >= 0)
+        return f"csla {sides} {variant.tile}" + (" block128" if variant.form == "block128" else "")
+    if isinstance(variant, Pooled):
+        return f"pooled {variant.factor}x{variant.factor}"
+    return variant.kind

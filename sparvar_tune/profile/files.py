@@ -1,0 +1,69 @@
+"""Files a run keeps while it works: a lock on its folder, and lines appended one at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparvar_tune.profile.reader import unique_keys
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the run folder; raises ValueError when another run does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot keep trials here ({error.strerror}); set SPARVAR_TUNE_HOME to a writable folder"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another tuning run is at work here; wait for it or set SPARVAR_TUNE_HOME") from None
+    finally:
+        os.close(handle)
+
+
+def set_aside(path: Path) -> None:
+    """Gives the file of an earlier run, if there is one, a name with the time in it."""
+    if path.exists():
+        path.replace(path.with_stem(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"))
+
+
+def append_line(path: Path, data: Any) -> None:
+    """Adds one JSON line in one write, so that several processes may append at once. Raises OSError."""
+    line = (json.dumps(data, sort_keys=True, allow_nan=False) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line  # what a killed process left half-written must not swallow this line
+        written = os.write(handle, line)
+        if written < len(line):  # the disk is full: what stands there is a torn line, which readers skip
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(handle)
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The JSON value of every line that is whole, oldest first; others are skipped. Nothing if there is no such file."""
+    try:
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            yield json.loads(line, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError):
+            continue

@@ -1,0 +1,282 @@
+"""Profile files `profiles/<gpu>/<model>.json`: reading, writing in one step, and finding the one for a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import tempfile
+import tokenize
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+from sparvar_kernels.backends.registry import KERNELS, kernel_for
+from sparvar_tune.catalog.gpus import DISTANCE_LIMIT, GPUS, Gpu, apart, distance, nearest_first
+from sparvar_tune.catalog.models import Model, find_model
+from sparvar_tune.catalog.names import DEFAULT_PRESET
+from sparvar_tune.profile.reader import ReadError
+from sparvar_tune.profile.schema import Profile, ProfileError, Versions, Workload, from_json, one_line, plain, read, to_json
+
+MAX_BYTES = 1 << 20
+STARTS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)  # what comes before a statement
+
+
+def load(path: Path) -> Profile:
+    """The profile in the file. Raises ProfileError: unreadable, over 1 MiB, not UTF-8, not a profile, edited, another schema."""
+    return parse(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What the file holds. Raises ProfileError: unreadable, over 1 MiB."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ProfileError(f"{path}: {error.strerror or error}") from None
+    if len(raw) > MAX_BYTES:
+        raise ProfileError(f"{path}: over {MAX_BYTES} bytes, no profile is; restore the file or tune again")
+    return raw
+
+
+def parse(raw: bytes, path: Path, *, check_seal: bool = True) -> Profile:
+    """The profile in a file's bytes; `path` is for messages. Raises ProfileError as `load` does."""
+    try:
+        return from_json(raw.decode("utf-8"), str(path), check_seal=check_seal)
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path}: not UTF-8 (byte {error.start}); restore the file or tune again") from None
+
+
+def seal(path: Path) -> Profile:
+    """Keeps a hand edit: gives the file the checksum of what it now holds. Raises ProfileError as `load` and `save` do."""
+    save(parse(read_bytes(path), path, check_seal=False), path)
+    return load(path)
+
+
+def save(profile: Profile, path: Path) -> None:
+    """Writes the file in one step (temporary file, then rename); raises ProfileError and leaves the old file alone.
+
+    Whatever `load` would refuse is not written.
+    """
+    try:
+        read(plain(profile))
+    except ReadError as error:
+        raise ProfileError(f"{path}: not written: {one_line(str(error))}") from None
+    data = to_json(profile).encode("utf-8")
+    if len(data) > MAX_BYTES:
+        raise ProfileError(f"{path}: not written: {len(data)} bytes, want at most {MAX_BYTES}")
+    write_atomic(path, data)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` so that the file is either the old one or the whole new one. Raises ProfileError."""
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+        partial = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ProfileError(f"{path}: cannot be written ({reason}); give another folder with --out") from None
+    finally:  # also when interrupted
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+
+
+def profile_name(model: str, preset: str, resolution: str, aspect: str, default: tuple[str, str], images: int = 1) -> str:
+    """File name of a workload; what is the model's default (resolution, aspect) or preset, or one image, is left out."""
+    parts = [model]
+    if (resolution, aspect) != default:
+        parts += [resolution, aspect]
+    if preset != DEFAULT_PRESET:
+        parts.append(preset)
+    if images != 1:
+        parts.append(f"images-{images}")
+    return "--".join(parts) + ".json"
+
+
+def shipped_folder() -> Path:
+    """The profiles that came with the package: `_profiles` in a wheel, `profiles` in a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    packed = here / "_profiles"
+    return packed if packed.is_dir() else here.parent / "profiles"
+
+
+def user_folder() -> Path:
+    """Where this user's own profiles go: $SPARVAR_TUNE_HOME/profiles, else the platform's data folder."""
+    home = os.environ.get("SPARVAR_TUNE_HOME")
+    if home:
+        return Path(home) / "profiles"
+    data = os.environ.get("XDG_DATA_HOME", "")
+    if os.path.isabs(data):  # a relative one is to be ignored, its specification says
+        return Path(data) / "sparvar-tune" / "profiles"
+    try:
+        return Path.home() / ".local" / "share" / "sparvar-tune" / "profiles"
+    except RuntimeError:  # a container's user without a home
+        raise ProfileError("this user has no home folder: set SPARVAR_TUNE_HOME to a folder for profiles") from None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A profile found; `reason` says how it was matched ("exact silicon", or which relative's it is).
+
+    sha256: of the file's bytes, by which an overlay knows it.
+    """
+
+    profile: Profile
+    path: Path
+    exact: bool
+    reason: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Miss:
+    """No profile, and where it was looked for."""
+
+    reason: str
+
+
+def near(gpu: Gpu) -> tuple[Gpu, ...]:
+    """The other GPUs whose profiles serve `gpu`, nearest first."""
+    return tuple(nearest_first(gpu, (g for g in GPUS.values() if g.slug != gpu.slug and distance(gpu, g) <= DISTANCE_LIMIT)))
+
+
+def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> Match | Miss:
+    """The profile `name` for `gpu`: its own first, then those of `relatives` in their order.
+
+    A miss names the nearest of the other GPUs that has one, and how far off it is. Raises ProfileError for a bad file, and
+    for one that is in another's place: what a file says it was tuned for must be what its folder and name say, or a copied
+    file would pass as exact silicon.
+    """
+    looked = []
+    for silicon in (gpu, *relatives):
+        for folder in folders:
+            path = folder / silicon.slug / name
+            looked.append(str(path.parent))
+            if not exists(path):
+                continue
+            profile, sha256 = _load_for(path, silicon)
+            if silicon.slug == gpu.slug:
+                return Match(profile, path, True, f"exact silicon ({gpu.slug})", sha256)
+            reason = f"same family ({silicon.slug} for {gpu.slug}, {gpu.family}, distance {distance(gpu, silicon):.2f})"
+            return Match(profile, path, False, reason, sha256)
+    missing = f"no {name} for {gpu.slug} or one like it ({gpu.family}); looked in {', '.join(looked)}"
+    return Miss(f"{missing}{_too_far(name, gpu, relatives, folders)}")
+
+
+def _too_far(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> str:
+    """What to say of the nearest GPU that has the profile and may not lend it, or nothing."""
+    others = [g for g in GPUS.values() if g.device == gpu.device and g not in (gpu, *relatives)]
+    for other in nearest_first(gpu, others):
+        if any(exists(folder / other.slug / name) for folder in folders):
+            return f"; {other.slug} has one but is too far: {apart(gpu, other)}"
+    return ""
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file. Raises ProfileError where that cannot be told."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ProfileError(f"{path}: {error.strerror or error}") from None
+    return True
+
+
+def name_of(profile: Profile) -> str:
+    """The file name that belongs to what it holds; raises ValueError for an unknown model or a batch that is none of its."""
+    w, model = profile.workload, find_model(profile.workload.model)
+    default = (model.default_resolution, model.default_aspect)
+    return profile_name(w.model, profile.preset, w.resolution, w.aspect, default, images_of(w, model))
+
+
+def images_of(workload: Workload, model: Model) -> int:
+    """How many images at once it is for; raises ValueError where its batch is no number of the model's images."""
+    images, rest = divmod(workload.batch, model.guidance_batch)
+    if rest:
+        raise ValueError(f"batch: got {workload.batch}, want a multiple of {model.guidance_batch}, the rows {model.slug} "
+                         "has for one image")  # fmt: skip
+    return images
+
+
+def _load_for(path: Path, gpu: Gpu) -> tuple[Profile, str]:
+    """The profile and its file's sha256, if the file is in its place."""
+    raw = read_bytes(path)
+    profile = parse(raw, path)
+    if profile.silicon.gpu != gpu.slug:
+        raise ProfileError(f"{path}: tuned for {profile.silicon.gpu}, but in the folder of {gpu.slug}; move it or tune again")
+    try:
+        name = name_of(profile)
+    except ValueError as error:
+        raise ProfileError(f"{path}: {one_line(str(error))}") from None
+    if path.name != name:
+        raise ProfileError(f"{path}: by what it holds its name is {one_line(name)}; rename it or tune again")
+    return profile, hashlib.sha256(raw).hexdigest()
+
+
+def mismatch(
+    profile: Profile, *, gpu: Gpu, versions: Versions, kernel_hash: str, weights_sha256: str | None = None
+) -> list[str]:  # fmt: skip
+    """How this machine differs from the one the profile was tuned on, gravest first; weights None are not compared."""
+    was, out = profile.versions, []
+    if profile.silicon.gpu != gpu.slug:
+        out.append(f"tuned for other silicon ({profile.silicon.gpu}, here {gpu.slug})")
+    if profile.kernel_hash != kernel_hash:
+        out.append("tuned with other kernel sources")
+    if None not in (weights_sha256, profile.workload.weights_sha256) and weights_sha256 != profile.workload.weights_sha256:
+        out.append("certified on other weights of this model")
+    for name, there, here in (("torch", was.torch, versions.torch), ("triton", was.triton, versions.triton)):
+        if there != here:
+            out.append(f"tuned with {name} {there or '(none)'}, here {here or '(none)'}")
+    return out
+
+
+def kernel_hash(gpu: Gpu) -> str:
+    """sha256 over the code that decides what is computed on `gpu` and how fast.
+
+    That is every module of sparvar_kernels but the oracle and what only the kernels of other devices run, without comments,
+    docstrings and blank lines: words change no measurement.
+    """
+    import sparvar_kernels
+
+    here = kernel_for(gpu.device)
+    others = tuple(f"backends/{k.folder}/" for k in KERNELS.values() if k.name != here)
+    digest = hashlib.sha256()
+    root = Path(sparvar_kernels.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if path.stem != "oracle" and not name.startswith(others):
+            digest.update(name.encode() + b"\0" + code_of(path.read_bytes()).encode() + b"\0")
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def code_of(source: bytes) -> str:
+    """A module's lines without comments, strings that are statements and blank lines; the same for every version of Python."""
+    text = source.decode().replace("\r\n", "\n")
+    lines, words, quoted, before = text.split("\n"), [], set[int](), tokenize.NEWLINE  # as the tokenizer counts them
+    for token, after in pairwise(tokenize.generate_tokens(io.StringIO(text).readline)):
+        (first, begin), (last, end) = token.start, token.end
+        alone = token.type == tokenize.STRING and before in STARTS and after.type in (tokenize.NEWLINE, tokenize.COMMENT)
+        if alone or token.type == tokenize.COMMENT:
+            words.append((first, begin, last, end))
+        elif first < last and token.type not in (tokenize.NEWLINE, tokenize.NL):
+            quoted.update(range(first, last + 1))  # a string of several lines is code to the last blank
+        if token.type not in (tokenize.COMMENT, tokenize.NL):
+            before = token.type
+    for first, begin, last, end in reversed(words):
+        lines[first - 1] = lines[first - 1][:begin] + lines[last - 1][end:]
+        lines[first:last] = [""] * (last - first)
+    kept = (line if i in quoted else line.rstrip() for i, line in enumerate(lines, 1) if line.strip() or i in quoted)
+    return "\n".join(kept)
