@@ -418,7 +418,8 @@ def render(raw: dict[str, Any]) -> str:
         "p50 (p20..p80) by device events, every way of a row called in turn, "
         f"n = {ROUNDS}; ratios are medians of paired calls with 95 % intervals. Limit: the larger of listed bytes over this "
         f"machine's copy rate ({limits['copy_bytes_per_s'] / 1e12:.2f} TB/s) and useful FLOPs over its own matrix-product rate "
-        f"({limits['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s). Regenerate: `python -m lab.kernel_table --from` the JSON beside this.", "",
+        f"({limits['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s). Regenerate: "
+        "`python -m lab.kernel_table --from` the JSON beside this.", "",
         f"| case | ours | {' | '.join((*DENSE, *(f'x {name}' for name in DENSE)))} | useful TFLOP/s | of limit | goal "
         "| configuration |", "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Speed of the kernel table's cases: `pytest tests/benchmarks --benchmark-enable -m ''` on any machine.
 
-The cases are those of `python -m lab.kernel_table`, by the same names: on a GPU (marker gpu) as they stand, on a CPU in fp32 on a tiny
+The cases are those of `lab.kernel_table`, by the same names: on a GPU (marker gpu) as they stand, on a CPU in fp32 on a tiny
 schedule with four heads. What is timed is first held against a reference.
 """
 

@@ -16,6 +16,7 @@ class Kernel:
     """A module with a class `Layer`, loaded on first use (Triton is optional on a CPU), and its configuration.
 
     folder: of the modules no other kernel runs; a change in them makes only this kernel's profiles stale.
+    meaning: raised when the backend's planner comes to order or choose keys otherwise; profiles of an earlier one are refused.
     added: parameters that a file of an earlier version may lack; they have their default then.
     """
 
@@ -23,6 +24,7 @@ class Kernel:
     module: str
     config: type[CpuConfig] | type[TritonConfig]
     folder: str
+    meaning: int = 1
     added: tuple[str, ...] = ()
 
     def load(self) -> Any:

@@ -4,6 +4,9 @@
 scale, paper section 3.2); `Reuse` (the enlarged dense output of the decision scale: CS4A at zero keys with its
 residual); `Pooled` (diffuse heads read block means of keys). None of them says how it is run: that is a kernel's launch
 configuration.
+
+`meaning` is raised when the same fields come to stand for other keys or other arithmetic: a profile of an earlier meaning is
+then refused.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ class Dense:
     """Every key."""
 
     kind: ClassVar[str] = "dense"
+    meaning: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Csla:
     form: str = "exact"
     decision_scale: int | None = None
     kind: ClassVar[str] = "csla"
+    meaning: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Cs4a:
     residual: bool = True
     sample: int = 1
     kind: ClassVar[str] = "cs4a"
+    meaning: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Reuse:
 
     decision_scale: int
     kind: ClassVar[str] = "reuse"
+    meaning: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Pooled:
     first_scale: int
     factor: int
     kind: ClassVar[str] = "pooled"
+    meaning: ClassVar[int] = 1
 
 
 Variant = Dense | Csla | Cs4a | Reuse | Pooled
