@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from leftovers import gone, marked
+from leftovers import gone, marked, wait_for
 
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_tune.catalog.gpus import GPUS, detect_gpu
@@ -235,7 +235,7 @@ def test_workers_that_fail_at_random_lose_no_finished_measurement(whole, tmp_pat
         (tmp_path / "plan.json").write_text("{}")
         sound = tmp_path / f"{seed}-sound.jsonl"  # what raised would raise again: these raised by chance
         sound.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["failure"] is None))
-        assert run(tmp_path, Log(sound), task_s=5.0) == found
+        assert run(tmp_path, Log(sound)) == found
         if len((tmp_path / "faults").read_text().splitlines()) >= SOAK:
             return
 
@@ -249,10 +249,8 @@ def test_a_parent_killed_at_random_loses_no_finished_measurement(whole, tmp_path
         code = f"import test_schedule as t; from pathlib import Path; t.go_on(Path({str(tmp_path)!r}))"
         environment = {**os.environ, "PYTHONPATH": PATH, "MARK": str(tmp_path)}
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True, stderr=subprocess.PIPE)
-        until = time.monotonic() + 60
-        while process.poll() is None and not good_lines(log) - kept and time.monotonic() < until:
-            time.sleep(0.02)  # wherever it is a moment after something new was finished
-        time.sleep(rng.uniform(0.0, 0.3))
+        wait_for(lambda: process.poll() is not None or good_lines(log) - kept)
+        time.sleep(rng.uniform(0.0, 0.3))  # wherever it is a moment after something new was finished
         killed += process.poll() is None
         process.kill()
         said = process.communicate()[1].decode()
@@ -319,27 +317,14 @@ def test_a_worker_owns_a_gpu_like_the_first_and_plans_on_one_thread(monkeypatch)
             time_only.gpu_environments(wrong)
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two processes want two cores")
-def test_two_workers_plan_more_than_one(monkeypatch):
-    """Their planning threads used to spin on the same cores: two workers together made a third of what one does."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_a_worker_plans_on_one_thread(monkeypatch):
+    """Planning threads of two workers used to spin on the same cores: together they made a third of what one does."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A")
-    took = {}
-    for workers in (1, 2):
-        environments = [{**e, "PYTHONPATH": PATH} for e in time_only.gpu_environments(workers)]
-        with Pool("planning_target:plan", environments) as pool:
-            warm: set[object] = set()
-            while len(warm) < workers:  # each has imported what it needs
-                ran = list(pool.run(Job(str(i), 2, 60.0) for i in range(2 * workers)))
-                assert not any(o.failure for o in ran)
-                warm |= {o.value for o in ran}
-            rounds = []
-            for _ in range(5):  # the best of them: other processes have these cores too
-                begun = time.monotonic()
-                assert not any(o.failure for o in pool.run(Job(str(i), 60, 60.0) for i in range(12)))
-                rounds.append(time.monotonic() - begun)
-            took[workers] = min(rounds)
-    assert took[2] < 0.8 * took[1], took
+    (environment,) = time_only.gpu_environments(1)
+    with Pool("planning_target:plan", [{**environment, "PYTHONPATH": PATH}]) as pool:
+        (outcome,) = pool.run([Job("plan", None, 240.0)])
+    assert outcome.value == 1, outcome
 
 
 SHIPPED = sorted((ROOT / "profiles").glob("h*/*.json"))

@@ -10,17 +10,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from leftovers import wait_for
 
 from sparvar_tune.cli import parser
 from sparvar_tune.policy_search import storage
 from sparvar_tune.policy_search import study as search
 
 HERE = Path(__file__).parent
+LONG = 240.0  # seconds; only ends a test that would wait for ever
 KINDS = ("sqlite", "journal", "postgresql", "mysql")
 
 
@@ -54,9 +55,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/shared.db" if request.param == "sqlite" else f"journal://{tmp_path}/shared.journal"
 
 
-def start(url: str, trials: int, sleep_s: float, log: Path, grace_s: int = 60) -> subprocess.Popen[str]:
+def start(
+    url: str, trials: int, sleep_s: float, log: Path, grace_s: int = 60, other: Path | None = None
+) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels"), *sys.path])}
-    words = [url, str(trials), str(sleep_s), str(log), str(grace_s)]
+    words = [url, str(trials), str(sleep_s), str(log), str(grace_s), *([str(other)] if other else [])]
     return subprocess.Popen([sys.executable, str(HERE / "shared_search.py"), *words], env=env, text=True, stderr=subprocess.PIPE)
 
 
@@ -65,53 +68,26 @@ def read(log: Path, what: str) -> list[dict]:
     return [line for line in lines if line["what"] == what]
 
 
-def wait_for(true, seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.01)
-
-
 def kept(url: str) -> list[search.Found]:
     return search.finished(search.join_study(storage.open_shared(url), "space"))
 
 
 @pytest.mark.parametrize("url", KINDS, indirect=True)
 def test_two_processes_share_every_trial_and_double_none(url, tmp_path):
-    logs, sleep_s = [tmp_path / "a", tmp_path / "b"], 0.3 if url.startswith("journal") else 0.7
-    both = [start(url, 10, sleep_s, log) for log in logs]
+    logs = [tmp_path / "a", tmp_path / "b"]
+    both = [start(url, 10, 0.0, log, other=other) for log, other in zip(logs, reversed(logs), strict=True)]
     for process in both:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=LONG)
         assert process.returncode == 0, err
     told = [line for log in logs for line in read(log, "told")]
     assert all(len(read(log, "told")) >= 3 for log in logs)
+    assert not any(read(log, "waited in vain") for log in logs), "they were not at work at the same time"
     found = {f.number: f.knobs for f in kept(url)}
     assert len({line["number"] for line in told}) == len(told)
     assert {line["number"]: search.Knobs(**line["knobs"]) for line in told}.items() <= found.items()
     judged = [search.Knobs(**line["knobs"]) for log in logs for line in read(log, "judge")]
     assert len(set(judged)) == len(judged) == len(told), "the same knobs were judged twice"
     assert {k.form for k in judged} == set(search.FORMS) and set(found.values()) == set(judged)
-    if url.startswith("journal"):
-        return  # its writes are the cheapest of the three; once is enough to wait for
-    # together they end nearly twice as many trials a second as one process does alone
-    begun, ended = ([read(log, what)[0]["at"] for log in logs] for what in ("begin", "end"))
-    lasts = [max(line["at"] for line in read(log, "told")) for log in logs]
-    rates = [len(read(log, "told")) / (last - at) for log, last, at in zip(logs, lasts, begun, strict=True)]
-    assert min(ended) - max(begun) > 0.6 * (max(ended) - min(begun)), "they were hardly at work at the same time"
-    assert sum(rates) >= 1.7 * alone(url, sleep_s)
-
-
-def alone(url: str, sleep_s: float) -> float:
-    """Trials a second of this process on a study of its own in the same storage."""
-    shared, told = storage.open_shared(url), list[search.Found]()
-
-    def judge(knobs: search.Knobs) -> search.Verdict:
-        time.sleep(sleep_s)
-        return search.Verdict(10.0, 5.0, 30.0, 0.9, True)
-
-    study, begun = search.join_study(shared, "alone"), time.monotonic()
-    search.search(study, judge, lambda: len(told) == 3, told.append, shared)
-    return len(told) / (time.monotonic() - begun)
 
 
 @pytest.mark.parametrize("url", KINDS, indirect=True)
@@ -124,11 +100,11 @@ def test_a_killed_process_neither_hangs_nor_spoils_the_other(url, tmp_path):
     assert read(logs[1], "judge")[0]["knobs"]["form"] == "drop last scale"
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    _, err = second.communicate(timeout=30)
+    _, err = second.communicate(timeout=LONG)
     assert second.returncode == 0, err
     shared = storage.open_shared(url, 1, 2)
     study = search.join_study(shared, "space")
-    wait_for(lambda: shared.stale(study) or not storage._running(study), 10)
+    wait_for(lambda: shared.stale(study) or not storage._running(study))
     done, told = search.finished(study), list[search.Found]()
     assert {line["number"] for line in read(logs[1], "told")} <= {f.number for f in done}
     search.search(study, lambda knobs: done[0].verdict, lambda: len(search.finished(study)) >= len(done) + 2, told.append, shared)
@@ -205,10 +181,9 @@ SEEDS = [search.Found(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, 29.0,
 ])  # fmt: skip
 def test_bad_urls_are_one_line_before_any_work(capsys, home, monkeypatch, words, said):
     monkeypatch.setattr("sparvar_tune.cli.tune_command.load_adapter", lambda *_: pytest.fail("work began"))
-    begun = time.monotonic()
     assert parser.main(["--gpu", "cpu", "--model", "pocketvar", "--storage", words]) == 2
     out, err = capsys.readouterr()
-    assert said in err and err.count("\n") == 1 and "Traceback" not in err and time.monotonic() - begun < 10, err
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err, err
     assert not any(secret in out + err for secret in ("hunter2", "hun@", "ter2"))
 
 

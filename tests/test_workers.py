@@ -10,11 +10,13 @@ import sys
 import time
 import uuid
 from collections import Counter
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
-from leftovers import gone, marked
+from leftovers import gone, marked, running, wait_for
 
+from sparvar_tune.launch_search import process_pool
 from sparvar_tune.launch_search.process_pool import Job, Outcome, Pool
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +30,7 @@ def env():
     """Environment of the workers, with a mark that their children inherit; afterwards no process may carry it."""
     mark = uuid.uuid4().hex
     yield {"PYTHONPATH": PATH, "MARK": mark}
-    assert gone(mark), f"left running: {marked(mark)}"
+    assert gone(mark, LONG), f"left running: {marked(mark)}"
     assert not zombies()
 
 
@@ -124,8 +126,8 @@ def test_the_last_words_of_the_dead_are_kept_on_one_line(env):
 
 def test_a_death_between_jobs_is_not_the_next_ones_fault(env):
     with pool(env) as p:
-        assert ask(p, "die_after").value == "answered"
-        time.sleep(0.3)
+        dying = ask(p, "die_after").value
+        wait_for(lambda: not running(dying))
         assert ask(p, "ok").failure is None
 
 
@@ -142,11 +144,14 @@ def test_jobs_are_pulled_when_a_worker_is_free_and_the_outcome_before_was_seen(e
             assert len(pulled) == seen + 1
 
 
-def test_an_answer_read_late_still_counts(env):
+def test_an_answer_read_late_still_counts(env, monkeypatch):
     with pool(env, env) as p:
-        outcomes = p.run([job("ok", 2.0), job("big", 2.0, size=1_000_000)])
+        outcomes = p.run([job("ok"), job("big", size=1_000_000)])
         first = next(outcomes)
-        time.sleep(2.5)  # a caller that takes its time
+        if late := [w.wire for w in p._workers if w.job]:
+            assert wait(late, LONG)
+        now = time.monotonic  # a caller that takes its time
+        monkeypatch.setattr(process_pool.time, "monotonic", lambda: now() + 2 * LONG)
         assert (first.failure, [o.failure for o in outcomes]) == (None, [None])
 
 
@@ -219,15 +224,12 @@ def test_nothing_outlives_a_parent_that_is_killed_or_interrupted(env, tmp_path, 
     hear = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
     parent = subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, **hear)
-    until = time.monotonic() + LONG
-    while (len(list(tmp_path.iterdir())), len(marked(env["MARK"]))) != (3, 5) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert len(marked(env["MARK"])) == 5  # parent, three workers, a worker's child
-    time.sleep(0.1)
+    # parent, three workers, a worker's child
+    wait_for(lambda: (len(list(tmp_path.iterdir())), len(marked(env["MARK"]))) == (3, 5))
     parent.send_signal(how)
     _, said = parent.communicate(timeout=LONG)
     assert parent.returncode == -how and (how == signal.SIGKILL or b"KeyboardInterrupt" in said)
-    assert gone(env["MARK"], 10.0 if how == signal.SIGKILL else 0.0)
+    assert gone(env["MARK"], LONG if how == signal.SIGKILL else 0.0)
 
 
 # What each fault must come out as; "hang" gets a short limit, everything else one that it never reaches.

@@ -114,4 +114,4 @@ def do_die_after(payload: dict) -> object:
     import threading
 
     threading.Timer(0.05, os._exit, (5,)).start()
-    return "answered"
+    return os.getpid()
