@@ -249,7 +249,7 @@ def test_a_parent_killed_at_random_loses_no_finished_measurement(whole, tmp_path
         code = f"import test_schedule as t; from pathlib import Path; t.go_on(Path({str(tmp_path)!r}))"
         environment = {**os.environ, "PYTHONPATH": PATH, "MARK": str(tmp_path)}
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True, stderr=subprocess.PIPE)
-        wait_for(lambda: process.poll() is not None or good_lines(log) - kept)
+        wait_for(lambda: process.poll() is not None or good_lines(log) - kept)  # noqa: B023
         time.sleep(rng.uniform(0.0, 0.3))  # wherever it is a moment after something new was finished
         killed += process.poll() is None
         process.kill()
