@@ -91,7 +91,7 @@ def test_a_machine_without_triton_predicts_and_searches():
     """The default install on a CPU: the front door's words must not need a GPU's compiler."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from sparvar_tune import tune, transfer\n"
+        "from sparvar_tune.ways import search_here, take_over\n"
         "from sparvar_tune.cli.parser import main\n"
         "sys.exit(main(['--gpu', 'a100', '--model', 'hart', '--dry-run']))"
     )
