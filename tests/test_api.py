@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,17 @@ import tiny
 import torch
 
 import sparvar_tune
+from sparvar_tune.adapters.pocketvar import YARDSTICKS, PocketAdapter
+from sparvar_tune.catalog.models import find_model
+from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.cli import parser
+from sparvar_tune.cli.compare_table import comparison, pair_frame
 from sparvar_tune.launch_search.log import read_log, to_frame
+from sparvar_tune.measure.fidelity import PictureFidelity
+from sparvar_tune.measure.pairs import held_out_pairs
+from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search
-from sparvar_tune.profile import store
+from sparvar_tune.profile import schema, store
 from sparvar_tune.ways import search_here
 from sparvar_tune.ways.settings import Settings, seconds
 from sparvar_tune.ways.subject import Subject
@@ -114,6 +123,30 @@ def test_measurements_are_a_table():
     times = frame[frame.kind == "times"]
     assert len(times) and (times.tuned_ms > 0).all() and frame.registers.max() > 0
     assert to_frame([]).empty
+
+
+def test_the_shipped_comparison_comes_out_of_its_raw_numbers():
+    report = ROOT / "reports" / "cpu" / "pocketvar.md"
+    raw = json.loads(report.with_suffix(".json").read_text())
+    outcomes = {
+        way: [certify.Outcome(o["ms"], {int(s): ms for s, ms in o["scales_ms"].items()},
+                              PictureFidelity(**o["fidelity"]), o["lpips"]) for o in raw["outcomes"][way]]
+        for way in ("dense", "paper's fixed setting", *(f"tuned, {quality}" for quality in PRESETS))
+    }  # fmt: skip
+    pairs = held_out_pairs(10, len(outcomes["dense"]))
+    adapter = types.SimpleNamespace(
+        model=find_model("pocketvar"), schedule=range(13), dense_name="torch scaled_dot_product_attention",
+        yardsticks=lambda: PocketAdapter.yardsticks(types.SimpleNamespace(
+            _yardstick_rows=lambda: json.loads(YARDSTICKS.read_text())["rows"])),
+    )  # fmt: skip
+    text, kept = comparison(
+        outcomes, pairs, adapter, schema.Silicon(**raw["machine"]), schema.Versions(**raw["versions"])
+    )  # fmt: skip
+    tables = [[line for line in t.splitlines() if line.startswith("|")] for t in (text, report.read_text())]
+    assert tables[0] == tables[1] and "24 held-out" in text
+    assert json.loads(kept)["pairs"] == [list(pair) for pair in pairs]
+    frame = pair_frame(outcomes, pairs, 8, 12)
+    assert len(frame) == 5 * 24 and frame[frame.way == "dense"].psnr_db.eq(100).all() and frame.lpips.isna().all()
 
 
 def test_what_runs_here_is_said_as_the_command_says_it(home, capsys):
