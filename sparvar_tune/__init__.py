@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparvar_tune.profile.schema import Profile
+    from sparvar_tune.runtime import apply, load_profile
+    from sparvar_tune.ways.api import capture, explain, trials, tune
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "apply", "load_profile"]
+__all__ = ["Profile", "__version__", "apply", "capture", "explain", "load_profile", "trials", "tune"]
+
+# Fetched on first use: `--version` and `--help` need no torch, the runtime neither optuna nor pandas.
+_ROOMS = {
+    "load_profile": "sparvar_tune.runtime", "apply": "sparvar_tune.runtime", "Profile": "sparvar_tune.profile.schema",
+    "tune": "sparvar_tune.ways.api", "trials": "sparvar_tune.ways.api", "explain": "sparvar_tune.ways.api",
+    "capture": "sparvar_tune.ways.api",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """`load_profile` and `apply` on first use, so that `--version` and `--help` need not import torch."""
-    if name in ("load_profile", "apply"):
-        from sparvar_tune import runtime
-
-        return getattr(runtime, name)
+    if name in _ROOMS:
+        return getattr(importlib.import_module(_ROOMS[name]), name)
     raise AttributeError(f"module 'sparvar_tune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

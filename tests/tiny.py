@@ -54,10 +54,8 @@ def install(setattr_=setattr) -> None:
 
 
 if __name__ == "__main__":
-    from sparvar_tune.cli import commands
     from sparvar_tune.cli.parser import main
 
     install()
-    commands.MODELS = models.MODELS
     DELAY_S = float(sys.argv[1])
     sys.exit(main(sys.argv[2:]))

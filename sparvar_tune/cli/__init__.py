@@ -1,4 +1,4 @@
-"""The command line; see parser.py."""
+"""The command line: parser.py, a file a command in commands/."""
 
 from sparvar_tune.cli.parser import build_parser, main
 

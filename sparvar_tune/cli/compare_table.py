@@ -6,7 +6,8 @@ import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+
+import pandas
 
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.measure.fidelity import class_mean, lower_bound
@@ -14,51 +15,69 @@ from sparvar_tune.measure.timing import paired_speedup, timing
 from sparvar_tune.policy_search.certify import Outcome
 from sparvar_tune.profile.schema import Silicon, Versions
 
+WAY_COLUMNS = ("picture, s", "speed-up", "last scale's attention, ms a layer", "speed-up ", "PSNR, dB (bound)",
+               "SSIM (bound)", "MS-SSIM")  # fmt: skip
+
+
+def pair_frame(outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], layers: int, last: int) -> pandas.DataFrame:
+    """One row a way and pair: `way`, `label` and `seed`, `ms` of the picture, `last_ms` of the last scale's attention a layer,
+    and how close it is to the dense picture: `psnr_db`, `ssim`, `ms_ssim`, `lpips` (NaN where it was not asked for).
+    """
+    rows = [
+        {"way": way, "label": label, "seed": seed, "ms": o.ms, "last_ms": o.scales_ms[last] / layers, **vars(o.fidelity),
+         "lpips": o.lpips}
+        for way, found in outcomes.items() for (label, seed), o in zip(pairs, found, strict=True)
+    ]  # fmt: skip
+    return pandas.DataFrame(rows).astype({"lpips": "float64"})
+
+
+def way_frame(pairs: pandas.DataFrame) -> pandas.DataFrame:
+    """One row a way, in the words of WAY_COLUMNS; ratios are against the way "dense", pair by pair."""
+    ways = {way: found for way, found in pairs.groupby("way", sort=False)}
+    cells = {way: _cells(found, ways["dense"], way == "dense") for way, found in ways.items()}
+    return pandas.DataFrame.from_dict(cells, orient="index", columns=list(WAY_COLUMNS))
+
+
+def _cells(found: pandas.DataFrame, dense: pandas.DataFrame, is_dense: bool) -> list[str]:
+    whole, late = timing(list(found.ms)), timing(list(found.last_ms))
+    ratio, gain = (paired_speedup(list(dense[name]), list(found[name])) for name in ("ms", "last_ms"))
+    out = [
+        f"{whole.p50_ms / 1e3:.2f} ({whole.p20_ms / 1e3:.2f}..{whole.p80_ms / 1e3:.2f})",
+        f"{ratio.median:.2f}x ({ratio.low:.2f}..{ratio.high:.2f})",
+        f"{late.p50_ms:.1f} ({late.p20_ms:.1f}..{late.p80_ms:.1f})", f"{gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f})",
+    ]  # fmt: skip
+    if is_dense:
+        return [*out, "same", "1", "1"]
+    labels = list(found.label)
+    mean, low = ({m: of(list(found[m]), labels) for m in ("psnr_db", "ssim", "ms_ssim")} for of in (class_mean, lower_bound))
+    out += [f"{mean['psnr_db']:.2f} ({low['psnr_db']:.2f})", f"{mean['ssim']:.4f} ({low['ssim']:.4f})"]
+    lpips = "" if found.lpips.isna().all() else f"; LPIPS {found.lpips.mean():.4f}"
+    return [*out, f"{mean['ms_ssim']:.4f}{lpips}"]
+
 
 def comparison(
     outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], adapter: Adapter, machine: Silicon, versions: Versions
 ) -> tuple[str, str]:
     """Markdown table of every way against dense, and the raw numbers as JSON."""
-    dense, last = outcomes["dense"], len(adapter.schedule) - 1
-    n = len(dense)
+    table = way_frame(pair_frame(outcomes, pairs, adapter.model.layers, len(adapter.schedule) - 1))
+    threads = f", {machine.threads} threads" if machine.threads else ""
     lines = [
         f"# {adapter.model.slug} on {machine.gpu}",
         "",
-        f"{machine.name}{f', {machine.threads} threads' if machine.threads else ''}; torch {versions.torch}; fp32; "
-        f"{datetime.date.today().isoformat()}. {n} held-out (class, seed) pairs, every way in rotating order in one run, dense: "
-        f"{adapter.dense_name}. Times are p50 (p20..p80); ratios are medians of paired ratios with a 95 % bootstrap interval; "
-        "PSNR and SSIM are against the dense picture with the same noise, with the one-sided lower 95 % bound of the mean, "
-        "stratified by class. Key lists, ranking and residuals are inside the times.",
+        f"{machine.name}{threads}; torch {versions.torch}; {adapter.model.dtype}; "
+        f"{datetime.date.today().isoformat()}. {len(pairs)} held-out (class, seed) pairs, every way in rotating order in one "
+        f"run, dense: {adapter.dense_name}. Times are p50 (p20..p80); ratios are medians of paired ratios with a 95 % bootstrap "
+        "interval; PSNR and SSIM are against the dense picture with the same noise, with the one-sided lower 95 % bound of the "
+        "mean, stratified by class. Key lists, ranking and residuals are inside the times.",
         "",
-        "| | picture, s | speed-up | last scale's attention, ms a layer | speed-up | PSNR, dB (bound) | SSIM (bound) | MS-SSIM |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| | {' | '.join(name.strip() for name in WAY_COLUMNS)} |",
+        "|---" * (len(WAY_COLUMNS) + 1) + "|",
+        *(f"| {' | '.join((str(way), *cells))} |" for way, *cells in table.itertuples()),
     ]
-    for name, found in outcomes.items():
-        whole, ratio = timing([o.ms for o in found]), paired_speedup([o.ms for o in dense], [o.ms for o in found])
-        here, base = ([o.scales_ms[last] / adapter.model.layers for o in side] for side in (found, dense))
-        late, gain = timing(here), paired_speedup(base, here)
-        psnr, ssim = [o.fidelity.psnr_db for o in found], [o.fidelity.ssim for o in found]
-        cells = [
-            name, f"{whole.p50_ms / 1e3:.2f} ({whole.p20_ms / 1e3:.2f}..{whole.p80_ms / 1e3:.2f})",
-            f"{ratio.median:.2f}x ({ratio.low:.2f}..{ratio.high:.2f})",
-            f"{late.p50_ms:.1f} ({late.p20_ms:.1f}..{late.p80_ms:.1f})",
-            f"{gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f})",
-        ]  # fmt: skip
-        if name == "dense":
-            cells += ["same", "1", "1"]
-        else:
-            classes = [label for label, _ in pairs]
-            low_psnr, low_ssim = lower_bound(psnr, classes), lower_bound(ssim, classes)
-            cells += [f"{class_mean(psnr, classes):.2f} ({low_psnr:.2f})", f"{class_mean(ssim, classes):.4f} ({low_ssim:.4f})",
-                      f"{class_mean([o.fidelity.ms_ssim for o in found], classes):.4f}"]  # fmt: skip
-        distances = [o.lpips for o in found if o.lpips is not None]
-        if distances:
-            cells[-1] += f"; LPIPS {fmean(distances):.4f}"
-        lines.append("| " + " | ".join(cells) + " |")
     for name, psnr_db, similarity in adapter.yardsticks():
         lines.append(f"| *yardstick: {name}* | | | | | {psnr_db:.2f} | {similarity:.4f} | |")
     raw = {
-        "machine": dataclasses.asdict(machine), "versions": dataclasses.asdict(versions),
+        "machine": dataclasses.asdict(machine), "versions": dataclasses.asdict(versions), "pairs": list(pairs),
         "outcomes": {name: [dataclasses.asdict(o) for o in found] for name, found in outcomes.items()},
     }  # fmt: skip
     return "\n".join(lines) + "\n", json.dumps(raw, indent=1, sort_keys=True) + "\n"

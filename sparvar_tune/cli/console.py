@@ -1,16 +1,13 @@
-"""What every command says and asks: lines for people, the target its words name, where its files go."""
+"""How commands speak: lines on stdout, a status line that the next one overwrites on stderr, a profile in words."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from sparvar_tune.catalog.gpus import Gpu
-from sparvar_tune.catalog.models import MAX_IMAGES, Model, find_model
-from sparvar_tune.profile import schema, store
+from sparvar_tune.profile import schema
 from sparvar_tune.profile.describe import describe
-from sparvar_tune.profile.machine import choose_gpu, is_here
+from sparvar_tune.ways.subject import Subject
 
 
 def status(text: str) -> None:
@@ -25,41 +22,10 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def target(args: argparse.Namespace) -> tuple[Gpu, Model, str, str]:
-    gpu, model = choose_gpu(args.gpu), find_model(args.model)
-    resolution, aspect = args.resolution or model.default_resolution, args.aspect or model.default_aspect
-    model.schedule(resolution, aspect)
-    return gpu, model, resolution, aspect
-
-
-def require_here(command: str, gpu: Gpu) -> None:
-    """Raises ValueError unless this machine would run on `gpu`: nothing runs elsewhere than asked."""
-    if not is_here(gpu):
-        raise ValueError(f"{command}: {gpu.slug} is not in this machine; run it where it is, or leave out --gpu")
-
-
-def file_name(model: Model, preset: str, resolution: str, aspect: str, images: int = 1) -> str:
-    default = (model.default_resolution, model.default_aspect)
-    return store.profile_name(model.slug, preset, resolution, aspect, default, images)
-
-
-def refuse_images(args: argparse.Namespace, model: Model) -> None:
-    if args.images > MAX_IMAGES:
-        raise ValueError(f"--images {args.images}: want 1..{MAX_IMAGES}")
-    if model.adapter is not None and args.images != 1:
-        raise ValueError(f"--images {args.images}: {model.slug}'s adapter draws one image at a time; leave out --images")
-
-
-def run_folder(gpu: Gpu, profile: Path) -> Path:
-    """Where trials and measurements towards a profile file are kept."""
-    return store.user_folder().parent / "runs" / f"{gpu.slug}--{profile.stem}"
-
-
-def probe_writable(out: Path) -> None:
-    """Fails before the work rather than after it if the profile could not be written."""
-    probe = out.parent / f".{out.name}.probe"
-    store.write_atomic(probe, b"")
-    probe.unlink()
+def require_here(command: str, subject: Subject) -> None:
+    """Raises ValueError unless this machine would run on its GPU: nothing runs elsewhere than asked."""
+    if not subject.is_here:
+        raise ValueError(f"{command}: {subject.gpu.slug} is not in this machine; run it where it is, or leave out --gpu")
 
 
 def print_profile(profile: schema.Profile, path: Path) -> None:

@@ -1,53 +1,55 @@
-"""The command line: parses, calls, prints. `sparvar-tune --gpu cpu --model pocketvar` tunes; see --help for the rest.
+"""The command line: words -> typed options -> a command. `sparvar-tune --gpu cpu --model pocketvar` tunes.
 
-Exit codes: 0 done; 1 a check did not pass; 2 bad input or a bound nothing meets (one line on stderr); 130 interrupted.
+Every value is checked here, by the options' own rules; commands get nothing else. Nothing heavy is imported for --help.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparvar_tune import __version__
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS
+from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, RANGES, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
+
+if TYPE_CHECKING:
+    from sparvar_tune.cli import options
 
 COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check")
-DEFAULT_BUDGET, VERIFY_BUDGET = "290s", "55s"
+EXIT_CODES = """exit codes: 0 done; 1 a check did not pass, or not every miss was tuned; 2 bad input, or a bound nothing meets
+(one line on stderr says what to do); 130 interrupted (finished trials are kept, --resume goes on)"""
 
 
 def duration(text: str) -> float:
-    """Seconds from "90", "90s", "3m" or "1h"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if not found or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f'{text!r}: want a time such as "90s", "3m" or "1h"')
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: want a whole number >= 1")
-    return int(text)
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def whole(text: str) -> int:
-    if not text.isdigit() or int(text) >= 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r}: want a whole number, 0..2**31")
+    """A number of at most 19 digits; its range is the option's affair."""
+    if not re.fullmatch("-?[0-9]{1,19}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: want a whole number")
     return int(text)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line and exit code 2, without the usage block."""
-        self.exit(2, f"sparvar-tune: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"sparvar-tune: {_one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     top = _Parser(
-        prog="sparvar-tune", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="sparvar-tune", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES,
         description="Tunes sparse attention of next-scale image models under a picture-level fidelity bound.\n"
         "`tune` is the default command: sparvar-tune --gpu cpu --model pocketvar",
     )  # fmt: skip
@@ -55,34 +57,37 @@ def build_parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:
-        p: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        p: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         p.add_argument("--gpu", default="auto", help="slug of the GPU table, cpu, or auto for this machine (default)")
         p.add_argument("--model", required=model, help="slug of the model table, such as pocketvar or hart")
-        p.add_argument("--quality", "--preset", dest="preset", choices=PRESETS, default=DEFAULT_PRESET)
+        p.add_argument("--quality", "--preset", dest="quality", choices=PRESETS, default=DEFAULT_PRESET)
         p.add_argument("--resolution", help="one the model was published at (default: its largest)")
         p.add_argument("--aspect", help="height / width with three decimals, such as 1.000 (default)")
         return p
 
     def images(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--images", type=positive, default=1, help="how many at once the profile is for (default 1)")
+        p.add_argument("--images", type=whole, default=1, help="how many at once the profile is for (default 1)")
 
     tune = command(
         "tune", "search a policy, certify it on held-out pictures, write the profile (the default command)", model=False
     )
     images(tune)
     tune.add_argument("--from-misses", action="store_true", help="tune what load_profile(..., record_miss=True) did not find")
-    tune.add_argument("--min-psnr", type=float, help="dB the lower confidence bound must reach, instead of the preset's")
-    tune.add_argument("--min-ssim", type=float, help="the same for SSIM")
-    tune.add_argument("--budget", type=duration, default=duration(DEFAULT_BUDGET), help=f"wall time (default {DEFAULT_BUDGET})")
-    tune.add_argument("--pairs", type=positive, default=32, help="held-out (class, seed) pairs (default 32)")
+    for metric, (_, _, unit) in RANGES.items():
+        tune.add_argument(f"--min-{metric}", type=float, help="what the lower confidence bound must reach, instead of the "
+                          f"quality's{', in' + unit if unit else ''}")  # fmt: skip
+    tune.add_argument("--budget", type=duration, default=BUDGET_S, help=f"wall time (default {BUDGET_S:g}s)")
+    tune.add_argument("--pairs", type=whole, default=PAIRS, help=f"held-out (class, seed) pairs (default {PAIRS})")
     tune.add_argument("--seed", type=whole, default=0, help="of the search; 0..2**31")
     tune.add_argument("--out", type=Path, help="folder that gets <gpu>/<model>.json (default: this user's profiles)")
     tune.add_argument("--resume", action="store_true", help="go on after the finished trials of the last run")
     tune.add_argument("--search", action="store_true", help="search a policy here even where other silicon's can be taken over")
-    tune.add_argument("--workers", type=positive, help="GPUs to time on at once (default: all that are visible and alike)")
-    tune.add_argument("--mode", choices=("eager", "graph"), default="eager", help="how calls are launched while a GPU times them")
+    tune.add_argument("--workers", type=whole, help="GPUs to time on at once (default: all that are visible and alike)")
+    tune.add_argument("--mode", choices=MODES, default=MODES[0], help="how calls are launched while a GPU times them")
     tune.add_argument(
-        "--merge", type=Path, nargs="+", metavar="LOG", help="measurements of other runs or machines, to use as own"
+        "--merge", type=Path, nargs="+", metavar="LOG", default=(), help="measurements of other runs or machines, to use as own"
     )
     tune.add_argument("--log", type=Path, help="folder that gets a GPU's measurements as <gpu>/<model>.jsonl")
     tune.add_argument("--storage", metavar="URL", help="share trials with other runs: sqlite:///FILE, journal:///FILE, "
@@ -91,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = command("generate", "draw one picture dense and tuned, side by side, as a PNG")
     generate.add_argument("--class", dest="label", default="cat", help="class name or number")
-    generate.add_argument("--seed", type=int, default=7)
+    generate.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
     generate.add_argument("--out", type=Path, default=Path("sparvar.png"))
     generate.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
 
@@ -111,44 +116,90 @@ def build_parser() -> argparse.ArgumentParser:
     verify = command("verify", "re-time a profile on this machine and re-check its pictures; what fails runs dense from then on")
     images(verify)
     verify.add_argument("--profile", type=Path)
-    verify.add_argument("--pairs", type=positive, default=8)
-    verify.add_argument("--budget", type=duration, default=duration(VERIFY_BUDGET),
-                        help=f"wall time; rows it does not reach stay as they are (default {VERIFY_BUDGET})")  # fmt: skip
+    verify.add_argument("--pairs", type=whole, default=VERIFY_PAIRS)
+    verify.add_argument("--budget", type=duration, default=VERIFY_BUDGET_S,
+                        help=f"wall time; rows it does not reach stay as they are (default {VERIFY_BUDGET_S:g}s)")  # fmt: skip
     verify.add_argument("--write", action="store_true", help="store the new times as this user's profile")
 
     compare = command("compare", "dense, the paper's fixed setting and the tuned profiles in one table, interleaved in one run")
-    compare.add_argument("--pairs", type=positive, default=32)
+    compare.add_argument("--pairs", type=whole, default=PAIRS)
     compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
-    check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
-    check.set_defaults(model=None)
+    command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
     return top
 
 
+def read_options(words: Sequence[str]) -> tuple[str, Any]:
+    """The command's name and its options. Raises ValueError: an unknown name, a value out of range, options that clash."""
+    w = build_parser().parse_args(words)
+    from sparvar_tune.cli import options as o
+    from sparvar_tune.ways.subject import Subject
+
+    subject = None
+    if w.model is not None and w.command != "check":
+        subject = Subject.of(w.model, w.gpu, w.quality, w.resolution, w.aspect, getattr(w, "images", 1))
+    if w.command == "tune":
+        return w.command, _tune_options(w, subject)
+    if w.command == "show":
+        return w.command, o.ShowOptions(subject, w.profile, w.seal, w.gpus, w.models, w.trials, w.storage)
+    if w.command == "check":
+        return w.command, o.CheckOptions(w.gpu)
+    assert subject is not None  # argparse wants --model there
+    if w.command == "generate":
+        return w.command, o.GenerateOptions(subject, w.label, w.seed, w.out, w.profile)
+    if w.command == "explain":
+        return w.command, o.ExplainOptions(subject, w.profile)
+    if w.command == "verify":
+        return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write)
+    return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out)
+
+
+def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
+    from sparvar_tune.cli.options import TuneOptions
+    from sparvar_tune.ways.settings import Settings
+
+    if w.from_misses and subject:
+        raise ValueError("--from-misses: tunes every recorded model; leave out --model")
+    if not w.from_misses and not subject:
+        raise ValueError("tune: want --model M (sparvar-tune show --models lists them) or --from-misses")
+    bounds = {metric: value for metric in RANGES if (value := getattr(w, f"min_{metric}")) is not None}
+    settings = Settings(
+        bounds, w.budget, w.pairs, w.seed, w.out, w.resume, w.search, w.workers, w.mode, tuple(w.merge), w.log, w.storage
+    )
+    return TuneOptions(subject, w.gpu, settings, w.dry_run)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code, see EXIT_CODES."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its number: work done stays done
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "tune")
-    args = build_parser().parse_args(words)
     try:
-        from sparvar_tune.cli import commands
-
-        run: Callable[[argparse.Namespace], int] = getattr(commands, args.command)
-        return run(args)
+        command, options = read_options(words)
+        run: Callable[[Any], int] = importlib.import_module(f"sparvar_tune.cli.commands.{command}").run
+        return run(options)
     except KeyboardInterrupt:
         print("\nsparvar-tune: interrupted; finished trials are kept, --resume goes on", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sparvar-tune: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"sparvar-tune: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"sparvar-tune: {_one_line(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        print(f"sparvar-tune: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _one_line(text: str) -> str:
+    shown = " ".join(text.split())
+    return shown if len(shown) <= 2000 else f"{shown[:2000]}..."
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparvar_kernels.policy import Policy
 from sparvar_tune.launch_search.compiling import Binary, Compiled, compile_all, compilers
@@ -23,6 +24,9 @@ from sparvar_tune.launch_search.timing_task import Task, Times, exact, payload_o
 from sparvar_tune.profile.files import append_line, read_lines
 from sparvar_tune.profile.reader import Reader, ReadError, to_plain
 from sparvar_tune.profile.schema import ProfileError, Workload, one_line
+
+if TYPE_CHECKING:
+    import pandas
 
 TASK_S = 60.0  # a task takes well under a second; the first of a scale also plans lists
 Compiler = Callable[[Iterable[Binary], Pool, Callable[[str], None]], dict[Binary, Compiled]]
@@ -79,6 +83,28 @@ class Log:
                 ) from None
         self.lines[line.key] = kept = Reader().read(Line, plain, "")
         return kept
+
+
+def to_frame(lines: Iterable[Line]) -> pandas.DataFrame:
+    """Lines as a table, a row each: `key`, `what`, `kind` ("binary", "times" or "failure"); of a binary what it takes; of times
+    the p50 of dense (`dense_ms`, if it was in the turns) and of the fastest configuration (`tuned_ms`), and `setup_ms`.
+    """
+    import pandas
+
+    rows = []
+    for line in lines:
+        row: dict[str, Any] = {"key": line.key, "what": line.what, "kind": "failure" if line.failure else "binary"}
+        row["failure"] = line.failure
+        if line.compiled:
+            row |= {name: value for name, value in asdict(line.compiled).items() if name not in ("failure", "code")}
+        if line.times:
+            t = line.times
+            row |= {
+                "kind": "times", "setup_ms": t.setup_ms, "dense_ms": median(t.dense_ms) if t.dense_ms else None,
+                "tuned_ms": min(map(median, t.tuned_ms)),
+            }  # fmt: skip
+        rows.append(row)
+    return pandas.DataFrame(rows)
 
 
 def read_log(path: Path) -> list[Line]:

@@ -12,7 +12,7 @@ import datetime
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparvar_kernels.backends.registry import KERNELS
 from sparvar_kernels.backends.registry import why_not as why_not_launch
@@ -24,6 +24,9 @@ from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import CUSTOM, PRESETS
 from sparvar_tune.profile.reader import Reader, ReadError, sealed_text, to_plain, unique_keys, why_not_sealed
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = 2
 MAX_MESSAGE = 400  # characters of a reason; a damaged file may hold a megabyte of text in one field
@@ -284,6 +287,14 @@ class Profile:
     seed: int
     trials: int
     notes: tuple[str, ...]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The rows as a table: by `scale` kernel, configuration, mode and state; p50 of a layer's attention dense and tuned
+        (`dense_ms`, `tuned_ms`; predicted where `state` says so), their `speedup` and its 95 % interval `low`..`high` over n.
+        """
+        from sparvar_tune.profile.table import to_frame
+
+        return to_frame(self)
 
     def why_not(self) -> str | None:
         """Why these parts do not make a profile, or None."""

@@ -1,0 +1,24 @@
+"""The command `verify`: a profile measured again on this machine; what fails runs dense here from then on."""
+
+from __future__ import annotations
+
+from sparvar_tune.cli.console import require_here, say, status
+from sparvar_tune.cli.options import VerifyOptions
+from sparvar_tune.profile import store
+from sparvar_tune.ways import verify
+
+
+def run(options: VerifyOptions) -> int:
+    subject = options.subject
+    reason = subject.why_not_images()
+    if reason:
+        raise ValueError(reason)
+    require_here("verify", subject)
+    tuned = subject.load(options.profile)
+    if tuned.profile is None:
+        raise ValueError(f"nothing to verify: {'; '.join(tuned.reasons)}")
+    images = store.images_of(tuned.profile.workload, subject.model)
+    if options.profile is None and images != subject.images:
+        raise ValueError(f"verify: no profile for {subject.images} images at once; tune for that, or give --images {images}")
+    good = verify.verify(tuned, subject.model, options.pairs, options.budget_s, options.write, say, status)
+    return 0 if good else 1

@@ -1,0 +1,95 @@
+"""What each command is told: one frozen dataclass a command, made by parser.py alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparvar_tune.ways.settings import MOST_PAIRS, Settings, seconds, whole
+from sparvar_tune.ways.subject import Subject
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """subject: None for everything `load_profile(..., record_miss=True)` did not find on `gpu`."""
+
+    subject: Subject | None
+    gpu: str
+    settings: Settings
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    subject: Subject
+    label: str
+    seed: int
+    out: Path
+    profile: Path | None
+
+    def __post_init__(self) -> None:
+        whole("seed", self.seed, 0, 2**62 - 1)
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """One of: gpus and models, the tables; trials, of the subject's last search or of a storage; a profile file; a subject's."""
+
+    subject: Subject | None
+    profile: Path | None
+    seal: bool
+    gpus: bool
+    models: bool
+    trials: bool
+    storage: str | None
+
+    def __post_init__(self) -> None:
+        if self.gpus or self.models:
+            return
+        if self.storage and not self.trials:
+            raise ValueError("show --storage: want --trials with it")
+        if self.trials and self.subject is None:
+            raise ValueError("show --trials: want --model M with it")
+        if self.seal and self.profile is None:
+            raise ValueError("show --seal: want --profile FILE, the edited file")
+        if self.subject is None and self.profile is None:
+            raise ValueError("show: want --model M, --profile FILE, --gpus or --models")
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    subject: Subject
+    profile: Path | None
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """budget_s: wall time. write: keep the new times as this user's profile."""
+
+    subject: Subject
+    profile: Path | None
+    pairs: int
+    budget_s: float
+    write: bool
+
+    def __post_init__(self) -> None:
+        whole("pairs", self.pairs, 2, MOST_PAIRS)
+        seconds(self.budget_s)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """lpips: a safetensors file of its weights. out: Markdown; the raw numbers go beside it."""
+
+    subject: Subject
+    pairs: int
+    lpips: Path | None
+    out: Path | None
+
+    def __post_init__(self) -> None:
+        whole("pairs", self.pairs, 2, MOST_PAIRS)
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    gpu: str

@@ -1,0 +1,100 @@
+"""What `import sparvar_tune` offers beside loading and applying a profile: tuning, its trials, what runs here, a capture.
+
+Every function takes the names the command line takes, and raises ValueError with the line the command would print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sparvar_tune.adapters import Adapter, Pair, load_adapter
+from sparvar_tune.catalog.names import DEFAULT_PRESET
+from sparvar_tune.measure.capture import Recorder
+from sparvar_tune.profile.schema import Profile
+from sparvar_tune.ways.settings import BUDGET_S, PAIRS, Settings, seconds
+from sparvar_tune.ways.subject import Subject
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def tune(
+    model: str, *, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
+    images: int = 1, min_psnr: float | None = None, min_ssim: float | None = None, budget: float | str = BUDGET_S,
+    pairs: int = PAIRS, seed: int = 0, out: Path | str | None = None, resume: bool = False, search: bool = False,
+    workers: int | None = None, mode: str = "eager", merge: Sequence[Path | str] = (), log: Path | str | None = None,
+    storage: str | None = None, progress: Callable[[str], None] | None = None,
+) -> Profile:  # fmt: skip
+    """Tunes as `sparvar-tune` does, by the same code, and returns the profile that is then in its file.
+
+    quality: "near-lossless", "paper" or "fast"; min_psnr (dB) and min_ssim: what the lower confidence bound must reach
+    instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for this user's.
+    progress: gets every line the command would print, such as `print`; None for silence. The others as
+    `sparvar_tune.ways.settings.Settings` has them. Where nothing can be measured the profile is marked so (`state`,
+    `policy_state`), as the command's is.
+
+    Raises ValueError: an unknown name, a value out of range, a bound nothing meets, a file that cannot be written.
+    """
+    from sparvar_tune.ways.choose_way import choose_way
+
+    bounds = {name: value for name, value in (("psnr", min_psnr), ("ssim", min_ssim)) if value is not None}
+    settings = Settings(
+        bounds, seconds(budget), pairs, seed, _path(out), resume, search, workers, mode, tuple(map(Path, merge)), _path(log),
+        storage,
+    )  # fmt: skip
+    way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images), settings)
+    return way.run(progress or _silent, _silent)
+
+
+def trials(
+    model: str, *, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
+    storage: str | None = None,
+) -> pandas.DataFrame:  # fmt: skip
+    """The finished trials of the last search, or of every study of the model in `storage` (a URL): a row each.
+
+    Raises ValueError where there are none.
+    """
+    from sparvar_tune.ways.trials import trials_of
+
+    return trials_of(Subject.of(model, gpu, quality, resolution, aspect), storage)
+
+
+def explain(
+    model: str, *, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
+    images: int = 1, path: Path | str | None = None,
+) -> str:  # fmt: skip
+    """What would run on this machine and why, in a few lines. Raises ValueError as `load_profile` does."""
+    return Subject.of(model, gpu, quality, resolution, aspect, images).load(_path(path)).explain()
+
+
+def capture(
+    model: str | Adapter, pair: Pair = (0, 0), *, scales: Sequence[int] | None = None, device: str = "cpu"
+) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
+    """q, k and v of every attention call of one dense generation: by (layer, scale index).
+
+    model: a slug, or an adapter, that of a model of one's own. pair: (class, noise seed). scales: those kept, None for the
+    last two. device: "cpu" or "cuda", where a slug's model runs. q is [B, H, Nq, D], k and v [B, H, Nk, D], in the model's
+    dtype, on its device; k and v are views of one cache, so a capture takes the memory of its queries and one cache a layer.
+
+    Raises ValueError for an unknown model, one without an adapter, and scales it does not have.
+    """
+    adapter = load_adapter(Subject.of(model, "cpu").model, device) if isinstance(model, str) else model
+    last = len(adapter.schedule) - 1
+    kept = tuple(sorted(range(last - 1, last + 1) if scales is None else set(scales)))
+    if not kept or not 0 <= kept[0] <= kept[-1] <= last:
+        raise ValueError(f"scales: got {list(kept)}, want some of 0..{last}")
+    recorder = Recorder(adapter.dense, kept)
+    adapter.finish(adapter.start(pair, kept[0]), recorder)
+    return recorder.calls
+
+
+def _path(path: Path | str | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _silent(_text: str) -> None:
+    pass

@@ -1,0 +1,73 @@
+"""How to tune, checked once where it comes in: from the command line or from Python. Imports nothing heavy, `--help` needs it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparvar_tune.catalog.names import unknown_name
+
+BUDGET_S, VERIFY_BUDGET_S, PAIRS, VERIFY_PAIRS = 290.0, 55.0, 32, 8
+MOST_SECONDS, MOST_PAIRS, MOST_WORKERS = 30 * 86400.0, 10_000, 1024
+MODES = ("eager", "graph")
+RANGES = {"psnr": (0.0, 200.0, " dB"), "ssim": (0.0, 1.0, "")}  # of what a picture may be asked to reach
+
+
+def seconds(time: float | str) -> float:
+    """Seconds of 90, "90", "90s", "3m" or "1h". Raises ValueError: no such time, not above 0, over 30 days."""
+    units = {"": 1, "s": 1, "m": 60, "h": 3600}
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", time.strip() if isinstance(time, str) else f"{time:.3f}")
+    value = float(found[1]) * units[found[2]] if found else 0.0
+    if not 0 < value <= MOST_SECONDS:
+        raise ValueError(f'{str(time)[:40]!r}: want a time such as "90s", "3m" or "1h", at most 30 days')
+    return value
+
+
+def whole(name: str, got: Any, least: int, most: int) -> int:
+    """`got` where it is a whole number in range; raises ValueError with its name."""
+    if not isinstance(got, int) or isinstance(got, bool) or not least <= got <= most:
+        raise ValueError(f"{name}: got {str(got)[:40]}, want a whole number, {least}..{most}")
+    return got
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to tune; what is not used on a way says so there. Raises ValueError for a value out of range.
+
+    bounds: by metric ("psnr" in dB, "ssim"), what the lower confidence bound must reach instead of the quality's own value.
+    budget_s: wall time. pairs: held-out (class, seed) pairs. out: folder that gets <gpu>/<model>.json, None for this user's.
+    resume: go on after the finished trials of the last run. search: search even where other silicon's policy can be taken
+    over. workers, mode, merge, log: of launches timed on a GPU. storage: URL where runs share trials.
+    """
+
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    budget_s: float = BUDGET_S
+    pairs: int = PAIRS
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = False
+    search: bool = False
+    workers: int | None = None
+    mode: str = "eager"
+    merge: tuple[Path, ...] = ()
+    log: Path | None = None
+    storage: str | None = field(default=None, repr=False)  # may hold a password
+
+    def __post_init__(self) -> None:
+        for name, value in self.bounds.items():
+            if name not in RANGES:
+                raise unknown_name("metric", name, RANGES)
+            low, high, unit = RANGES[name]
+            if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"{name}: got {value}, want {low:g}..{high:g}{unit}")
+        seconds(self.budget_s)
+        whole("pairs", self.pairs, 2, MOST_PAIRS)
+        whole("seed", self.seed, 0, 2**31 - 1)
+        if self.workers is not None:
+            whole("workers", self.workers, 1, MOST_WORKERS)
+        if self.mode not in MODES:
+            raise unknown_name("mode", self.mode, MODES)
