@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from sparvar_kernels import Cs4a, Csla, Policy, Pooled, Reuse, Rule, Tile
-from sparvar_tune.profile import schema
+from sparvar_tune.profile import identity, schema
+
+MEANING = identity.meaning_of(Policy((), ()), ["cpu", "triton", "cs4a", "csla", "pooled", "reuse"])
 
 
 def timing(ms: float) -> schema.Timing:
@@ -23,12 +25,13 @@ def example() -> schema.Profile:
         5, "cpu", (("score_elements", 4096),), "measured", "sdpa", timing(1.0), timing(3.0), schema.Speedup(3.0, 2.9, 3.1, 32)
     )
     return schema.Profile(
-        schema=2, created="2026-11-23", preset="near-lossless", state="measured",
+        schema=schema.SCHEMA, created="2026-11-23", preset="near-lossless", state="measured",
         policy=Policy(("ABC", "BBA"), rules), policy_state="measured", policy_source="a test",
-        evidence=schema.Evidence(32, 0.95, 36.0, 35.0, 34.5, 0.97, 0.96, 0.93, 0.99, "ab" * 32, (yardstick,)),
+        evidence=schema.Evidence(32, 0.95, 36.0, 35.0, 34.5, 0.97, 0.96, 0.93, 0.99, "ab" * 32, (yardstick,), "2026-11-23",
+                                 "cd" * 32, MEANING[:2]),
         workload=schema.Workload("pocketvar", "256", "1.000", grids, 0, 2, 3, 64, "fp32", 1, 1.0, 20.0, "cd" * 32),
         silicon=schema.Silicon("cpu", "cpu", "A Processor", None, None, None, 2),
-        versions=schema.Versions("0.1.0", "3.11.7", "2.13.0", None), kernel_hash="ef" * 32,
+        versions=schema.Versions("0.1.0", "3.11.7", "2.13.0", None), meaning=MEANING, kernel_hash="ef" * 32,
         generation=schema.Generation("sdpa", timing(3000.0), timing(1500.0), schema.Speedup(2.0, 1.9, 2.1, 32)),
         rows=(row, dataclasses.replace(row, scale_index=6)), seed=0, trials=12, notes=("a note",),
     )  # fmt: skip

@@ -18,7 +18,8 @@ from sparvar_kernels import Policy, Pooled, Reuse, Rule
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.launch_search.timing_task import Times
-from sparvar_tune.profile import machine, overlay, schema, store
+from sparvar_tune.profile import identity, machine, overlay, schema, store
+from sparvar_tune.profile.identity import meaning_of
 from sparvar_tune.profile.overlay import DEMOTED, OK, Overlay, Verified
 from sparvar_tune.profile.schema import ProfileError, Speedup
 from sparvar_tune.runtime import tuned as runtime
@@ -34,7 +35,8 @@ ROWS = (Verified(5, GOOD, OK, ""), Verified(6, BAD, DEMOTED, "slow"))
 
 def made(sha256="12" * 32, rows=ROWS, **changes) -> Overlay:
     base = Overlay(
-        1, "2026-11-24", sha256, store.kernel_hash(CPU), machine.versions(), machine.device_name(machine.silicon(CPU, True)),
+        overlay.OVERLAY_SCHEMA, "2026-11-24", sha256, meaning_of(profile().policy, ["cpu"]), machine.versions(),
+        machine.device_name(machine.silicon(CPU, True)),
         OK, "", tuple(rows),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
@@ -64,7 +66,8 @@ def test_a_row_that_failed_here_is_dense(tmp_path, home):
 
 def test_what_was_measured_here_goes_before_the_file(tmp_path, home):
     """Other kernels or an uncertain gain in the file, a certain one here: sparse; rows verify did not reach stay as they were."""
-    stale, _ = loaded(tmp_path, kernel_hash="00" * 32)
+    older = tuple((name, 99) for name, _ in profile().meaning)
+    stale, _ = loaded(tmp_path, meaning=older)
     assert set(stale.demoted) == {5, 6}
     assert set(leave(stale, rows=[Verified(5, GOOD, OK, "")]).demoted) == {6}
     weak = dataclasses.replace(profile().rows[0], speedup=BAD)
@@ -91,7 +94,7 @@ def test_a_profile_whose_pictures_failed_is_all_dense(tmp_path, home):
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"profile_sha256": "34" * 32}, "another profile file"), ({"kernel_hash": "34" * 32}, "other kernel sources"),
+    ({"profile_sha256": "34" * 32}, "another profile file"), ({"meaning": (("cpu", 99),)}, "another meaning of its variants"),
     ({"device": "Abacus, 2 threads"}, "another device"),
 ])  # fmt: skip
 def test_an_overlay_of_something_else_is_ignored(tmp_path, home, changes, said):
@@ -127,7 +130,7 @@ def test_overlay_round_trips_and_is_checked():
         ({"rows": (Verified(6, BAD, OK, ""), Verified(5, GOOD, OK, ""))}, "ascending"), ({"verdict": "fine"}, "verdict"),
         ({"rows": (Verified(5, GOOD, DEMOTED, "no"),)}, "bear out"), ({"rows": (Verified(5, None, OK, ""),)}, "bear out"),
         ({"rows": (Verified(5, dataclasses.replace(GOOD, n=5), OK, ""),)}, "want >= 6"),
-        ({"created": "today"}, "created"), ({"kernel_hash": ""}, "kernel_hash"), ({"schema": 2}, "schema"),
+        ({"created": "today"}, "created"), ({"meaning": (("cpu", 0),)}, "meaning"), ({"schema": 1}, "schema"),
     ):  # fmt: skip
         with pytest.raises(ProfileError, match=said):
             overlay.from_json(overlay.to_json(made(**changes)), "f")
@@ -212,7 +215,7 @@ def hart(tmp_path):
     store.save(profile(
         workload=dataclasses.replace(profile().workload, model="hart", resolution="1024", dtype="fp16", batch=2), rows=rows,
         silicon=dataclasses.replace(profile().silicon, gpu="h100-sxm", family="hopper", capability=(9, 0), threads=None),
-        policy_state="unverified", evidence=None, generation=None, kernel_hash=store.kernel_hash(H100),
+        policy_state="unverified", evidence=None, generation=None, kernel_hash=identity.kernel_hash(H100),
     ), tmp_path / "h100-sxm" / "hart.json")  # fmt: skip
 
 
@@ -263,7 +266,7 @@ def test_written_times_are_this_users_profile(tmp_path, gpu):
     times.update({5: (2.0, 1.0), 6: (3.0, 1.0)})
     good, after = check(tmp_path, said, write=True)
     assert good and after.path == store.user_folder() / "h100-sxm" / "hart.json" and not after.demoted
-    assert after.overlay is not None and after.profile.kernel_hash == store.kernel_hash(H100)
+    assert after.overlay is not None and after.profile.kernel_hash == identity.kernel_hash(H100)
     assert after.profile.rows[1].speedup.median == pytest.approx(3, rel=0.02) and after.profile.policy == stale.policy
 
 

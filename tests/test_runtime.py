@@ -16,7 +16,7 @@ from sparvar_kernels.backends.dense import dense_attention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.pocketvar.model import DENSE, Generation, draw_noise
-from sparvar_tune.profile import machine, schema, store
+from sparvar_tune.profile import identity, machine, schema, store
 from sparvar_tune.runtime import tuned as runtime
 
 GRIDS = tuple((s, s) for s in tiny.SIDES)
@@ -27,7 +27,7 @@ def profile(**changes) -> schema.Profile:
     base = dataclasses.replace(
         base, policy=Policy(("AB", "BB"), (Rule(5, "A", Pooled(3, 2)), Rule(6, "A", Reuse(4)), Rule(6, "B", Pooled(3, 2)))),
         workload=dataclasses.replace(base.workload, grids=GRIDS, layers=2, heads=2, head_dim=32),
-        kernel_hash=store.kernel_hash(find_gpu("cpu")),
+        kernel_hash=identity.kernel_hash(find_gpu("cpu")),
         silicon=machine.silicon(find_gpu("cpu"), True), versions=machine.versions(),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
@@ -61,10 +61,20 @@ def test_family_is_used_and_said(tmp_path):
     assert tuned.profile is not None and "same family (h100-sxm for h200" in tuned.reasons[0]
 
 
-def test_other_kernels_mean_dense(tmp_path):
-    tuned = stored(tmp_path, profile(kernel_hash="00" * 32))
-    assert set(tuned.demoted) == {5, 6} and tuned.policy().rules == ()
-    assert "kernels changed" in tuned.explain()
+def test_another_meaning_means_dense_for_the_scales_that_use_it(tmp_path):
+    for name, scales in (("cpu", {5, 6}), ("pooled", {5, 6}), ("reuse", {6}), ("cs4a", set()), ("triton", set())):
+        older = tuple((n, 99 if n == name else was) for n, was in profile().meaning)
+        tuned = stored(tmp_path, profile(meaning=older))
+        assert set(tuned.demoted) == scales and {r.scale_index for r in tuned.policy().rules} == {5, 6} - scales
+        assert (f"{name} 99" in tuned.explain()) == bool(scales)
+
+
+def test_other_sources_and_another_triton_keep_every_row(tmp_path):
+    code = schema.MachineCode("2.0", "sm_90", "ab" * 32)
+    rows = tuple(dataclasses.replace(row, binary=code) for row in profile().rows)
+    versions = dataclasses.replace(machine.versions(), triton="9.9")
+    tuned = stored(tmp_path, profile(kernel_hash="00" * 32, rows=rows, versions=versions))
+    assert not tuned.demoted and "timed with Triton 2.0" in tuned.explain()
 
 
 def test_an_uncertain_gain_means_dense(tmp_path):

@@ -19,13 +19,13 @@ from sparvar_kernels.backends.registry import why_not
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import Policy
 from sparvar_tune.catalog.gpus import Gpu
-from sparvar_tune.launch_search.compiling import Binary, Compiled, binaries
+from sparvar_tune.launch_search.compiling import Binary, Compiled, binaries, machine_code, row_binaries
 from sparvar_tune.launch_search.cost_model import BYTES, Taken, keep_likely, key_of, may_prune, scale_ms
 from sparvar_tune.launch_search.layer_call import distinct_layers
 from sparvar_tune.launch_search.log import Workshop
 from sparvar_tune.launch_search.timing_task import Clocks, Task, Times
 from sparvar_tune.measure.timing import paired_speedup, timing
-from sparvar_tune.profile.schema import Row, Workload
+from sparvar_tune.profile.schema import MachineCode, Row, Workload
 
 DENSE_NAME = "cuDNN through torch"
 SCREENED, FINALISTS, ROUNDS = 8, 4, 30  # calls of the first look; who gets a second; rounds of that
@@ -255,7 +255,13 @@ class Schedule:
         return Row(
             scale.index, "triton", tuple(sorted(vars(configs[won]).items())), "measured", self.dense_name,
             timing(tuned[won]), timing(dense), paired_speedup(dense, tuned[won]), mode=self.workshop.identity.mode,
+            binary=self._machine_code(scale, configs[won]),
         )  # fmt: skip
+
+    def _machine_code(self, scale: Scale, config: TritonConfig) -> MachineCode | None:
+        """What the row launches, compiled before it was timed."""
+        wanted = row_binaries(self.policy, self.workload.problems(), scale.kinds, scale.index, config, self.capability)
+        return machine_code(self.workshop.compile(wanted, self.status), wanted, self.workshop.identity.triton)
 
     def _apart(self, scale: Scale, configs: Sequence[TritonConfig], failure: str) -> Row:
         """A final that failed as a whole, each configuration by itself: one of them may be the cause."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import Policy, plan_layers
 from sparvar_tune.launch_search.layer_call import decision_scales
 from sparvar_tune.launch_search.process_pool import Job, Pool
+from sparvar_tune.profile.identity import code_of_row
+from sparvar_tune.profile.schema import MachineCode
 
 if TYPE_CHECKING:  # Triton is optional on a CPU
     from sparvar_kernels.backends.triton.binary import Build
@@ -81,14 +83,41 @@ def binaries(
 
     Found by planning the layer on the CPU as a call would on the GPU. Raises ValueError where Triton is missing.
     """
+    return list(dict.fromkeys(
+        b for s in (*decision_scales(policy, layer, scale_index), scale_index)
+        for b in own_binaries(policy, problems, layer, s, scale_index, config, capability)
+    ))  # fmt: skip
+
+
+def own_binaries(
+    policy: Policy, problems: Mapping[int, AttentionProblem], layer: int, at: int, scale_index: int, config: TritonConfig,
+    capability: tuple[int, int],
+) -> list[Binary]:  # fmt: skip
+    """What a layer launches at the scale `at` alone, where `scale_index` has the configuration `config`."""
     layers = KERNELS["triton"].load()
     schedule = problems[scale_index].schedule
     configs = [config if s == scale_index else TritonConfig() for s in range(len(schedule))]
     planned = layers.Layer(plan_layers(policy, schedule)[layer], [problems[s] for s in range(len(schedule))], configs, "cpu")
-    found: dict[Binary, None] = {}
-    for s in (*decision_scales(policy, layer, scale_index), scale_index):
-        for build in planned.builds(s):
-            found[Binary(build, capability)] = None
-            if build.kernel.endswith(".mass_kernel") and problems[s].num_queries % 16:  # a dense pass may pad its log-sum-exp
-                found[Binary(replace(build, aligned=not build.aligned), capability)] = None
-    return list(found)
+    found = []
+    for build in planned.builds(at):
+        found.append(Binary(build, capability))
+        if build.kernel.endswith(".mass_kernel") and problems[at].num_queries % 16:  # a dense pass may pad its log-sum-exp
+            found.append(Binary(replace(build, aligned=not build.aligned), capability))
+    return found
+
+
+def row_binaries(
+    policy: Policy, problems: Mapping[int, AttentionProblem], layers: Iterable[int], scale_index: int, config: TritonConfig,
+    capability: tuple[int, int],
+) -> list[Binary]:  # fmt: skip
+    """Every binary a row of a profile launches: one layer of each kind at its scale."""
+    found = (own_binaries(policy, problems, layer, scale_index, scale_index, config, capability) for layer in layers)
+    return list(dict.fromkeys(b for group in found for b in group))
+
+
+def machine_code(made: Mapping[Binary, Compiled], wanted: Collection[Binary], triton: str | None) -> MachineCode | None:
+    """The identity of these binaries, None where one of them does not compile."""
+    if triton is None or not wanted or any(made[b].failure for b in wanted):
+        return None
+    major, minor = next(iter(wanted)).capability
+    return MachineCode(triton, f"sm_{major}{minor}", code_of_row(made[b].code for b in wanted))

@@ -7,6 +7,7 @@ run once and its time counted on both sides.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -15,12 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from sparvar_kernels.attention import Launch
+from sparvar_kernels.backends.registry import kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.measure.fidelity import Constraint, PictureFidelity, class_mean, compare_pictures, hash_pairs, lower_bound
 from sparvar_tune.measure.lpips import Lpips
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, timing
 from sparvar_tune.policy_search.judge import first_touched, make_attention
+from sparvar_tune.profile.identity import meaning_of
 from sparvar_tune.profile.schema import Evidence, Generation, Row, Yardstick
 
 
@@ -115,7 +118,7 @@ def compare_on(
     )  # fmt: skip
 
 
-def evidence(trial: Trial, adapter: Adapter, constraint: Constraint, confidence: float) -> tuple[Evidence, float]:
+def evidence(trial: Trial, adapter: Adapter, policy: Policy, constraint: Constraint, confidence: float) -> tuple[Evidence, float]:
     """The evidence a profile carries, and the shortfall (<= 0: certified)."""
     psnr, ssim, classes = [f.psnr_db for f in trial.found], [f.ssim for f in trial.found], [label for label, _ in trial.pairs]
     low_psnr, low_ssim = (lower_bound(values, classes, confidence) for values in (psnr, ssim))
@@ -126,6 +129,8 @@ def evidence(trial: Trial, adapter: Adapter, constraint: Constraint, confidence:
         ms_ssim_mean=class_mean([f.ms_ssim for f in trial.found], classes),
         data_hash=hash_pairs(trial.pairs, adapter.weights_sha256, adapter.temperature),
         yardsticks=tuple(Yardstick(*y) for y in adapter.yardsticks()),
+        measured=datetime.date.today().isoformat(), weights_sha256=adapter.weights_sha256,
+        meaning=meaning_of(policy, [kernel_for(adapter.device.split(":")[0])]),
     )  # fmt: skip
     return made, constraint.shortfall(low_psnr, low_ssim)
 

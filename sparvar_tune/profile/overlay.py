@@ -1,7 +1,7 @@
 """What `sparvar-tune verify` found on this machine about one profile file, kept beside the profiles of this user.
 
 An overlay says of a profile, and of its rows, whether they run sparse or dense here. It holds no launch and no policy, so it
-can change nothing else; it counts only for the very bytes, kernels and device it was made with.
+can change nothing else; it counts only for the very bytes, meanings and device it was made with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sparvar_tune.profile.reader import Reader, ReadError, sealed_text, to_plain
 from sparvar_tune.profile.schema import ProfileError, Speedup, Versions, is_date, one_line, why_not_sha256
 from sparvar_tune.profile.store import exists, read_bytes, user_folder, write_atomic
 
-OVERLAY_SCHEMA = 1
+OVERLAY_SCHEMA = 2
 OK, DEMOTED = "ok", "demoted"
 LEAST = 6  # pairs behind a verdict on time: fewer are all on one side of 1 by chance in over 5 % of cases
 
@@ -47,14 +47,15 @@ class Verified:
 class Overlay:
     """The outcome of one `verify`. Rows it had no time for are not in `rows`.
 
-    profile_sha256: of the profile file's bytes. device: `machine.device_name` of where it ran.
+    profile_sha256: of the profile file's bytes. meaning: of what ran (identity.py).
+    device: `machine.device_name` of where it ran.
     verdict "demoted": the profile as a whole is not to be used here, because of `reason`.
     """
 
     schema: int
     created: str
     profile_sha256: str
-    kernel_hash: str
+    meaning: tuple[tuple[str, int], ...]
     versions: Versions
     device: str
     verdict: str
@@ -71,8 +72,9 @@ class Overlay:
         scales = [row.scale_index for row in self.rows]
         if scales != sorted(set(scales)):
             return f"rows: got scales {scales}, want each once and ascending"
-        hashes = (("profile_sha256", self.profile_sha256), ("kernel_hash", self.kernel_hash))
-        return next(filter(None, (why_not_sha256(name, got) for name, got in hashes)), None)
+        if any(number < 1 for _, number in self.meaning):
+            return f"meaning: got {dict(self.meaning)}, want numbers >= 1"
+        return why_not_sha256("profile_sha256", self.profile_sha256)
 
 
 def file(gpu: str, name: str) -> Path:

@@ -23,12 +23,13 @@ from sparvar_kernels.variants import Variant, variant_to_dict
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import CUSTOM, PRESETS
+from sparvar_tune.profile.identity import first_meaning
 from sparvar_tune.profile.reader import Reader, ReadError, sealed_text, to_plain, unique_keys, why_not_sealed
 
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA = 2
+SCHEMA = 3  # 2: without meanings, binaries and the evidence's own date, which are taken from what there is
 MAX_MESSAGE = 400  # characters of a reason; a damaged file may hold a megabyte of text in one field
 MODES = ("eager", "graph")
 MAX_NUMBER = 1 << 20  # no window, tile side or stride of a policy is larger
@@ -87,6 +88,8 @@ class Evidence:
     """Fidelity of the tuned pictures against dense ones over n held-out (class, seed) pairs the search never saw.
 
     psnr_lower_db and ssim_lower are one-sided `confidence` bounds of the means; `required_*` is what they had to reach.
+    measured: the date; weights_sha256, meaning: of the model and of the variants the pictures were drawn with. Evidence that
+    is carried on keeps all three.
     """
 
     n: int
@@ -100,6 +103,9 @@ class Evidence:
     ms_ssim_mean: float
     data_hash: str
     yardsticks: tuple[Yardstick, ...]
+    measured: str
+    weights_sha256: str | None
+    meaning: tuple[tuple[str, int], ...]
 
     def why_not(self) -> str | None:
         if self.n < 2:
@@ -116,7 +122,23 @@ class Evidence:
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 return f"{name}: got {getattr(self, name)}, want {low}..{high}"
+        if not is_date(self.measured):
+            return f'measured: got {self.measured!r}, want a date such as "2026-11-23"'
+        if self.weights_sha256 is not None and (reason := why_not_sha256("weights_sha256", self.weights_sha256)):
+            return reason
         return why_not_sha256("data_hash", self.data_hash)
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What a row's launch compiled to: by which Triton, for which target ("sm_90"), and the hash of all its instructions."""
+
+    triton: str
+    target: str
+    code: str
+
+    def why_not(self) -> str | None:
+        return why_not_sha256("code", self.code)
 
 
 @dataclass(frozen=True)
@@ -126,6 +148,7 @@ class Row:
     state "measured": tuned, dense and speedup are times on this silicon; "predicted": the two *_predicted_ms come from
     a roofline model.
     mode: how the calls were launched while timed, "eager" or "graph" (a replayed CUDA graph); a gain in one is none in the other.
+    binary: the machine code that was timed; None on a CPU, in predictions and in files of schema 2.
     """
 
     scale_index: int
@@ -139,6 +162,7 @@ class Row:
     tuned_predicted_ms: float | None = None
     dense_predicted_ms: float | None = None
     mode: str = "eager"
+    binary: MachineCode | None = None
 
     def why_not(self) -> str | None:
         if self.mode not in MODES:
@@ -268,7 +292,10 @@ class Versions:
 
 @dataclass(frozen=True)
 class Profile:
-    """A tuned policy and how to run it. state and policy_state say what was measured and what was not."""
+    """A tuned policy and how to run it. state and policy_state say what was measured and what was not.
+
+    meaning, rows[].binary, kernel_hash: the three identities of identity.py.
+    """
 
     schema: int
     created: str
@@ -281,6 +308,7 @@ class Profile:
     workload: Workload
     silicon: Silicon
     versions: Versions
+    meaning: tuple[tuple[str, int], ...]
     kernel_hash: str
     generation: Generation | None
     rows: tuple[Row, ...]
@@ -315,6 +343,9 @@ class Profile:
         reason = why_not_sha256("kernel_hash", self.kernel_hash)
         if reason:
             return reason
+        used = {r.variant.kind for r in self.policy.rules} | {row.kernel for row in self.rows}
+        if not used <= {name for name, _ in self.meaning} or any(n < 1 for _, n in self.meaning):
+            return f"meaning: got {dict(self.meaning)}, want numbers >= 1, one for each of {', '.join(sorted(used)) or 'nothing'}"
         w = self.workload
         reason = self.policy.why_not(w.schedule, w.layers, w.heads)
         if reason:
@@ -381,12 +412,13 @@ def from_json(text: str, where: str, *, check_seal: bool = True) -> Profile:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ProfileError(f"{where}: not a profile: {one_line(reason)}; tune again or restore the file") from None
     schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema not in (2, SCHEMA):
         todo = "upgrade sparvar-tune" if schema > SCHEMA else "it is an older one's, tune again (sparvar-tune --gpu G --model M)"
         raise ProfileError(f"{where}: {one_line(f'schema {schema}')}, this sparvar-tune reads {SCHEMA}: {todo}")
     try:
         # fields first: what is wrong with one says more than that the sum is off
-        profile = read({k: v for k, v in data.items() if k != "checksum"} if isinstance(data, dict) else data)
+        fields = {k: v for k, v in data.items() if k != "checksum"} if isinstance(data, dict) else data
+        profile = read(from_schema_2(fields) if schema == 2 else fields)
     except ReadError as error:
         raise ProfileError(f"{where}: {one_line(str(error))}; tune again or restore the file") from None
     edited = why_not_sealed(data) if check_seal else None
@@ -394,6 +426,26 @@ def from_json(text: str, where: str, *, check_seal: bool = True) -> Profile:
         todo = "to keep a hand edit run `sparvar-tune show --profile FILE --seal`"
         raise ProfileError(f"{where}: edited or damaged: {one_line(edited)}; {todo}")
     return profile
+
+
+def from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
+    """The values of an older file as today's have them; what is not as it should be there is left for `read` to refuse."""
+    policy, rows, evidence = data.get("policy"), data.get("rows"), data.get("evidence")
+    rules = policy.get("rules") if isinstance(policy, dict) else None
+    if not isinstance(rules, list) or not isinstance(rows, list):
+        return data
+    kinds = [rule["variant"]["kind"] for rule in rules if isinstance(rule, dict) and isinstance(rule.get("variant"), dict)
+             and isinstance(rule["variant"].get("kind"), str)]  # fmt: skip
+    kernels = [row["kernel"] for row in rows if isinstance(row, dict) and isinstance(row.get("kernel"), str)]
+    meaning = dict(first_meaning([*kinds, *kernels]))
+    if isinstance(evidence, dict):
+        workload = data.get("workload")
+        weights = workload.get("weights_sha256") if isinstance(workload, dict) else None
+        since = {r["variant"]["kind"]: 1 for r in rules if isinstance(r, dict) and isinstance(r.get("variant"), dict)
+                 and isinstance(r["variant"].get("kind"), str)}  # fmt: skip
+        evidence = {"measured": data.get("created"), "weights_sha256": weights, "meaning": since} | evidence
+    rows = [{"binary": None} | row if isinstance(row, dict) else row for row in rows]
+    return data | {"schema": SCHEMA, "meaning": meaning, "rows": rows, "evidence": evidence}
 
 
 def read(data: Any) -> Profile:

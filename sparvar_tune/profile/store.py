@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import tempfile
-import tokenize
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
-from sparvar_kernels.backends.registry import KERNELS, kernel_for
 from sparvar_tune.catalog.gpus import DISTANCE_LIMIT, GPUS, Gpu, apart, distance, nearest_first
 from sparvar_tune.catalog.models import Model, find_model
 from sparvar_tune.catalog.names import DEFAULT_PRESET
+from sparvar_tune.profile import identity
 from sparvar_tune.profile.reader import ReadError
 from sparvar_tune.profile.schema import Profile, ProfileError, Versions, Workload, from_json, one_line, plain, read, to_json
 
 MAX_BYTES = 1 << 20
-STARTS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)  # what comes before a statement
 
 
 def load(path: Path) -> Profile:
@@ -225,58 +220,7 @@ def _load_for(path: Path, gpu: Gpu) -> tuple[Profile, str]:
     return profile, hashlib.sha256(raw).hexdigest()
 
 
-def mismatch(
-    profile: Profile, *, gpu: Gpu, versions: Versions, kernel_hash: str, weights_sha256: str | None = None
-) -> list[str]:  # fmt: skip
-    """How this machine differs from the one the profile was tuned on, gravest first; weights None are not compared."""
-    was, out = profile.versions, []
-    if profile.silicon.gpu != gpu.slug:
-        out.append(f"tuned for other silicon ({profile.silicon.gpu}, here {gpu.slug})")
-    if profile.kernel_hash != kernel_hash:
-        out.append("tuned with other kernel sources")
-    if None not in (weights_sha256, profile.workload.weights_sha256) and weights_sha256 != profile.workload.weights_sha256:
-        out.append("certified on other weights of this model")
-    for name, there, here in (("torch", was.torch, versions.torch), ("triton", was.triton, versions.triton)):
-        if there != here:
-            out.append(f"tuned with {name} {there or '(none)'}, here {here or '(none)'}")
-    return out
-
-
-def kernel_hash(gpu: Gpu) -> str:
-    """sha256 over the code that decides what is computed on `gpu` and how fast.
-
-    That is every module of sparvar_kernels but the oracle and what only the kernels of other devices run, without comments,
-    docstrings and blank lines: words change no measurement.
-    """
-    import sparvar_kernels
-
-    here = kernel_for(gpu.device)
-    others = tuple(f"backends/{k.folder}/" for k in KERNELS.values() if k.name != here)
-    digest = hashlib.sha256()
-    root = Path(sparvar_kernels.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if path.stem != "oracle" and not name.startswith(others):
-            digest.update(name.encode() + b"\0" + code_of(path.read_bytes()).encode() + b"\0")
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=64)
-def code_of(source: bytes) -> str:
-    """A module's lines without comments, strings that are statements and blank lines; the same for every version of Python."""
-    text = source.decode().replace("\r\n", "\n")
-    lines, words, quoted, before = text.split("\n"), [], set[int](), tokenize.NEWLINE  # as the tokenizer counts them
-    for token, after in pairwise(tokenize.generate_tokens(io.StringIO(text).readline)):
-        (first, begin), (last, end) = token.start, token.end
-        alone = token.type == tokenize.STRING and before in STARTS and after.type in (tokenize.NEWLINE, tokenize.COMMENT)
-        if alone or token.type == tokenize.COMMENT:
-            words.append((first, begin, last, end))
-        elif first < last and token.type not in (tokenize.NEWLINE, tokenize.NL):
-            quoted.update(range(first, last + 1))  # a string of several lines is code to the last blank
-        if token.type not in (tokenize.COMMENT, tokenize.NL):
-            before = token.type
-    for first, begin, last, end in reversed(words):
-        lines[first - 1] = lines[first - 1][:begin] + lines[last - 1][end:]
-        lines[first:last] = [""] * (last - first)
-    kept = (line if i in quoted else line.rstrip() for i, line in enumerate(lines, 1) if line.strip() or i in quoted)
-    return "\n".join(kept)
+def mismatch(profile: Profile, *, gpu: Gpu, versions: Versions) -> list[str]:
+    """How this machine differs from the one the profile was tuned on, gravest first. Nothing of it makes a row dense."""
+    other = profile.silicon.gpu != gpu.slug
+    return [f"tuned for other silicon ({profile.silicon.gpu}, here {gpu.slug})"] * other + identity.retime(profile, versions)

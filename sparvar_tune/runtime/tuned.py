@@ -29,7 +29,7 @@ from sparvar_tune import adapters
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.models import MAX_IMAGES, find_model
 from sparvar_tune.catalog.names import DEFAULT_PRESET
-from sparvar_tune.profile import overlay
+from sparvar_tune.profile import identity, overlay
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.profile.machine import choose_gpu, device_name, is_here, silicon, versions
 from sparvar_tune.profile.misses import Missed, record
@@ -38,7 +38,6 @@ from sparvar_tune.profile.schema import Profile, ProfileError, Row
 from sparvar_tune.profile.store import (
     Match,
     find,
-    kernel_hash,
     mismatch,
     near,
     parse,
@@ -206,12 +205,11 @@ def deciding(policy: Policy, demoted: Container[int] = ()) -> set[int]:
 def prepare(profile: Profile, path: Path, gpu: Gpu, reasons: list[str], sha256: str) -> Tuned:
     """Holds a profile against this machine, and what verify found here, and demotes what may not win."""
     reasons = [*reasons, f"from {path}"]
-    now_hash = kernel_hash(gpu)
-    reasons += mismatch(profile, gpu=gpu, versions=versions(), kernel_hash=now_hash)
+    reasons += mismatch(profile, gpu=gpu, versions=versions())
     here, there = silicon(gpu, is_here(gpu)), profile.silicon
-    local, said = _overlay(path.name, gpu, sha256, now_hash, device_name(here))
+    local, said = _overlay(path.name, gpu, sha256, profile, device_name(here))
     reasons += said
-    demoted = _demotions(profile, profile.kernel_hash != now_hash, local)
+    demoted = _demotions(profile, local)
     if (here.name, here.threads) != (there.name, there.threads) and profile.state == "measured":
         reasons.append(f"measured on {device_name(there)}; here {device_name(here)}")
     if profile.state == "predicted":
@@ -223,8 +221,8 @@ def prepare(profile: Profile, path: Path, gpu: Gpu, reasons: list[str], sha256: 
     return Tuned(gpu, profile, path, tuple(reasons), demoted, sha256, local)
 
 
-def _overlay(name: str, gpu: Gpu, sha256: str, kernel_hash: str, device: str) -> tuple[Overlay | None, list[str]]:
-    """What verify left for exactly this file, these kernels and this device, and what to say of one that is not."""
+def _overlay(name: str, gpu: Gpu, sha256: str, profile: Profile, device: str) -> tuple[Overlay | None, list[str]]:
+    """What verify left for exactly this file, these meanings and this device, and what to say of one that is not."""
     try:
         found = overlay.find(gpu.slug, name)
     except ProfileError as error:  # it only ever takes back what verify can find again
@@ -232,8 +230,10 @@ def _overlay(name: str, gpu: Gpu, sha256: str, kernel_hash: str, device: str) ->
         return None, [f"what verify found here is ignored: {error}"]
     if found is None:
         return None, []
+    needed = dict(identity.meaning_of(profile.policy, {row.kernel for row in profile.rows}))
+    meaning = {name: number for name, number in found.meaning if name in needed}
     pairs = (
-        ("another profile file", found.profile_sha256, sha256), ("other kernel sources", found.kernel_hash, kernel_hash),
+        ("another profile file", found.profile_sha256, sha256), ("another meaning of its variants", meaning, needed),
         ("another device", found.device, device),
     )  # fmt: skip
     other = [what for what, was, now in pairs if was != now]
@@ -245,21 +245,21 @@ def _overlay(name: str, gpu: Gpu, sha256: str, kernel_hash: str, device: str) ->
     return found, said
 
 
-def _demotions(profile: Profile, stale: bool, local: Overlay | None) -> dict[int, str]:
+def _demotions(profile: Profile, local: Overlay | None) -> dict[int, str]:
     """Scale -> why it runs dense all the same. What was measured here goes before what the file says."""
     by = f"demoted by verify on {local.created}: " if local else ""
     if local is not None and local.verdict == DEMOTED:
         return {r.scale_index: by + local.reason for r in profile.rows}
-    demoted: dict[int, str] = {}
     found = {v.scale_index: v for v in local.rows} if local else {}
+    demoted = {s: why for s, why in identity.refused(profile).items() if s not in found}  # verify measured today's meaning
     for r in reversed(profile.rows):  # later scales first: a decision scale is needed only while one of them is sparse
         s, needed = r.scale_index, r.scale_index in deciding(profile.policy, demoted)
+        if s in demoted:
+            continue
         if s in found:
             speedup = found[s].speedup
             if speedup is None or (speedup.low <= 1 and not needed):
                 demoted[s] = by + (found[s].reason or "its gain is not certain here")
-        elif stale:
-            demoted[s] = "the kernels changed since it was tuned; run sparvar-tune verify --write"
         elif not needed and (r.dense_predicted_ms or 0.0) <= (r.tuned_predicted_ms or -1.0):
             demoted[s] = (
                 f"it is predicted to be no faster ({r.tuned_predicted_ms:.3g} ms against {r.dense_predicted_ms:.3g} dense)"

@@ -24,6 +24,7 @@ from sparvar_tune.policy_search.menu import decision_scale, menu, paper_policy
 from sparvar_tune.policy_search.storage import open_shared, place
 from sparvar_tune.profile import store
 from sparvar_tune.profile.describe import describe
+from sparvar_tune.profile.identity import refused
 from sparvar_tune.profile.machine import silicon
 from sparvar_tune.profile.schema import Profile
 from sparvar_tune.ways import predict, search_here, take_over, time_only
@@ -281,6 +282,6 @@ def probe_writable(out: Path) -> None:
 def _is_current(path: Path, gpu: Gpu) -> bool:
     """True if a sound profile of today's kernels stands there."""
     try:
-        return store.load(path).kernel_hash == store.kernel_hash(gpu)
+        return not refused(store.load(path))
     except ValueError:
         return False

@@ -13,7 +13,8 @@ from sparvar_tune.launch_search.choose import space
 from sparvar_tune.launch_search.cost_model import binary_key, dense_ms, load_binaries, load_fit, scale_ms, works
 from sparvar_tune.launch_search.layer_call import distinct_layers
 from sparvar_tune.policy_search.menu import PAPER_SOURCE, UNVERIFIED, paper_policy
-from sparvar_tune.profile import schema, store
+from sparvar_tune.profile import schema
+from sparvar_tune.profile.identity import stamp
 from sparvar_tune.profile.machine import is_here, silicon, versions
 
 DENSE_NAME = "dense attention, predicted"
@@ -43,7 +44,8 @@ def predict_profile(
         policy_state="measured" if source else "unverified",
         policy_source=f"searched on {source.silicon.gpu} ({source.created})" if source else PAPER_SOURCE,
         evidence=source.evidence if source else None, workload=workload,
-        silicon=silicon(gpu, False), versions=versions(), kernel_hash=store.kernel_hash(gpu), generation=None,
+        silicon=silicon(gpu, False), versions=versions(),
+        **stamp(policy, rows, gpu), generation=None,
         rows=tuple(rows), seed=0, trials=tried, notes=_notes(gpu, workload, source is None),
     )  # fmt: skip
 

@@ -30,9 +30,10 @@ from sparvar_tune.policy_search.menu import Table, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
 from sparvar_tune.policy_search.storage import one_line, open_shared
 from sparvar_tune.policy_search.study import Found, candidates, finished, front, join_study, open_study, search
-from sparvar_tune.profile import schema, store
+from sparvar_tune.profile import schema
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.profile.files import exclusive
+from sparvar_tune.profile.identity import every_meaning, stamp
 from sparvar_tune.profile.machine import silicon, versions
 from sparvar_tune.runtime.tuned import launch_of
 
@@ -128,7 +129,7 @@ def tune(
                 needed = max(needed, 0.2) - min(0.0, candidate.verdict.shortfall_db)
                 continue
             confidence = 1 - (1 - CONFIDENCE) * 2.0**-attempt if attempt > 1 else CONFIDENCE
-            proof, shortfall = evidence(trial, adapter, request.constraint, confidence)
+            proof, shortfall = evidence(trial, adapter, policy, request.constraint, confidence)
             gain = generation(trial, adapter).speedup
             say(f"[{clock() - begun:4.0f} s] {held_out} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
                 f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); SSIM {proof.ssim_mean:.4f}, lower bound "
@@ -194,7 +195,7 @@ def _space(request: Request, adapter: Adapter) -> str:
     """Names everything a trial's numbers depend on; trials of another space, or of other silicon, are never mixed in."""
     here = silicon(request.gpu, True)
     parts = (request.model.slug, request.gpu.slug, here.name, here.threads, adapter.schedule.grids, repr(request.constraint),
-             request.pairs, adapter.weights_sha256, store.kernel_hash(request.gpu),
+             request.pairs, adapter.weights_sha256, every_meaning(), versions().torch,
              repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
     return f"{request.model.slug}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
@@ -223,7 +224,7 @@ def make_profile(
         schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
         policy=policy, policy_state="measured", policy_source=source,
         evidence=proof, workload=workload(request, adapter), silicon=silicon(request.gpu, True), versions=versions(),
-        kernel_hash=store.kernel_hash(request.gpu), generation=generation(trial, adapter), rows=rows, seed=request.seed,
+        **stamp(policy, rows, request.gpu), generation=generation(trial, adapter), rows=rows, seed=request.seed,
         trials=trials, notes=(*decision_cost(trial, adapter, policy), *notes),
     )  # fmt: skip
 

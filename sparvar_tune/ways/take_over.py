@@ -55,7 +55,7 @@ def transfer(
     found = time_launches(policy, shape, request.gpu, shop, say, status)
     launches = {row.scale_index: launch_of(row) for row in found.rows}
     trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs), status)
-    proof, shortfall = evidence(trial, adapter, request.constraint, CONFIDENCE)
+    proof, shortfall = evidence(trial, adapter, policy, request.constraint, CONFIDENCE)
     gain = generation(trial, adapter)
     say(f"[{time.monotonic() - begun:4.0f} s] {request.pairs} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
         f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); {gain.speedup.median:.2f}x")  # fmt: skip

@@ -19,9 +19,9 @@ from sparvar_tune.launch_search.choose import Found, Schedule
 from sparvar_tune.launch_search.log import Identity, Log, Workshop
 from sparvar_tune.policy_search.menu import PAPER_SOURCE, UNVERIFIED
 from sparvar_tune.profile.files import exclusive, set_aside
+from sparvar_tune.profile.identity import kernel_hash, stamp
 from sparvar_tune.profile.machine import is_here, silicon, versions
 from sparvar_tune.profile.schema import SCHEMA, Profile, Silicon, Versions, Workload
-from sparvar_tune.profile.store import kernel_hash
 
 LOG = "measurements.jsonl"
 
@@ -112,21 +112,22 @@ def time_policy(
 
     Raises what `time_launches` raises.
     """
-    here, tuned_with, kernels = silicon(target.gpu, is_here(target.gpu)), versions(), kernel_hash(target.gpu)
+    here, tuned_with = silicon(target.gpu, is_here(target.gpu)), versions()
 
     def profile(found: Found) -> Profile:
-        return profile_of(target, found, here, tuned_with, kernels)
+        return profile_of(target, found, here, tuned_with)
 
     found = time_launches(target.policy, target.workload, target.gpu, shop, say, status, lambda first: keep(profile(first)))
     return profile(found)
 
 
-def profile_of(target: Target, found: Found, here: Silicon, tuned_with: Versions, kernels: str) -> Profile:
+def profile_of(target: Target, found: Found, here: Silicon, tuned_with: Versions) -> Profile:
     """The measured profile of an unverified policy."""
     return Profile(
         schema=SCHEMA, created=datetime.date.today().isoformat(), preset=target.preset, state="measured", policy=target.policy,
         policy_state="unverified", policy_source=PAPER_SOURCE, evidence=None, workload=target.workload, silicon=here,
-        versions=tuned_with, kernel_hash=kernels, generation=None, rows=found.rows, seed=target.seed, trials=found.tried,
+        versions=tuned_with,
+        **stamp(target.policy, found.rows, target.gpu), generation=None, rows=found.rows, seed=target.seed, trials=found.tried,
         notes=(UNVERIFIED, *found.notes),
     )  # fmt: skip
 

@@ -27,6 +27,7 @@ from sparvar_tune.measure.timing import paired_speedup, timing
 from sparvar_tune.policy_search.certify import compare_on, decision_cost, generation, measured_rows
 from sparvar_tune.policy_search.menu import UNVERIFIED
 from sparvar_tune.profile import overlay, store
+from sparvar_tune.profile.identity import meaning_of, stamp
 from sparvar_tune.profile.machine import device_name, silicon, versions
 from sparvar_tune.profile.overlay import DEMOTED, LEAST, OK, Overlay, Verified
 from sparvar_tune.profile.schema import Profile, Row, Speedup, Workload, one_line
@@ -73,7 +74,8 @@ def verify(tuned: runtime.Tuned, model: Model, pairs: int, budget_s: float, writ
         sha256 = hashlib.sha256(store.read_bytes(path)).hexdigest()
         say(f"wrote {path}")
     made = Overlay(
-        overlay.OVERLAY_SCHEMA, datetime.date.today().isoformat(), sha256, store.kernel_hash(gpu), versions(),
+        overlay.OVERLAY_SCHEMA, datetime.date.today().isoformat(), sha256,
+        meaning_of(profile.policy, {row.kernel for row in profile.rows}), versions(),
         device_name(silicon(gpu, True)), found.verdict, found.reason, found.rows,
     )  # fmt: skip
     where = overlay.file(gpu.slug, path.name)
@@ -126,7 +128,7 @@ def compare_pictures(
         verdict, reason = DEMOTED, f"the whole picture is not certainly faster: {_interval(gain.speedup)}"
     renewed = replace(
         profile, created=datetime.date.today().isoformat(), silicon=silicon(gpu, True), versions=versions(),
-        kernel_hash=store.kernel_hash(gpu), generation=gain, state="measured", rows=rows,
+        **stamp(profile.policy, rows, gpu), generation=gain, state="measured", rows=rows,
         notes=decision_cost(trial, adapter, profile.policy),
     )  # fmt: skip
     good = faithful and faster
@@ -171,7 +173,8 @@ def time_rows(profile: Profile, gpu: Gpu, every: bool, deadline: float, say: Say
     if len(rows) == len(order) and profile.policy_state == "unverified":
         renewed = replace(
             profile, created=datetime.date.today().isoformat(), silicon=silicon(gpu, True), versions=versions(),
-            kernel_hash=store.kernel_hash(gpu), state="measured", rows=tuple(rows),
+            **stamp(profile.policy, rows, gpu),
+            state="measured", rows=tuple(rows),
             notes=(UNVERIFIED, f"times are of {mode} calls on random inputs by events on the device, lists planned before"),
         )  # fmt: skip
     reason = f"{len(judged)} of {len(order)} rows timed on random inputs, no pictures compared"
