@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.backends.configs import LaunchConfig
-from sparvar_kernels.backends.registry import KERNELS, kernel_for, why_not
+from sparvar_kernels.backends.dense import out_like
+from sparvar_kernels.backends.registry import KERNELS, default_config, kernel_for, why_not
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy, plan_layers
@@ -29,13 +30,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Launch:
-    """How a scale is run: a kernel of the registry and its configuration (None: that kernel's default)."""
+    """How a scale is run: a kernel of the registry and its configuration (None: `default_config`)."""
 
     kernel: str
     config: LaunchConfig | None = None
-
-    def resolved(self) -> Launch:
-        return self if self.config is not None else Launch(self.kernel, KERNELS[self.kernel].config())
 
 
 class SparseAttention:
@@ -43,7 +41,8 @@ class SparseAttention:
 
     launches: per scale_index, how it is run; others take the device's default kernel.
     Raises ValueError when the policy does not fit the schedule, when a launch is illegal for a problem, when inputs do
-    not have the shapes of the schedule, or when a scale is called before its decision scale.
+    not have the shapes of the schedule, when they require grad, when a scale is called before its decision scale, or when
+    that was run twice for the image: one object serves one pass. Both halves of guidance go into one batch.
 
     On a GPU nothing waits for the device once every (layer, scale) was called once, so an image can be captured in a CUDA
     graph; under torch.compile a call is one opaque operator.
@@ -56,7 +55,7 @@ class SparseAttention:
         self.policy, self.schedule = policy, schedule
         self.softmax_scale, self.logit_bound = softmax_scale, logit_bound
         self.plans = plan_layers(policy, schedule)
-        self.launches = {s: launch.resolved() for s, launch in (launches or {}).items()}
+        self.launches = dict(launches or {})
         self._ready: dict[tuple[object, ...], Any] = {}  # the layer that runs a kind of input
         self._layers: dict[tuple[object, ...], list[Any]] = {}
         self.handle = next(_HANDLES)
@@ -74,10 +73,15 @@ class SparseAttention:
                 layer.reset()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise ValueError("q, k, v: got inputs that require grad, want none: the kernels have no backward pass; "
+                             "call under torch.no_grad() or torch.inference_mode()")  # fmt: skip
         if torch.compiler.is_compiling():
             return torch.ops.sparvar_kernels.attend(q, k, v, self.handle, layer, scale_index)
         if scale_index == 0 and layer == 0:
             self.reset()
+        if q.is_neg() or k.is_neg() or v.is_neg():  # a kernel reads memory, where the sign is not
+            q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         form = (layer, scale_index, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
         ready = self._ready.get(form)
         if ready is None:
@@ -92,6 +96,9 @@ class SparseAttention:
             raise ValueError(f"q: got {q.dtype}, want one of {', '.join(map(str, _NAMES))}")
         if q.ndim != 4:
             raise ValueError(f"q: got {tuple(q.shape)}, want four axes [B, H, N, D]")
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if t.layout != torch.strided or t.device.type not in ("cpu", "cuda"):
+                raise ValueError(f"{name}: got a {t.layout} tensor on {t.device}, want a plain one on a CPU or a CUDA GPU")
         if not 0 <= scale_index < len(self.schedule):
             raise ValueError(f"scale_index={scale_index}: want 0..{len(self.schedule) - 1}")
         problems = [
@@ -109,7 +116,8 @@ class SparseAttention:
         kind = (q.shape[0], q.shape[1], q.shape[-1], q.dtype, q.device)
         if kind not in self._layers:
             self._layers[kind] = self._build(problems, q.device)
-        return self._layers[kind][layer]
+        ready = self._layers[kind][layer]
+        return _OnDevice(ready, q.device) if q.is_cuda and torch.cuda.device_count() > 1 else ready
 
     def _build(self, problems: list[AttentionProblem], device: torch.device) -> list[Any]:
         launches = [self.launches.get(s) for s in range(len(self.schedule))]
@@ -117,15 +125,31 @@ class SparseAttention:
         if len(named) > 1:
             raise ValueError(f"launches: kernels {', '.join(sorted(named))} for one image; want one kernel for all scales")
         kernel = named.pop() if named else kernel_for(device.type)
-        configs = [launch.config if launch else KERNELS[kernel].config() for launch in launches]
+        if kernel not in KERNELS:
+            raise ValueError(f"launches: kernel {kernel!r}: want one of {', '.join(KERNELS)}")
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        configs = [
+            launch.config if launch and launch.config is not None else default_config(problem, kernel, capability)
+            for problem, launch in zip(problems, launches, strict=True)
+        ]
         for problem, config in zip(problems, configs, strict=True):
-            assert config is not None
             reason = why_not(problem, kernel, config, capability)
             if reason:
                 raise ValueError(f"scale {problem.scale_index}: {reason}")
         make = KERNELS[kernel].load().Layer
         return [make(plans, problems, configs, str(device)) for plans in self.plans]
+
+
+class _OnDevice:
+    """A layer of a machine with several GPUs: whatever device is current, its kernels run on that of its inputs."""
+
+    def __init__(self, layer: Any, device: torch.device) -> None:
+        self.layer, self.device = layer, device
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale_index: int) -> Tensor:
+        with torch.cuda.device(self.device):
+            out: Tensor = self.layer(q, k, v, scale_index)
+        return out
 
 
 # torch.compile sees a call as this operator; the object behind the handle keeps what decision scales found, which is why
@@ -134,11 +158,15 @@ _HANDLES = itertools.count()
 _LIVE: weakref.WeakValueDictionary[int, SparseAttention] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("sparvar_kernels::attend", mutates_args=())
+@torch.library.custom_op("sparvar_kernels::attend", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def _attend(q: Tensor, k: Tensor, v: Tensor, handle: int, layer: int, scale_index: int) -> Tensor:
-    return _LIVE[handle](q, k, v, layer, scale_index)
+    if handle not in _LIVE:
+        raise ValueError("the SparseAttention this graph was compiled with is gone; keep it alive, or compile again")
+    out, laid_out = _LIVE[handle](q, k, v, layer, scale_index), out_like(q)
+    # what the compiler was promised; a dense pass may lay its output out otherwise
+    return out if out.stride() == laid_out.stride() else laid_out.copy_(out)
 
 
 @_attend.register_fake
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, handle: int, layer: int, scale_index: int) -> Tensor:
-    return torch.empty_like(q)
+    return out_like(q)

@@ -66,13 +66,10 @@ def probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def mass(q: Tensor, k: Tensor, problem: AttentionProblem, tile: Tile, sample: int = 1) -> Tensor:
     """[B, H, T, Nk] fp64: probability summed over every `sample`-th query of each tile.
 
-    Tiles shorter than the longest repeat their first query up to its length before sampling.
+    A tile shorter than the others ranks by the queries it has.
     """
     p = probabilities(q, k, problem.softmax_scale)
-    tiles = tile_lists(problem.grid, tile)
-    longest = max(map(len, tiles))
-    padded = [(t + [t[0]] * (longest - len(t)))[::sample] for t in tiles]
-    return torch.stack([p[:, :, t].sum(2) for t in padded], 2)
+    return torch.stack([p[:, :, t[::sample]].sum(2) for t in tile_lists(problem.grid, tile)], 2)
 
 
 def kept(variant: Cs4a, schedule: ScaleSchedule, scale_index: int) -> int:

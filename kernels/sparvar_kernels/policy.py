@@ -70,6 +70,21 @@ class Policy:
         return None
 
 
+def why_not_live(scale_index: int, decision: int, runs: int) -> str | None:
+    """Why a scale may not live on what its decision scale left, which was run so often for this layer since scale 0; or None.
+
+    A second run overwrites the first: of guidance as two passes over one object, the first pass would read the second's keys.
+    """
+    if runs == 0:
+        return f"scale {scale_index}: its decision scale {decision} was not run for this image and layer"
+    if runs > 1:
+        return (
+            f"scale {scale_index}: its decision scale {decision} was run {runs} times for this image and layer, want once: give "
+            "each pass an object of its own, put both halves of guidance into one batch, or call reset() between"
+        )
+    return None
+
+
 RecordKey = tuple[Variant, tuple[int, ...]]
 
 

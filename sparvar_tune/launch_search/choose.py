@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from sparvar_kernels.backends.configs import TritonConfig
-from sparvar_kernels.backends.registry import why_not
+from sparvar_kernels.backends.registry import default_config, why_not
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import Policy
 from sparvar_tune.catalog.gpus import Gpu
@@ -94,7 +94,8 @@ class Schedule:
             configs = tuple(space(workload.problem(s), capability))
             if not configs:
                 raise ValueError(f"scale {s}: no launch configuration is legal on {gpu.slug}; add one to TritonConfig.space")
-            default = TritonConfig() if TritonConfig() in configs else configs[0]
+            usual = default_config(workload.problem(s), "triton", capability)
+            default = usual if usual in configs else configs[0]
             self.scales.append(Scale(s, distinct_layers(policy, s), configs, default))
 
     def find(self, keep: Callable[[Found], None]) -> Found:

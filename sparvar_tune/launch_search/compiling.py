@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparvar_kernels.backends.configs import TritonConfig
-from sparvar_kernels.backends.registry import KERNELS
+from sparvar_kernels.backends.registry import KERNELS, default_config
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import Policy, plan_layers
 from sparvar_tune.launch_search.layer_call import decision_scales
@@ -96,7 +96,7 @@ def own_binaries(
     """What a layer launches at the scale `at` alone, where `scale_index` has the configuration `config`."""
     layers = KERNELS["triton"].load()
     schedule = problems[scale_index].schedule
-    configs = [config if s == scale_index else TritonConfig() for s in range(len(schedule))]
+    configs = [config if s == scale_index else default_config(problems[s], "triton", capability) for s in range(len(schedule))]
     planned = layers.Layer(plan_layers(policy, schedule)[layer], [problems[s] for s in range(len(schedule))], configs, "cpu")
     found = []
     for build in planned.builds(at):

@@ -56,7 +56,7 @@ class Bench:
         p = self.problem
         attend = SparseAttention(
             self.policy, p.schedule, softmax_scale=p.softmax_scale, logit_bound=p.logit_bound,
-            launches={s: Launch("triton", config if s == self.scale_index else TritonConfig()) for s in range(len(p.schedule))},
+            launches={s: Launch("triton", config if s == self.scale_index else None) for s in range(len(p.schedule))},
         )  # fmt: skip
         for s in decision_scales(self.policy, self.layer, self.scale_index):
             d = self.problems[s]

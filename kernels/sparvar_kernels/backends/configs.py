@@ -30,6 +30,11 @@ class CpuConfig:
         return None
 
     @staticmethod
+    def defaults() -> tuple[CpuConfig, ...]:
+        """The default, then what is tried where that is illegal."""
+        return (CpuConfig(),)
+
+    @staticmethod
     def space() -> dict[str, tuple[int, ...]]:
         """Parameter -> choices worth trying."""
         return {"score_elements": tuple(1 << n for n in (18, 19, 20, 21))}
@@ -133,6 +138,12 @@ class TritonConfig:
     def plain(self) -> TritonConfig:
         """For launches that no fetching kernel can do."""
         return TritonConfig() if self.fetchers else self
+
+    @staticmethod
+    def defaults() -> tuple[TritonConfig, ...]:
+        """The default, then what is tried where that does not fit: fewer loads in flight first, smaller blocks after."""
+        blocks = ((64, 32), (32, 32), (32, 16), (16, 16))
+        return tuple(TritonConfig(m, n, 4, stages) for m, n in blocks for stages in (5, 3, 2, 1))
 
     @staticmethod
     def space() -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,11 @@ SAFE_LOGIT = 60.0
 SCORE_ELEMENTS = 1 << 18  # scores held at once on a CPU: 1 MiB of fp32; best of 2**16..2**21 (27 ms against 31..121)
 
 
+def out_like(q: Tensor) -> Tensor:
+    """An output [B, H, Nq, D], laid out as q is, unless q's head_dim has gaps."""
+    return torch.empty_like(q) if q.stride(3) == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Tensor:
     """The fastest dense attention PyTorch has here: cuDNN where it runs, else its own choice of backend. [B, H, Nq, D]."""
     if q.is_cuda and _cudnn_runs(q):
@@ -79,10 +84,10 @@ def head_runs(heads: Sequence[int]) -> list[tuple[int, int]]:
 def column_mass(q: Tensor, k: Tensor, problem: AttentionProblem, heads: Sequence[int], tile: Tile, sample: int) -> Tensor:
     """[B, len(heads), T, Nk] fp32: softmax probability of each key summed over every `sample`-th query of each tile.
 
-    CS4A's importance (paper section 3.2). Tiles are worked in groups small enough for the scores to stay in cache.
+    CS4A's importance (paper section 3.2): a tile that is short ranks by its own queries alone.
+    Tiles are worked in groups small enough for the scores to stay in cache.
     """
-    tiles = partition(problem.grid, tile, str(q.device))
-    rows = tiles.rows[:, ::sample]  # [T, Q']; short tiles repeat their first query, which only re-weights within them
+    rows, own = partition(problem.grid, tile, str(q.device)).sampled(sample)
     num_tiles, each = rows.shape
     mass = torch.empty(q.shape[0], len(heads), num_tiles, k.shape[2], dtype=torch.float32, device=q.device)
     step = max(1, SCORE_ELEMENTS // (each * k.shape[2])) if q.device.type == "cpu" else num_tiles
@@ -96,6 +101,6 @@ def column_mass(q: Tensor, k: Tensor, problem: AttentionProblem, heads: Sequence
                 if not bounded:
                     scores -= scores.amax(-1, keepdim=True)
                 scores.exp_()
-                weight = scores.sum(-1).reciprocal_().view(-1, 1, each)
+                weight = (own[t : t + step] / scores.sum(-1).view(-1, each)).unsqueeze(1)
                 torch.bmm(weight, scores.view(-1, each, scores.shape[-1]), out=mass[b, i, t : t + step].unsqueeze(1))
     return mass

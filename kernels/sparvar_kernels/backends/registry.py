@@ -54,6 +54,12 @@ def kernel_for(device: str) -> str:
     return "cpu" if device == "cpu" else "triton"
 
 
+def default_config(problem: AttentionProblem, kernel: str, capability: Capability) -> LaunchConfig:
+    """What `kernel` is launched with where nobody chose: its own default, or the nearest to it that fits the GPU."""
+    first, *smaller = KERNELS[kernel].config.defaults()
+    return next((c for c in (first, *smaller) if why_not(problem, kernel, c, capability) is None), first)
+
+
 def why_not(problem: AttentionProblem, kernel: str, config: LaunchConfig, capability: Capability) -> str | None:
     """Why `kernel` with `config` cannot run `problem` on a GPU of `capability` (None: no GPU), or None.
 

@@ -120,6 +120,14 @@ class TilePartition:
     inverse: Tensor
     centre: Tensor
 
+    def sampled(self, sample: int) -> tuple[Tensor, Tensor]:
+        """Every `sample`-th query of each tile: query indices [T, Q'], and [T, Q'] bool, which are the tile's own.
+
+        What is not its own only fills the table: a short tile has fewer.
+        """
+        own = torch.arange(self.rows.shape[1], device=self.rows.device) < self.counts[:, None]
+        return self.rows[:, ::sample], own[:, ::sample]
+
     @property
     def is_permutation(self) -> bool:
         """True if every tile is full, so rows.flatten() is a permutation of the queries."""

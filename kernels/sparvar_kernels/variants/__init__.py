@@ -72,7 +72,7 @@ class Cs4a:
     residual: bool = True
     sample: int = 1
     kind: ClassVar[str] = "cs4a"
-    meaning: ClassVar[int] = 1
+    meaning: ClassVar[int] = 2  # 1: a tile shorter than the others counted its first query several times
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ problem bounds its logits the running maximum, and with it a pass over the score
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,12 +49,13 @@ def gathered_attention(
                 torch.index_select(k[b, h], 0, listed, out=near_k)
                 torch.index_select(v[b, h], 0, listed, out=near_v)
                 torch.bmm(queries[t : t + n], near_k.view(n, width, dim).to(work).transpose(1, 2), out=s)
-                if not bounded:
-                    s.sub_(s.amax(-1, keepdim=True))  # the maximum over padding too: padding repeats a listed key
-                s.exp_()
-                if counts is not None:
+                if counts is not None:  # keys that only fill a list must have no influence, on the maximum either
                     for j, count in enumerate(counts[t : t + n]):
-                        s[j, :, count:] = 0
+                        s[j, :, count:] = -math.inf
+                        near_v[j * width + count : (j + 1) * width] = 0  # 0 times what may be NaN
+                if not bounded:
+                    s.sub_(s.amax(-1, keepdim=True))
+                s.exp_()
                 total = s.sum(-1, keepdim=True)
                 torch.bmm(s, near_v.view(n, width, dim).to(work), out=tiled[t : t + n])
                 tiled[t : t + n].div_(total)

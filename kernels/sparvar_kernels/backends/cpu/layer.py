@@ -11,9 +11,9 @@ from torch import Tensor
 from sparvar_kernels.backends.configs import CpuConfig
 from sparvar_kernels.backends.cpu.gathered import gathered_attention
 from sparvar_kernels.backends.cpu.pooled import pooled_attention
-from sparvar_kernels.backends.dense import column_mass, dense_heads
+from sparvar_kernels.backends.dense import column_mass, dense_heads, out_like
 from sparvar_kernels.geometry.problem import AttentionProblem
-from sparvar_kernels.policy import LayerPlan, Record, RecordKey
+from sparvar_kernels.policy import LayerPlan, Record, RecordKey, why_not_live
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant, at_decision
 from sparvar_kernels.variants.cs4a.planner import cs4a_lists, rank_keys, window_first
 from sparvar_kernels.variants.csla.planner import csla_lists
@@ -25,6 +25,7 @@ from sparvar_kernels.variants.residual import enlarge
 class Memory:
     """What one layer's decision scales left behind."""
 
+    runs: dict[int, int] = field(default_factory=dict)  # decision scale -> how often it was run for this image
     scale: dict[RecordKey, int] = field(default_factory=dict)
     ranked: dict[RecordKey, Tensor] = field(default_factory=dict)  # [B, h, T, R] int32
     residual: dict[RecordKey, Tensor] = field(default_factory=dict)  # [B, h, N_S, D]
@@ -52,7 +53,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: LayerPlan, memory: Memory, config: CpuConfig
 ) -> Tensor:
     """[B, H, Nq, D] of one layer at one scale; writes what later scales need into `memory`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = out_like(q)
     for variant, heads in plan.groups:
         if isinstance(variant, Dense):
             dense_heads(q, k, v, problem, heads, out)
@@ -88,8 +89,8 @@ def _record_of(variant: Variant, heads: tuple[int, ...], problem: AttentionProbl
     if decision is None:
         return None
     record = (at_decision(variant, problem.schedule, problem.scale_index), heads)
-    if record not in memory.scale:
-        raise ValueError(f"scale {problem.scale_index}: its decision scale {decision} was not run for this image and layer")
+    if reason := why_not_live(problem.scale_index, decision, memory.runs.get(decision, 0)):
+        raise ValueError(reason)
     return record
 
 
@@ -98,6 +99,8 @@ def _record(
     config: CpuConfig, out: Tensor,
 ) -> None:  # fmt: skip
     """Ranks keys and takes dense minus sparse for the heads that later scales will ask about; out holds dense."""
+    if records:
+        memory.runs[problem.scale_index] = memory.runs.get(problem.scale_index, 0) + 1
     masses: dict[tuple[object, ...], Tensor] = {}
     for record in records:
         variant, heads = record.key

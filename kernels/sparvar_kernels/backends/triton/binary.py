@@ -124,7 +124,8 @@ class Launcher:
         if INTERPRETED:
             return
         binary = compile_for(build, torch.cuda.get_device_capability(device))
-        binary._init_handles()
+        with torch.cuda.device(device):  # the handles are of whatever device is current
+            binary._init_handles()
         self.run, self.function = binary.run, binary.function
         self.before: tuple[Any, ...] = (binary.packed_metadata, None, None, None)  # and no hooks
         if triton.__version__.startswith("3.6.") and not (self.run.global_scratch_size or self.run.profile_scratch_size):

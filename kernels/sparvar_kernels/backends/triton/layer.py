@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.backends.configs import TritonConfig
-from sparvar_kernels.backends.dense import SAFE_LOGIT, dense_heads, dense_with_lse
+from sparvar_kernels.backends.dense import SAFE_LOGIT, dense_heads, dense_with_lse, out_like
 from sparvar_kernels.backends.triton.binary import ALIGNMENT, INTERPRETED, TYPES, Build, Launcher, launcher, pointer
 from sparvar_kernels.backends.triton.gathered import LOG2E, block_d, gathered_kernel
 from sparvar_kernels.backends.triton.selecting import (
@@ -42,7 +42,7 @@ from sparvar_kernels.backends.triton.work import (
 )
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import Tile
-from sparvar_kernels.policy import LayerPlan, Record
+from sparvar_kernels.policy import LayerPlan, Record, why_not_live
 from sparvar_kernels.variants import Cs4a, Dense, Pooled, Variant, at_decision
 from sparvar_kernels.variants.pooled.planner import pool_keys
 
@@ -118,7 +118,7 @@ class Gather:
         form = ((q_at | k_at | v_at | out_at | extra_at) & 15, q.stride(), k.stride(), v.stride(), out_strides, extra_strides)
         ready = self.ready.get(form)
         if ready is None:
-            if max(q.stride(3), k.stride(3), v.stride(3)) != 1:
+            if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
                 return self(q.contiguous(), k.contiguous(), v.contiguous(), out, extra, bias)
             if self.config.fetchers and not _aligned(q, k, v):
                 q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
@@ -170,27 +170,26 @@ class Layer:
         self.stages: dict[tuple[int, int | None], tuple[Stage, Gather]] = {}
         self.pooled: dict[tuple[int, Pooled, int], Gather] = {}
         self.residuals: dict[int, Tensor] = {}
-        self.seen: set[int] = set()  # decision scales run for this image
+        self.runs: dict[int, int] = {}  # decision scale -> how often it was run for this image
         self.decisions: dict[int, tuple[Gather | None, list[tuple[Record, list[tuple[Lists, Tensor, int]]]]]] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, s: int) -> Tensor:
         if self.plans[s].records:
             return self._decide(q, k, v, s)
-        # laid out as q is, unless q has gaps
-        out = torch.empty_like(q) if q.stride(3) == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = out_like(q)
         for decision, gather in self._gathers(s):
             if decision is None:
                 gather(q, k, v, out)
                 continue
-            if decision not in self.seen:
-                raise ValueError(f"scale {s}: its decision scale {decision} was not run for this image and layer")
+            if self.runs.get(decision) != 1:
+                raise ValueError(why_not_live(s, decision, self.runs.get(decision, 0)))
             gather(q, k, v, out, self.residuals.get(decision))
         if self.apart[s]:
             self._others(q, k, v, s, out)
         return out
 
     def reset(self) -> None:
-        self.seen.clear()
+        self.runs.clear()
 
     def prepare(self, s: int) -> None:
         """Builds the tables and lists of scale s, as its first call would."""
@@ -315,7 +314,7 @@ class Layer:
         """A decision scale: dense for the heads that later scales ask about, their lists and residuals."""
         problem = self.problems[s]
         gather, jobs = self._decision(s)
-        self.seen.add(s)
+        self.runs[s] = self.runs.get(s, 0) + 1
         out, lse = dense_with_lse(q, k, v, problem.softmax_scale)
         for decision, sparse in self._gathers(s):  # other heads may be sparse here
             sparse(q, k, v, out, self.residuals.get(decision) if decision is not None else None)

@@ -35,8 +35,8 @@ def _queries(  # type: ignore[no-untyped-def]
     EACH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sampled queries as columns [BLOCK_D, M], and their log-sum-exp to the base 2 [M]."""
-    real = (tile < num_tiles) & (sample < EACH)
-    rows = tl.load(rows_ptr + tile * EACH + sample, mask=real, other=0)
+    rows = tl.load(rows_ptr + tile * EACH + sample, mask=(tile < num_tiles) & (sample < EACH), other=-1)
+    real = rows >= 0  # a short tile has fewer
     offs_d = tl.arange(0, BLOCK_D)
     q_at = q_base + rows[:, None] * stride_qn + offs_d[None, :]
     q = tl.load(q_at, mask=real[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
@@ -52,7 +52,8 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     EACH: tl.constexpr, SAMPLES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk of keys, group of BLOCK_M // SAMPLES tiles, batch x head); rows_ptr [T, EACH] int32 query numbers.
+    """Program (chunk of keys, group of BLOCK_M // SAMPLES tiles, batch x head); rows_ptr [T, EACH] int32 query numbers, -1
+    where a tile has no more.
 
     The queries stay, keys stream past; a tile of more than BLOCK_M sampled queries is read in parts, again for every step.
     Scores are keys x queries, so that the sum over a tile's queries stays within a thread.
@@ -100,12 +101,17 @@ def _keys(short_at, offs, num_keys, SHORT: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit
 def _levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mass as integers in the same order; the bits of a non-negative float are one. 0 where there is no key."""
+    """Mass as integers in the same order; the bits of a non-negative float are one. 0 where there is no key.
+
+    NaN and infinity, of a query that holds them, count as no mass: a level above all others would never end a list.
+    """
     mass = tl.load(mass_at + keys, mask=real, other=0.0)
     if EXACT:
         level = mass.to(tl.int32, bitcast=True)
+        level = tl.where((level >= 0) & (level < 0x7F800000), tl.minimum(level, 0x4EFFFFFF), 0)
     else:
         level = mass.to(tl.int16, bitcast=True).to(tl.int32)
+        level = tl.where((level >= 0) & (level < 0x7F80), level, 0)
     return level
 
 
@@ -219,7 +225,8 @@ def select_kernel(  # type: ignore[no-untyped-def]
 
 @lru_cache(maxsize=256)
 def _sample_rows(grid: tuple[int, int], tile: Tile, sample: int, device: str) -> Tensor:
-    return partition(grid, tile).rows[:, ::sample].int().contiguous().to(device)
+    rows, own = partition(grid, tile).sampled(sample)
+    return torch.where(own, rows, -1).int().contiguous().to(device)
 
 
 @lru_cache(maxsize=256)
@@ -338,7 +345,7 @@ def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype, sh
     """What `select` launches for lists of `variant` in the stage at `problem`; short: keys of its shortlist, 0: none."""
     _, weight, most = _child_table(problem, variant.decision_scale, _expands(variant, problem), "cpu")
     n = short or problem.schedule.num_keys(variant.decision_scale)
-    half = max(16, 1 << (n.bit_length() - 2))
+    half = max(16, 1 << max(n.bit_length() - 2, 0))
     types = {name: "*i32" for name in ("keys_ptr", "source_ptr", "table_ptr", "weight_ptr", "short_ptr")}
     types |= {"mass_ptr": f"*{TYPES[mass]}", "first_ptr": "*i8"}
     ints = ("list_at", "head_step", "batch_step", "row_step", "num_heads", "num_tiles", "all_keys", "num_keys", "mass_keys",
@@ -347,7 +354,7 @@ def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype, sh
         "EXACT": mass == torch.float32, "HAS_FIRST": _first_keys(problem, _there(variant, problem), "cpu") is not None,
         "SHORT": short > 0, "SHIFT": 16 if problem.num_keys < 1 << 15 else 32, "CHILDREN": most,
         "FLAT": not short and bool((weight[:half] == 1).all()),
-        "HALF": half, "TAIL": max(16, 1 << (n - 2 * half).bit_length()),
+        "HALF": half, "TAIL": max(16, 1 << max(n - 2 * half, 0).bit_length()),
     }  # fmt: skip
     options = SHORT_OPTIONS if short else ALL_OPTIONS
     return Build.of(select_kernel, types | dict.fromkeys(ints, "i32"), constants, options, True)
