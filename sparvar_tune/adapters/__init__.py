@@ -1,57 +1,22 @@
-"""How a model is driven: one small file per model, chosen by the `adapter` field of the model table.
+"""How a model is driven: one small file per model family, and what they share.
 
-An adapter is all that tuning and the runtime know of a model; Infinity, HART and VAR get theirs as files beside
-pocketvar's, and one row here.
+protocol.py says what tuning and the runtime know of a model, registry.py which families there are. A live model that somebody
+else built is recognised by attributes and signatures (structure.py), never by the module path of its class.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.adapters.protocol import Adapter, Family, Pair, Parts, Undoable
+from sparvar_tune.adapters.registry import families, recognise
 from sparvar_tune.catalog.models import Model
 
-ADAPTERS = {"pocketvar": "sparvar_tune.adapters.pocketvar"}
+__all__ = ["ADAPTERS", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "families", "load_adapter", "recognise"]
 
-Pair = tuple[int, int]  # (class or prompt index, noise seed): everything that names one picture
-
-
-class Adapter(Protocol):
-    """One live model. A `state` is a generation stopped before some scale; it can be finished many times over."""
-
-    model: Model
-    schedule: ScaleSchedule
-    device: str
-    softmax_scale: float
-    logit_bound: float | None
-    weights_sha256: str
-    temperature: float
-    num_classes: int
-    dense: Any  # the dense attention callable, the baseline; `dense_name` names it
-    dense_name: str
-
-    def start(self, pair: Pair, until: int) -> Any:
-        """State of the dense generation of `pair` before scale `until`."""
-
-    def finish(self, state: Any, attend: Any, redraw_from: int | None = None) -> Tensor:
-        """Picture [1, 3, H, W] in 0..1 from `state` on with `attend`; other noise from scale `redraw_from` on."""
-
-    def classes(self) -> Sequence[str]:
-        """Names of the classes, by index."""
-
-    def required(self, preset: str) -> tuple[float, float]:
-        """(PSNR dB, SSIM) a preset asks of this model; raises ValueError for an unknown one."""
-
-    def class_levels(self) -> Sequence[float]:
-        """PSNR (dB) by class of one known damage: how hard each class is, known before any trial; zeros if unknown."""
-
-    def yardsticks(self) -> tuple[tuple[str, float, float], ...]:
-        """(name, mean PSNR dB, mean SSIM) of known damages, measured once per weights; empty if never measured."""
+ADAPTERS = {"pocketvar": "sparvar_tune.adapters.pocketvar"}  # models that can be opened with nothing else given
 
 
 def load_adapter(model: Model, device: str) -> Adapter:
@@ -61,9 +26,8 @@ def load_adapter(model: Model, device: str) -> Adapter:
     return importlib.import_module(ADAPTERS[model.adapter]).open_model(model, device)
 
 
-def apply(model: Any, attend: SparseAttention) -> Any:
-    """Makes `model` use `attend`; returns an object with `undo()`. Raises ValueError for a model no adapter knows."""
-    for module in map(importlib.import_module, ADAPTERS.values()):
-        if module.recognises(model):
-            return module.attach(model, attend)
-    raise ValueError(f"model of type {type(model).__name__}: no adapter knows it; known: {', '.join(ADAPTERS)}")
+def apply(model: Any, attend: SparseAttention) -> Undoable:
+    """Makes `model` use `attend`; `undo()` of what it returns takes it back. Raises ValueError, in one line, for a model that
+    no adapter knows or that the policy does not fit."""
+    family, parts = recognise(model)
+    return family.attach(parts, attend)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.pocketvar.model import CLASSES, DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
@@ -28,7 +29,7 @@ def weights_hash(path: Path = WEIGHTS) -> str:
 
 
 class PocketAdapter:
-    """See `sparvar_tune.adapters.Adapter`."""
+    """See `protocol.Adapter`."""
 
     def __init__(self, model: Model, device: str) -> None:
         self.model, self.device = model, device
@@ -94,8 +95,15 @@ def open_model(model: Model, device: str) -> PocketAdapter:
     return PocketAdapter(model, device)
 
 
-def recognises(model: Any) -> bool:
-    return isinstance(model, PocketVAR)
+def why_not(model: Any) -> str | None:
+    """Why `model` is no pocketvar, or None."""
+    return None if isinstance(model, PocketVAR) else f"it is a {type(model).__name__}"
+
+
+def parts(model: PocketVAR) -> Parts:
+    """One callable attends for every layer, so there are no attention modules; the blocks stand for them."""
+    c, blocks = model.config, tuple(model.blocks)
+    return Parts("pocketvar", model, blocks, blocks, c.heads, c.head_dim, 1.0, model.logit_bound, model.schedule)
 
 
 @dataclass(frozen=True)
@@ -109,10 +117,10 @@ class Attached:
         self.model.attend = self.before
 
 
-def attach(model: PocketVAR, attend: SparseAttention) -> Attached:
-    """Makes `model`'s sampling use `attend`. Raises ValueError when the two do not fit."""
-    config = model.config
-    reason = attend.policy.why_not(model.schedule, config.depth, config.heads)
+def attach(found: Parts, attend: SparseAttention) -> Attached:
+    """Makes the model's sampling use `attend`. Raises ValueError when the two do not fit."""
+    model = found.model
+    reason = attend.policy.why_not(model.schedule, found.layers, found.heads)
     if reason:
         raise ValueError(f"this profile does not fit the model: {reason}")
     attached = Attached(model, model.attend)

@@ -1,0 +1,52 @@
+"""The families of live models: a row for each, and those that installed packages add under `sparvar_tune.adapters`.
+
+An entry point names a module with the functions of `protocol.Family`:
+
+    [project.entry-points."sparvar_tune.adapters"]
+    mymodel = "mypackage.sparvar_adapter"
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sparvar_tune.adapters.protocol import Family, Parts
+
+GROUP = "sparvar_tune.adapters"
+FAMILIES = {
+    "pocketvar": "sparvar_tune.adapters.pocketvar",
+    "infinity": "sparvar_tune.adapters.infinity",
+    "hart": "sparvar_tune.adapters.hart",
+    "var": "sparvar_tune.adapters.var",
+}
+
+
+def families() -> dict[str, Family | str]:
+    """Name -> the family, or why it could not be loaded. Our own first: an installed package cannot take their names."""
+    found: dict[str, Family | str] = {name: importlib.import_module(path) for name, path in FAMILIES.items()}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, _load(point))
+    return found
+
+
+def _load(point: EntryPoint) -> Family | str:
+    try:
+        family = point.load()
+    except Exception as error:  # whatever an installed package does wrong must not stop the others
+        return f"{point.value} could not be loaded: {error}"
+    missing = [name for name in ("why_not", "parts", "attach") if not hasattr(family, name)]
+    return f"{point.value} has no {missing[0]}" if missing else family
+
+
+def recognise(model: Any) -> tuple[Family, Parts]:
+    """The family of a live model and its parts. Raises ValueError with each family's reason when none knows it."""
+    reasons = []
+    for name, family in families().items():
+        reason = family if isinstance(family, str) else family.why_not(model)
+        if reason is None:
+            assert not isinstance(family, str)
+            return family, family.parts(model)
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"model of type {type(model).__name__}: no adapter knows it ({'; '.join(reasons)})")

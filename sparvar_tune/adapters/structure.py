@@ -1,0 +1,62 @@
+"""Recognising a module by what it has and how it is called, never by where its class lives: copies of the public classes
+live in many projects under other module paths."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """attributes: what an instance must have. parameters: exactly those of the method `method`, in order, without self.
+
+    calls: global names the method's code must use, any one of them; empty: not looked at.
+    """
+
+    what: str
+    attributes: tuple[str, ...]
+    parameters: tuple[str, ...]
+    method: str = "forward"
+    calls: tuple[str, ...] = ()
+
+    def why_not(self, found: Any) -> str | None:
+        """Why `found` is none of this shape, or None."""
+        missing = [name for name in self.attributes if not hasattr(found, name)]
+        if missing:
+            return f"{self.what} has no {missing[0]}"
+        method = getattr(type(found), self.method, None)
+        if method is None:
+            return f"{self.what} has no method {self.method}"
+        got = tuple(inspect.signature(method).parameters)[1:]
+        if got != self.parameters:
+            return f"{self.what}: {self.method} takes ({', '.join(got)}), want ({', '.join(self.parameters)})"
+        if self.calls and not inspect.isfunction(method):
+            return f"{self.what}: {self.method} is a {type(method).__name__}, want a plain function"
+        if self.calls and (hasattr(method, "__wrapped__") or not set(self.calls) & set(method.__code__.co_names)):
+            return f"{self.what}: {self.method} calls none of {', '.join(self.calls)}"
+        return None
+
+
+def why_not_alike(modules: Iterable[Any], *names: str) -> str | None:
+    """Why the modules, one per layer, are not alike in the attributes `names`, or None."""
+    for name in names:
+        values = {getattr(m, name) for m in modules}
+        if len(values) != 1:
+            return f"layers differ in {name}: {', '.join(map(str, sorted(values)))}"
+    return None
+
+
+def uncompiled(module: Any) -> Any:
+    """The module behind `torch.compile(module)`, or the module itself."""
+    return module.__dict__.get("_modules", {}).get("_orig_mod", module) if hasattr(module, "__dict__") else module
+
+
+def why_not_open(layers: Iterable[Any], what: str) -> str | None:
+    """Why the layers cannot be changed any more, or None: what was compiled has its forward already in it."""
+    for i, module in enumerate(layers):
+        if uncompiled(module) is not module or getattr(module, "_compiled_call_impl", None) is not None:
+            return f"{what} {i} is compiled already; apply first, compile after"
+    return None
