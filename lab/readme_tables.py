@@ -15,7 +15,7 @@ from pathlib import Path
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.profile import store
-from sparvar_tune.runtime.tuned import prepare
+from sparvar_tune.runtime.load import prepare
 
 ROOT = Path(__file__).parents[1]
 README, REPORTS, PROFILES = ROOT / "README.md", ROOT / "reports", ROOT / "profiles"

@@ -16,11 +16,11 @@ import pytest
 import tiny
 from PIL import Image
 
+from sparvar_tune import runtime
 from sparvar_tune.cli import parser
 from sparvar_tune.policy_search import storage
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import misses, overlay, schema, store
-from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.ways import predict, search_here
 from sparvar_tune.ways.subject import Subject
 

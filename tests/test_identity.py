@@ -19,7 +19,7 @@ from sparvar_kernels.variants import VARIANTS
 from sparvar_tune.catalog.gpus import GPUS, find_gpu
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.profile import identity, schema, store
-from sparvar_tune.runtime.tuned import prepare
+from sparvar_tune.runtime.load import prepare
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "profiles").glob("*/*.json"))

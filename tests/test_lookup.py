@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import re
 from pathlib import Path
 
@@ -48,14 +49,15 @@ def test_lookup_exact_then_family_then_miss(tmp_path):
     (on("h100-sxm"), "pocketvar.json", "tuned for h100-sxm, but in the folder of h200"),
     (on("cpu"), "pocketvar.json", "tuned for cpu, but in the folder of h200"),
     (on("h200"), "hart.json", "its name is pocketvar.json"),
-    (on("h200", resolution="512"), "pocketvar.json", "its name is pocketvar--512--1.000.json"),
-    (on("h200", aspect="2.000"), "pocketvar.json", "its name is pocketvar--256--2.000.json"),
+    (on("h200", resolution="512"), "pocketvar.json", 'pocketvar resolution "512": unknown'),
+    (on("h200", aspect="2.000"), "pocketvar.json", 'pocketvar aspect at 256 "2.000": unknown'),
     (dataclasses.replace(on("h200"), preset="paper"), "pocketvar.json", "its name is pocketvar--paper.json"),
     (on("h200", model="pocketva"), "pocketvar.json", 'model "pocketva": unknown'),
     (on("h200", batch=4), "pocketvar.json", "its name is pocketvar--images-4.json"),
     (on("h200"), "pocketvar--images-4.json", "its name is pocketvar.json"),
-    (on("h200", model="hart", batch=3), "hart.json", "want a multiple of 2"),
-], ids=range(10))  # fmt: skip
+    (on("h200", model="hart", resolution="1024", batch=3), "hart.json", "want a multiple of 2"),
+    (on("h200", resolution="../../x"), "pocketvar.json", 'pocketvar resolution "../../x": unknown'),
+], ids=range(11))  # fmt: skip
 def test_a_file_in_anothers_place_is_refused(tmp_path, made, name, said):
     """A copied or renamed file must not pass for another GPU, model, resolution, aspect or preset."""
     store.save(made, tmp_path / "h200" / name)
@@ -120,8 +122,9 @@ def test_folders(monkeypatch):
     assert store.user_folder() == Path("/b/sparvar-tune/profiles")
     monkeypatch.setenv("XDG_DATA_HOME", "relative")
     assert store.user_folder() == Path("/c/.local/share/sparvar-tune/profiles")
-    monkeypatch.setattr(Path, "home", fails(RuntimeError("Could not determine home directory.")))
-    with pytest.raises(ProfileError, match="set SPARVAR_TUNE_HOME"):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # nobody in the list of users
+    with pytest.raises(store.NoHome, match="set SPARVAR_TUNE_HOME"):
         store.user_folder()
 
 

@@ -15,6 +15,7 @@ from test_profiles import HUGE, paths_of
 from test_runtime import GRIDS, profile
 
 from sparvar_kernels import Policy, Pooled, Reuse, Rule
+from sparvar_tune import runtime
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.launch_search.timing_task import Times
@@ -22,7 +23,7 @@ from sparvar_tune.profile import identity, machine, overlay, schema, store
 from sparvar_tune.profile.identity import meaning_of
 from sparvar_tune.profile.overlay import DEMOTED, OK, Overlay, Verified
 from sparvar_tune.profile.schema import ProfileError, Speedup
-from sparvar_tune.runtime import tuned as runtime
+from sparvar_tune.runtime import load
 from sparvar_tune.ways import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unverified")
@@ -200,7 +201,7 @@ def gpu(monkeypatch, home):
             return found
 
     monkeypatch.setattr(verify.time_only, "workshop", lambda gpu, shop: contextlib.nullcontext(Shop()))
-    for module in (verify, runtime):
+    for module in (verify, load):
         monkeypatch.setattr(module, "silicon", lambda _gpu, _here: here)
     monkeypatch.setitem(models.MODELS, "hart", dataclasses.replace(
         models.MODELS["hart"], layers=2, heads=2, head_dim=32,

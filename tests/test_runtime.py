@@ -14,10 +14,10 @@ import sparvar_tune
 from sparvar_kernels import AttentionProblem, Policy, Pooled, Reuse, Rule
 from sparvar_kernels.backends.dense import dense_attention
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune import runtime
 from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.pocketvar.model import DENSE, Generation, draw_noise
 from sparvar_tune.profile import identity, machine, schema, store
-from sparvar_tune.runtime import tuned as runtime
 
 GRIDS = tuple((s, s) for s in tiny.SIDES)
 
@@ -50,8 +50,11 @@ def test_no_profile_is_dense_with_the_reason(tmp_path):
     problem = AttentionProblem(ScaleSchedule(GRIDS), 6, 1, 2, 32)
     q, k, v = problem.make_inputs(0)
     assert torch.equal(tuned.attention(problem)(q, k, v, layer=0), dense_attention(q, k, v, problem))
-    with pytest.raises(ValueError, match="no profile to apply"):
-        sparvar_tune.apply(tiny.make_model(), tuned)
+    model = tiny.make_model()
+    with sparvar_tune.apply(model, tuned) as applied:
+        assert model.attend is DENSE and "no pocketvar.json" in applied.reasons[0]
+    with pytest.raises(ValueError, match="no adapter knows it"):
+        sparvar_tune.apply(object(), tuned)
 
 
 def test_family_is_used_and_said(tmp_path):

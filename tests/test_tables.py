@@ -170,7 +170,7 @@ def test_detect_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_detect_gpu_says_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_device(monkeypatch, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 16, 9984)
-    with pytest.raises(ValueError, match=r'cuda:0 is "NVIDIA H100 80GB HBM3 MIG 1g.10gb", capability 9.0, 16 SMs, 9.8 GiB'):
+    with pytest.raises(ValueError, match=r'this GPU is "NVIDIA H100 80GB HBM3 MIG 1g.10gb", capability 9.0, 16 SMs, 9.8 GiB'):
         detect_gpu()
 
 

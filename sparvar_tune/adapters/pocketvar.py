@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
@@ -106,23 +108,45 @@ def parts(model: PocketVAR) -> Parts:
     return Parts("pocketvar", model, blocks, blocks, c.heads, c.head_dim, 1.0, model.logit_bound, model.schedule)
 
 
-@dataclass(frozen=True)
-class Attached:
-    """`undo` gives the model its attention back."""
+def weights_sha256(model: PocketVAR) -> str:
+    """The hash of the shipped weights where the model has them, else one of what it has."""
+    shipped = load_file(WEIGHTS)
+    own = {name: t for name, t in model.state_dict().items() if name in shipped}
+    if own.keys() == shipped.keys() and all(torch.equal(t.cpu(), shipped[name]) for name, t in own.items()):
+        return weights_hash()
+    digest = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        digest.update(name.encode() + t.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
-    model: PocketVAR
-    before: Attend
+
+class Attached:
+    """`undo` takes this attention out of the model, whatever was put in before and after it."""
+
+    # what a model attended with before any of ours, and ours in the order they came
+    _of: ClassVar[WeakKeyDictionary[PocketVAR, tuple[Attend, list[Attached]]]] = WeakKeyDictionary()
+
+    def __init__(self, model: PocketVAR, attend: SparseAttention) -> None:
+        self.model, self.attend = model, attend
+        _, ours = self._of.setdefault(model, (model.attend, []))
+        ours.append(self)
+        model.attend = attend
 
     def undo(self) -> None:
-        self.model.attend = self.before
+        before, ours = self._of.get(self.model, (None, []))
+        if before is None or self not in ours:
+            return
+        ours.remove(self)
+        if self.model.attend is self.attend:  # else something newer is on, ours or not
+            self.model.attend = ours[-1].attend if ours else before
+        if not ours:
+            del self._of[self.model]
 
 
 def attach(found: Parts, attend: SparseAttention) -> Attached:
     """Makes the model's sampling use `attend`. Raises ValueError when the two do not fit."""
-    model = found.model
+    model: PocketVAR = found.model
     reason = attend.policy.why_not(model.schedule, found.layers, found.heads)
     if reason:
         raise ValueError(f"this profile does not fit the model: {reason}")
-    attached = Attached(model, model.attend)
-    model.attend = attend
-    return attached
+    return Attached(model, attend)

@@ -233,10 +233,13 @@ def find_gpu(slug: str) -> Gpu:
 
 
 _RATES = (("SMs", "sms"), ("memory bandwidth", "memory_gbps"), ("bf16 rate", "bf16_tflops"))
+_TOLD = (("SMs", "sms"), ("memory", "memory_bytes"))  # of a GPU that is in no row: all that a driver tells
 
 
 def distance(a: Gpu, b: Gpu) -> float:
     """How far a launch tuned on `b` is from one for `a`: the largest |log2 ratio| of SMs, memory bandwidth and bf16 rate.
+
+    Of a GPU that is in no row only SMs and memory are known, so these are compared.
 
     Infinite where the compute capability differs, whatever the family is called: binaries and limits are others then.
     """
@@ -244,7 +247,11 @@ def distance(a: Gpu, b: Gpu) -> float:
         return 0.0
     if a.capability is None or a.capability != b.capability:
         return math.inf
-    return max(_log_ratio(a, b, field) for _, field in _RATES)
+    return max(_log_ratio(a, b, field) for _, field in _told(a, b))
+
+
+def _told(a: Gpu, b: Gpu) -> tuple[tuple[str, str], ...]:
+    return _TOLD if UNLISTED in (a.slug, b.slug) else _RATES
 
 
 def nearest_first(gpu: Gpu, others: Iterable[Gpu]) -> list[Gpu]:
@@ -263,7 +270,7 @@ def apart(a: Gpu, b: Gpu) -> str:
     if math.isinf(far):
         ours, theirs = (".".join(map(str, g.capability)) if g.capability else "none" for g in (a, b))
         return f"compute capability {theirs}, here {ours}"
-    what = max(_RATES, key=lambda rate: _log_ratio(a, b, rate[1]))[0]
+    what = max(_told(a, b), key=lambda rate: _log_ratio(a, b, rate[1]))[0]
     return f"{2**far:.2f}x in {what} (distance {far:.2f}, at most {DISTANCE_LIMIT:g} serves)"
 
 
@@ -284,18 +291,39 @@ def match_gpu(name: str, capability: tuple[int, int] | None, sms: int, memory_by
     return None
 
 
-def detect_gpu() -> Gpu:
-    """The row of CUDA device 0, or of the CPU without CUDA; raises ValueError if that device is in no row."""
-    if not torch.cuda.is_available():
-        return GPUS["cpu"]
-    found = torch.cuda.get_device_properties(0)
+UNLISTED = "unlisted"  # slug of a GPU that is in no row; no folder of profiles is called so
+FAMILY = {(8, 0): "ampere", (8, 6): "ampere", (8, 9): "ada", (9, 0): "hopper", (10, 0): "blackwell", (12, 0): "blackwell"}
+
+
+def device_row(device: torch.device | str | int | None = None) -> Gpu | None:
+    """The row of a CUDA device (None: the current one), or a row of its own, `UNLISTED`, for what no row describes.
+
+    None where the device is no CUDA GPU, or there is none.
+    """
+    if not torch.cuda.is_available() or (isinstance(device, str | torch.device) and torch.device(device).type != "cuda"):
+        return None
+    index = device if isinstance(device, int) else torch.device(device).index if device is not None else None
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    found = torch.cuda.get_device_properties(index)
     capability = (found.major, found.minor)
-    gpu = match_gpu(found.name, capability, found.multi_processor_count, found.total_memory)
+    return match_gpu(found.name, capability, found.multi_processor_count, found.total_memory) or Gpu(
+        slug=UNLISTED, name=found.name, family=FAMILY.get(capability, "other"), source="the driver", capability=capability,
+        sms=found.multi_processor_count, memory_bytes=found.total_memory,
+    )  # fmt: skip
+
+
+def detect_gpu() -> Gpu:
+    """The row of the current CUDA device, or of the CPU without CUDA; raises ValueError if that device is in no row."""
+    gpu = device_row()
     if gpu is None:
+        return GPUS["cpu"]
+    if gpu.slug == UNLISTED:
+        assert gpu.capability and gpu.memory_bytes
         raise ValueError(
-            f'cuda:0 is "{found.name}", capability {found.major}.{found.minor}, '
-            f"{found.multi_processor_count} SMs, {found.total_memory / 2**30:.1f} GiB: no row of "
-            "sparvar_tune/gpus.py has that name, SM count and memory (a MIG slice never does). "
+            f'this GPU is "{gpu.name}", capability {gpu.capability[0]}.{gpu.capability[1]}, '
+            f"{gpu.sms} SMs, {gpu.memory_bytes / 2**30:.1f} GiB: no row of "
+            "sparvar_tune/catalog/gpus.py has that name, SM count and memory (a MIG slice never does). "
             f"Add a row there, or name the nearest: {', '.join(GPUS)}"
         )
     return gpu

@@ -59,7 +59,7 @@ def compile_payload(payload: dict[str, Any]) -> dict[str, Any]:
 
 def compilers(processes: int) -> Pool:
     """Processes that compile and see no GPU; each is started when there is a job for it."""
-    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return Pool(f"{__name__}:compile_payload", [environment] * max(1, processes))
 
 

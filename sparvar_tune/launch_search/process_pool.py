@@ -49,6 +49,13 @@ class Outcome:
     seconds: float
 
 
+# A helper imports what its parent imports: Python puts the current folder first, where anything may lie, so it goes again.
+START = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; import importlib; "
+    "importlib.import_module('sparvar_tune.launch_search.worker').serve(*sys.argv[1:])"
+)
+
+
 class Pool:
     """Workers that call `target` ("package.module:function"), one for each mapping of extra environment variables."""
 
@@ -183,8 +190,8 @@ class _Worker:
         tied = threading.current_thread() is threading.main_thread()
         command = [
             sys.executable,
-            "-m",
-            "sparvar_tune.launch_search.worker",
+            "-c",
+            START,
             self.target,
             str(theirs.fileno()),
             "tied" if tied else "loose",

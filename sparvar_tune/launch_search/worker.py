@@ -108,8 +108,3 @@ def _die_with_parent() -> None:
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
-
-
-if __name__ == "__main__":
-    # By its own name: the target's `Poisoned` is that of the module, not of `__main__`.
-    importlib.import_module("sparvar_tune.launch_search.worker").serve(*sys.argv[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import time
@@ -18,20 +17,18 @@ from sparvar_tune.profile.reader import unique_keys
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Holds the run folder; raises ValueError when another run does."""
+    import filelock  # a runtime that only reads profiles needs none
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: cannot keep trials here ({error.strerror}); set SPARVAR_TUNE_HOME to a writable folder"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        lock = filelock.FileLock(folder / "lock").acquire(timeout=0)
+    except filelock.Timeout:
         raise ValueError(f"{folder}: another tuning run is at work here; wait for it or set SPARVAR_TUNE_HOME") from None
-    finally:
-        os.close(handle)
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder}: cannot keep trials here ({reason}); set SPARVAR_TUNE_HOME to a writable folder") from None
+    with lock:
+        yield
 
 
 def set_aside(path: Path) -> None:
@@ -41,17 +38,19 @@ def set_aside(path: Path) -> None:
 
 
 def append_line(path: Path, data: Any) -> None:
-    """Adds one JSON line in one write, so that several processes may append at once. Raises OSError."""
+    """Adds one JSON line in one write, so that several processes may append at once. Raises OSError naming the file."""
     line = (json.dumps(data, sort_keys=True, allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(handle).st_size
-        if size and os.pread(handle, 1, size - 1) != b"\n":
+        if size and os.lseek(handle, size - 1, os.SEEK_SET) >= 0 and os.read(handle, 1) != b"\n":
             line = b"\n" + line  # what a killed process left half-written must not swallow this line
         written = os.write(handle, line)
         if written < len(line):  # the disk is full: what stands there is a torn line, which readers skip
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
 

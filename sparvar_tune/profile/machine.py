@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from pathlib import Path
 
 import torch
 
-from sparvar_tune.catalog.gpus import Gpu, detect_gpu, find_gpu
+from sparvar_tune.catalog.gpus import GPUS, Gpu, detect_gpu, device_row, find_gpu
 from sparvar_tune.profile.schema import Silicon, Versions
 
 
@@ -17,14 +18,32 @@ def choose_gpu(slug: str) -> Gpu:
     return detect_gpu() if slug == "auto" else find_gpu(slug)
 
 
+def here_or_named(slug: str, device: torch.device | str | int | None = None) -> tuple[Gpu, list[str]]:
+    """The silicon to find a profile for, and what to say of it: "auto" is this machine's, in the table or not.
+
+    A GPU that is in no row is a row of its own: the nearest by capability, SMs and memory lends its profiles. One that was
+    named although another is in this machine is taken at its word, with what really is here said. ValueError: an unknown name.
+    """
+    found = device_row(device)
+    if slug == "auto":
+        if found is None:
+            return GPUS["cpu"], []
+        return found, [] if found.slug in GPUS else [f"{found.name} is in no row of the table: nearest silicon serves"]
+    gpu = find_gpu(slug)
+    if gpu.slug == "cpu" or found is None or found.slug == gpu.slug:
+        return gpu, []
+    assert found.capability is not None
+    what = f"{found.name} ({found.capability[0]}.{found.capability[1]}, {found.sms} SMs)"
+    # what cannot run on what is here must not be launched, whatever was named
+    return dataclasses.replace(gpu, capability=found.capability), [f"{gpu.slug} was named, but this machine's GPU is {what}"]
+
+
 def is_here(gpu: Gpu) -> bool:
     """True if `gpu` is what this machine would run on (the CPU always is)."""
     if gpu.slug == "cpu":
         return True
-    try:
-        return detect_gpu().slug == gpu.slug
-    except ValueError:
-        return False
+    found = device_row()
+    return found is not None and found.slug == gpu.slug
 
 
 def silicon(gpu: Gpu, here: bool) -> Silicon:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparvar_tune.catalog.gpus import DISTANCE_LIMIT, GPUS, Gpu, apart, distance, nearest_first
+import platformdirs
+
+from sparvar_tune.catalog.gpus import DISTANCE_LIMIT, GPUS, UNLISTED, Gpu, apart, distance, nearest_first
 from sparvar_tune.catalog.models import Model, find_model
 from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.profile import identity
@@ -27,13 +30,20 @@ def load(path: Path) -> Profile:
 def read_bytes(path: Path) -> bytes:
     """What the file holds. Raises ProfileError: unreadable, over 1 MiB."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ProfileError(f"{path}: no plain file (a pipe or device); give a profile's path")
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ProfileError(f"{path}: {error.strerror or error}") from None
     if len(raw) > MAX_BYTES:
         raise ProfileError(f"{path}: over {MAX_BYTES} bytes, no profile is; restore the file or tune again")
     return raw
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe that nobody writes to without waiting for somebody who does."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def parse(raw: bytes, path: Path, *, check_seal: bool = True) -> Profile:
@@ -106,18 +116,21 @@ def shipped_folder() -> Path:
     return packed if packed.is_dir() else here.parent / "profiles"
 
 
+class NoHome(ProfileError):
+    """This user has no folder to keep anything in."""
+
+
 def user_folder() -> Path:
-    """Where this user's own profiles go: $SPARVAR_TUNE_HOME/profiles, else the platform's data folder."""
-    home = os.environ.get("SPARVAR_TUNE_HOME")
-    if home:
-        return Path(home) / "profiles"
-    data = os.environ.get("XDG_DATA_HOME", "")
-    if os.path.isabs(data):  # a relative one is to be ignored, its specification says
-        return Path(data) / "sparvar-tune" / "profiles"
+    """Where this user's own profiles go: $SPARVAR_TUNE_HOME/profiles, else the platform's data folder. Raises NoHome."""
+    if home := os.environ.get("SPARVAR_TUNE_HOME"):
+        return Path(os.path.expanduser(home)) / "profiles"
     try:
-        return Path.home() / ".local" / "share" / "sparvar-tune" / "profiles"
+        folder = platformdirs.user_data_path("sparvar-tune", appauthor=False)
+        if not folder.is_absolute():  # a relative XDG_DATA_HOME is to be ignored, its specification says
+            folder = Path("~/.local/share/sparvar-tune").expanduser()
     except RuntimeError:  # a container's user without a home
-        raise ProfileError("this user has no home folder: set SPARVAR_TUNE_HOME to a folder for profiles") from None
+        raise NoHome("this user has no home folder: set SPARVAR_TUNE_HOME to a folder for profiles") from None
+    return folder / "profiles"
 
 
 @dataclass(frozen=True)
@@ -163,10 +176,14 @@ def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, .
             profile, sha256 = _load_for(path, silicon)
             if silicon.slug == gpu.slug:
                 return Match(profile, path, True, f"exact silicon ({gpu.slug})", sha256)
-            reason = f"same family ({silicon.slug} for {gpu.slug}, {gpu.family}, distance {distance(gpu, silicon):.2f})"
+            reason = f"same family ({silicon.slug} for {_called(gpu)}, {gpu.family}, distance {distance(gpu, silicon):.2f})"
             return Match(profile, path, False, reason, sha256)
-    missing = f"no {name} for {gpu.slug} or one like it ({gpu.family}); looked in {', '.join(looked)}"
+    missing = f"no {name} for {_called(gpu)} or one like it ({gpu.family}); looked in {', '.join(looked)}"
     return Miss(f"{missing}{_too_far(name, gpu, relatives, folders)}")
+
+
+def _called(gpu: Gpu) -> str:
+    return gpu.name if gpu.slug == UNLISTED else gpu.slug
 
 
 def _too_far(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> str:
@@ -190,8 +207,13 @@ def exists(path: Path) -> bool:
 
 
 def name_of(profile: Profile) -> str:
-    """The file name that belongs to what it holds; raises ValueError for an unknown model or a batch that is none of its."""
+    """The file name that belongs to what it holds.
+
+    Raises ValueError where the catalogue has no such model, resolution or aspect, so that no name of a file leads anywhere
+    else, and for a batch that is no number of images.
+    """
     w, model = profile.workload, find_model(profile.workload.model)
+    model.schedule(w.resolution, w.aspect)
     default = (model.default_resolution, model.default_aspect)
     return profile_name(w.model, profile.preset, w.resolution, w.aspect, default, images_of(w, model))
 

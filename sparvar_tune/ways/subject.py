@@ -10,7 +10,7 @@ from sparvar_tune.catalog.models import MAX_IMAGES, Model, find_model
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, unknown_name
 from sparvar_tune.profile import store
 from sparvar_tune.profile.machine import choose_gpu, is_here
-from sparvar_tune.runtime.tuned import Tuned, load_profile
+from sparvar_tune.runtime import Tuned, load_profile
 from sparvar_tune.ways.settings import whole
 
 

@@ -32,6 +32,7 @@ from sparvar_tune.profile.machine import device_name, silicon, versions
 from sparvar_tune.profile.overlay import DEMOTED, LEAST, OK, Overlay, Verified
 from sparvar_tune.profile.schema import Profile, Row, Speedup, Workload, one_line
 from sparvar_tune.runtime import tuned as runtime
+from sparvar_tune.runtime.demote import deciding
 from sparvar_tune.ways import time_only
 
 HANDFUL = 5  # rows re-timed at most, unless the new times are to be written: those of most time
@@ -201,7 +202,7 @@ def _judge(scale_index: int, speedup: Speedup | None, policy: Policy) -> Verifie
     assert speedup is not None
     if speedup.low > 1:
         return Verified(scale_index, speedup, OK, "")
-    if scale_index in runtime.deciding(policy):
+    if scale_index in deciding(policy):
         return Verified(scale_index, speedup, OK, "later scales live on its ranking")
     return Verified(scale_index, speedup, DEMOTED, f"its gain is not certain: {_interval(speedup)}")
 
