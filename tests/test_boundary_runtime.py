@@ -17,7 +17,7 @@ import torch
 from test_runtime import profile
 
 import sparvar_tune
-from sparvar_kernels import AttentionProblem, why_not
+from sparvar_kernels import AttentionProblem, Csla, Policy, Rule, Tile, why_not
 from sparvar_kernels.backends.dense import dense_attention
 from sparvar_tune import runtime
 from sparvar_tune.pocketvar.model import DENSE, PocketConfig, PocketVAR
@@ -41,14 +41,17 @@ def inputs(problem: AttentionProblem, times: float = 1.0):
 
 
 @pytest.mark.parametrize("bound", [None, 100.0])
-def test_the_problems_own_bound_is_used_where_it_is_larger(tuned, bound):
-    """Logits of 90 under a profile certified for 20: exp without the running maximum would overflow."""
+def test_the_problems_own_bound_is_used_where_it_is_larger(tmp_path, home, bound):
+    """Logits of 98 under a profile certified for 20: exp without the running maximum would overflow."""
+    policy = Policy(("AA", "AA"), (Rule(6, "A", Csla((0, 0, 0, 0, 1, 3, 5), 3, Tile(4, 4))),))
+    store.save(profile(policy=policy, rows=profile().rows[1:]), tmp_path / "cpu" / "pocketvar.json")
+    tuned = runtime.load_profile("pocketvar", gpu="cpu", folders=tmp_path)
     w = tuned.profile.workload
     p = AttentionProblem(w.schedule, 6, 1, w.heads, w.head_dim, "fp32", 1.0, bound)
     q, k, v = inputs(p)
     q = q / (q @ k.transpose(-1, -2)).abs().amax() * 98
     assert tuned.attention(p)(q, k, v, layer=0).isfinite().all()
-    assert "its gain was not measured" in tuned.explain(p) and tuned.attention(p) is not tuned.attention(p)
+    assert "its gain was not measured" in tuned.explain(p)
 
 
 @pytest.mark.parametrize("change", [
@@ -127,10 +130,12 @@ def test_paths_may_be_texts(tmp_path, home):
 
 
 DEVICES = (  # name, capability, multiprocessors, bytes: as drivers report them; whose profile serves
-    ("NVIDIA H100 NVL", (9, 0), 132, 100_034_543_616, "h100-sxm"), ("NVIDIA GH200 480GB", (9, 0), 132, 101_997_215_744, "h100-sxm"),
+    ("NVIDIA H100 NVL", (9, 0), 132, 100_034_543_616, "h100-sxm"),
+    ("NVIDIA GH200 480GB", (9, 0), 132, 101_997_215_744, "h100-sxm"),
     ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", (9, 0), 60, 42_412_802_048, None),
     ("NVIDIA A100 80GB PCIe", (8, 0), 108, 84_974_239_744, "a100-80"),
-    ("NVIDIA RTX 6000 Ada Generation", (8, 9), 142, 50_876_841_984, "l40s"), ("NVIDIA B300 SXM6 AC", (10, 3), 148, 287_428_968_448, None),
+    ("NVIDIA RTX 6000 Ada Generation", (8, 9), 142, 50_876_841_984, "l40s"),
+    ("NVIDIA B300 SXM6 AC", (10, 3), 148, 287_428_968_448, None),
 )  # fmt: skip
 
 
@@ -206,8 +211,6 @@ def test_a_tilde_is_this_users_home(monkeypatch):
 def test_the_runtime_and_the_command_line_need_nothing_of_unix():
     """As on Windows: no fcntl, no pwd, no resource, no termios."""
     blocked = "import sys\nfor name in ('fcntl', 'pwd', 'grp', 'resource', 'termios'): sys.modules[name] = None\n"
-    code = (
-        blocked
-        + "import sparvar_tune.runtime, sparvar_tune.cli; print(sparvar_tune.runtime.load_profile('pocketvar', gpu='cpu').path.name)"
-    )
+    code = blocked + "import sparvar_tune.cli\nfrom sparvar_tune.runtime import load_profile\n"
+    code += "print(load_profile('pocketvar', gpu='cpu').path.name)"
     assert in_a_process(code, SPARVAR_TUNE_HOME="/nowhere") == "pocketvar.json"
