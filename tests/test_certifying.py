@@ -8,9 +8,12 @@ import math
 
 import pytest
 import replayed
+import tiny
 import torch
+from test_runtime import profile
 
 from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.catalog.models import find_model
 from sparvar_tune.measure import pairs as drawing
 from sparvar_tune.measure.fidelity import (
     CONFIDENCE,
@@ -24,6 +27,8 @@ from sparvar_tune.measure.fidelity import (
 from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs, search_pairs, verify_pairs, yardstick_pairs
 from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search
+from sparvar_tune.profile import store
+from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.ways import search_here, take_over, verify
 
 WANTED = Constraint(34.57, 0.93)
@@ -217,3 +222,36 @@ def test_pictures_of_any_size_are_compared(side):
 
 def test_ms_ssim_has_as_many_levels_as_there_is_room_for():
     assert [ms_ssim_levels(side) for side in (11, 43, 44, 98, 99, 175, 176, 4096)] == [1, 2, 3, 3, 4, 4, 5, len(MS_SSIM_BETAS)]
+
+
+@pytest.mark.filterwarnings("ignore:.*unverified")
+@pytest.mark.parametrize(("claimed_db", "claimed_ssim", "good"), [(1.0, 0.1, True), (140.0, 0.1, False), (1.0, 0.9999, False)])
+def test_verify_keeps_evidence_as_it_was_measured_or_refutes_it(
+    home, tmp_path, monkeypatch, claimed_db, claimed_ssim, good
+):  # fmt: skip
+    """Invented evidence does not come out as measured today, and what is written says when and by what it was measured."""
+    tiny.install(monkeypatch.setattr)
+    weights = dataclasses.replace(profile().workload, weights_sha256=None, logit_bound=find_model("pocketvar").logit_bound)
+    proof = dataclasses.replace(
+        profile().evidence, psnr_mean_db=claimed_db + 1, psnr_lower_db=claimed_db, required_psnr_db=1.0, ssim_mean=claimed_ssim,
+        ssim_lower=claimed_ssim, required_ssim=0.1, measured="2001-02-03", weights_sha256=None,
+    )  # fmt: skip
+    path = tmp_path / "cpu" / "pocketvar.json"
+    store.save(profile(workload=weights, evidence=proof, created="2001-02-03"), path)
+    tuned = runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
+    measured, drawn, said = verify.compare_on, [], []
+
+    def faster(adapter, policy, launches, pairs, *rest):
+        drawn.extend(pairs)
+        made = measured(adapter, policy, launches, pairs, *rest)
+        made.tuned_ms = [ms / 2 for ms in made.dense_ms]
+        made.tuned_scales = [{s: ms / 2 for s, ms in spent.items()} for spent in made.dense_scales]
+        return made
+
+    monkeypatch.setattr(verify, "compare_on", faster)
+    assert verify.verify(tuned, find_model("pocketvar"), 6, 600.0, True, said.append, said.append) == good, said
+    assert tuple(drawn) == verify_pairs(10, 6), "none of the pairs that certified it"
+    written = store.user_folder() / "cpu" / "pocketvar.json"
+    assert written.exists() == good
+    if good:
+        assert store.load(written).evidence == proof and store.load(written).created > "2026"
