@@ -110,8 +110,8 @@ def tune(
         note(f"measured {sum(map(len, table.error.values()))} options on {model.layers} x {model.heads} heads")
         pairs = search_pairs(adapter.num_classes, SEARCH_PAIRS)
         judge = Judge(adapter, pairs, request.constraint, request.pairs, table, status, clock, points)
-        if load := judge.stopwatch.load():
-            note(load)
+        if busy := judge.stopwatch.load():
+            note(busy)
         # per held-out pair the shared start, the dense and the tuned rest, in terms of the dense rest; and launches
         reserve = (request.pairs * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
         space = _space(request, adapter, points)
@@ -130,6 +130,8 @@ def tune(
             study, judge, enough, lambda trial: note(trial_line(trial, judge, left() - reserve)), shared, points=judge.forms,
             tell_failed=lambda trial: note(f"trial {trial.number:3d}  failed: {trial.reason} ({knobs_line(trial.knobs)})"),
         )  # fmt: skip
+        if not busy and (load := judge.stopwatch.load()):
+            note(load)
         done = finished(study)
         shown = ", ".join(f"{f.verdict.speedup:.2f}x {f.verdict.psnr_db:.1f} dB" for f in front(done))
         note(f"time against PSNR, the front of {len(done)} trials: {shown or 'none complete'}")
