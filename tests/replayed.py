@@ -183,6 +183,7 @@ def install(setattr_: Callable[[object, str, object], None]) -> None:
     for module in (judge, certify, search_here):
         setattr_(module, "make_attention", Attention)
     setattr_(search_here, "measure_options", lambda adapter, *_: adapter.table)
+    setattr_(search_here, "shipped_policies", lambda *_: {})  # what is found rests on the recording alone
     today = types.SimpleNamespace(today=lambda: datetime.date(2026, 1, 2))
     setattr_(search_here, "datetime", types.SimpleNamespace(date=today))
 

@@ -128,7 +128,8 @@ def table() -> Table:
         s: {n: tuple((0.0 if n in free else 0.5, 0.5 * (s == 4 and n != "dense")) for _ in range(2)) for n in names}
         for s, names in menus.items()
     }
-    return Table(error, time, {n: 0.01 for n in menus[6] if n not in menus[4] or n == "reuse"})
+    deciding = {n for n, variant in menu(SCHEDULE, 6).items() if getattr(variant, "decision_scale", None) is not None}
+    return Table(error, time, dict.fromkeys(deciding, 0.01))
 
 
 def same(price: float) -> dict[int, float]:
@@ -151,7 +152,7 @@ def test_what_decides_pays_at_the_decision_scale_and_needs_dense_there():
         deciding = {o for o in choice if o in made.decision_ms}
         assert choice[0] == "dense" or not deciding
         assert ms == pytest.approx(sum(made.time_ms[s][o] for s, o in zip((4, 5, 6), choice, strict=True)) + 0.01 * len(deciding))
-    assert ("csla 8x8", "csla 8x16", "pooled 2 from 3") in made.choices()
+    assert ("pooled 2 from 1", "csla 8x16", "pooled 2 from 3") in made.choices()
 
 
 def test_more_choices_than_letters_keep_the_commonest():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparvar_tune.ways.settings import MOST_PAIRS, Settings, seconds, whole
+from sparvar_tune.measure.pairs import MOST_PAIRS
+from sparvar_tune.ways.settings import Settings, seconds, whole
 from sparvar_tune.ways.subject import Subject
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
 COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check")
-EXIT_CODES = """exit codes: 0 done; 1 a check did not pass, or not every miss was tuned; 2 bad input, or a bound nothing meets
-(one line on stderr says what to do); 130 interrupted (finished trials are kept, --resume goes on)"""
+EXIT_CODES = """exit codes: 0 done; 1 a check did not pass, or not every miss was tuned; 2 bad input, or a bound of your own that
+nothing meets (one line on stderr says what to do); 130 interrupted (finished trials are kept, --resume goes on)"""
 
 
 def duration(text: str) -> float:
@@ -78,7 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     for metric, (_, _, unit) in RANGES.items():
         tune.add_argument(f"--min-{metric}", type=float, help="what the lower confidence bound must reach, instead of the "
                           f"quality's{', in' + unit if unit else ''}")  # fmt: skip
-    tune.add_argument("--budget", type=duration, default=BUDGET_S, help=f"wall time (default {BUDGET_S:g}s)")
+    tune.add_argument(
+        "--budget", type=duration, default=BUDGET_S, help=f"wall time; only the search is cut (default {BUDGET_S:g}s)"
+    )
     tune.add_argument("--pairs", type=whole, default=PAIRS, help=f"held-out (class, seed) pairs (default {PAIRS})")
     tune.add_argument("--seed", type=whole, default=0, help="of the search; 0..2**31")
     tune.add_argument("--out", type=Path, help="folder that gets <gpu>/<model>.json (default: this user's profiles)")

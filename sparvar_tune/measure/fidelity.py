@@ -21,12 +21,17 @@ from torchmetrics.functional.image import (
 )
 
 CONFIDENCE = 0.95
+WINDOW = 11  # pixels, of SSIM's Gaussian
+MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al., "Multiscale structural similarity", 2003
 PSNR_CAP = 100.0  # identical pictures: a finite number keeps means and files finite
 
 
 @dataclass(frozen=True)
 class PictureFidelity:
-    """One sparse picture against its dense twin: PSNR in dB (data range 0..1), SSIM and MS-SSIM in 0..1."""
+    """One sparse picture against its dense twin: PSNR in dB (data range 0..1), SSIM and MS-SSIM in 0..1.
+
+    MS-SSIM takes fewer levels where a side is under 176 pixels; under 11 both are SSIM with a uniform window that fits.
+    """
 
     psnr_db: float
     ssim: float
@@ -40,12 +45,24 @@ def compare_pictures(sparse: Tensor, dense: Tensor) -> PictureFidelity:
     if not bool(torch.isfinite(sparse).all() and torch.isfinite(dense).all()):
         raise ValueError("pictures: got NaN or infinity; the attention of one of them is broken")
     psnr = float(peak_signal_noise_ratio(sparse, dense, data_range=1.0))
-    ssim = structural_similarity_index_measure(sparse, dense, data_range=1.0)
-    # five halvings with an 11-pixel window need more than 160 pixels; smaller pictures use fewer levels
-    levels = max(1, min(5, int(math.log2(min(sparse.shape[-2:]) / 11)) + 1))
-    betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:levels]
-    ms_ssim = multiscale_structural_similarity_index_measure(sparse, dense, data_range=1.0, betas=betas)
+    side = min(sparse.shape[-2:])
+    if side < WINDOW:
+        window = side - 1 + side % 2  # the largest odd one, and no Gaussian: there is no room for its tails
+        ssim = structural_similarity_index_measure(sparse, dense, gaussian_kernel=False, kernel_size=window, data_range=1.0)
+        ms_ssim: object = ssim
+    else:
+        ssim = structural_similarity_index_measure(sparse, dense, data_range=1.0)
+        betas = MS_SSIM_BETAS[: ms_ssim_levels(side)]
+        ms_ssim = multiscale_structural_similarity_index_measure(sparse, dense, data_range=1.0, betas=betas)
     return PictureFidelity(min(psnr, PSNR_CAP), float(ssim), float(ms_ssim))  # type: ignore[arg-type]
+
+
+def ms_ssim_levels(side: int) -> int:
+    """How many of MS-SSIM's five levels a picture's shorter side (pixels, >= WINDOW) has room for.
+
+    torchmetrics wants side // max(1, levels - 1)**2 to be WINDOW at least: 176 pixels for five, 99, 44 and 11 for fewer.
+    """
+    return max(n for n in range(1, len(MS_SSIM_BETAS) + 1) if n == 1 or (side // (n - 1) ** 2 >= WINDOW and side >> (n - 1) > 5))
 
 
 def relative_l2(sparse: Tensor, dense: Tensor) -> float:

@@ -63,22 +63,44 @@ def interleaved(
     return {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in marks.items()}
 
 
+UNDISTURBED = 0.8  # share of its time a thread that computes has a processor on an idle machine, at least
+
 Clock = Callable[[], float]  # seconds since some moment; a replay gives one that recorded times turn
 CLOCK: Clock = time.perf_counter
 
 
 class Stopwatch:
-    """Milliseconds of one call, with the device finished on both sides."""
+    """Milliseconds of one call, with the device finished on both sides.
 
-    def __init__(self, device: str, clock: Clock = CLOCK) -> None:
+    running: the share of all time measured in which this thread had a processor (1 before any). On a CPU it is close to 1
+    unless others want the processors too, or the machine has fewer than torch has threads.
+    """
+
+    def __init__(self, device: str, clock: Clock = CLOCK, thread_clock: Clock | None = None) -> None:
         self.device, self.clock = device, clock
+        self.thread_clock = thread_clock or (time.thread_time if clock is CLOCK else clock)
+        self.measured_s = self.ran_s = 0.0
 
     def __call__(self, work: Callable[[], object]) -> float:
         self._settle()
-        begun = self.clock()
+        begun, ran = self.clock(), self.thread_clock()
         work()
         self._settle()
-        return (self.clock() - begun) * 1e3
+        spent = self.clock() - begun
+        self.measured_s += spent
+        self.ran_s += self.thread_clock() - ran
+        return spent * 1e3
+
+    @property
+    def running(self) -> float:
+        return self.ran_s / self.measured_s if self.measured_s > 0 else 1.0
+
+    def load(self) -> str | None:
+        """One line where others held the processors while a CPU was timed, else None."""
+        if self.device.startswith("cuda") or self.running >= UNDISTURBED:
+            return None
+        return (f"this machine is busy elsewhere: of the time measured its processors worked on this for {self.running:.0%}; "
+                "every time is compared with a dense one beside it, but a gain is less certain")  # fmt: skip
 
     def _settle(self) -> None:
         if self.device.startswith("cuda"):

@@ -19,12 +19,31 @@ from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.registry import kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
-from sparvar_tune.measure.fidelity import Constraint, PictureFidelity, class_mean, compare_pictures, hash_pairs, lower_bound
+from sparvar_tune.measure.fidelity import (
+    CONFIDENCE,
+    Constraint,
+    PictureFidelity,
+    class_mean,
+    compare_pictures,
+    hash_pairs,
+    lower_bound,
+)
 from sparvar_tune.measure.lpips import Lpips
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, timing
 from sparvar_tune.policy_search.judge import first_touched, make_attention
 from sparvar_tune.profile.identity import meaning_of
 from sparvar_tune.profile.schema import Evidence, Generation, Row, Yardstick
+
+SHARES = (0.7, 0.2, 0.1)  # of the error probability, by attempt: together all of it
+
+
+def confidence_of(attempt: int) -> float:
+    """What the bound of certification attempt 0, 1, ... has to hold with.
+
+    A run certifies wrongly if any of its attempts does, which is at most as likely as all their error probabilities together
+    (Bonferroni): 1 - CONFIDENCE. Early giving up changes nothing, it can only refuse.
+    """
+    return 1 - (1 - CONFIDENCE) * SHARES[attempt]
 
 
 class Timed:

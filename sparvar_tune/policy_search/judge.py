@@ -1,7 +1,8 @@
 """Looks at one policy with a live model: how long the pictures take and how close they are to the dense ones.
 
 Each search pair's dense generation is run once up to the first scale any policy touches and kept there; a policy then
-finishes from that state, so a trial costs only what attention can change.
+finishes from that state, so a trial costs only what attention can change. Some pairs of every trial are finished densely as
+well: a machine that is busy now and idle in an hour changes both times, and their ratio much less.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, PictureFidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
-from sparvar_tune.policy_search.menu import Table, assign, decision_scale, paper_policy
+from sparvar_tune.policy_search.menu import Table, assign, decision_scale, fixed_points
 from sparvar_tune.policy_search.study import Knobs, Verdict
 
 MARGIN_DB = 0.25  # predictions from 8 pairs that were also searched on are optimistic: two of three runs missed with 0.05
 RACE_AFTER = 3  # pairs judged before a trial may be given up
+TWIN_EVERY = 5  # one pair in so many has a dense twin; the first of a trial is among those before the race
+SLOWER = 1.06  # than the best by so much over the first pairs: given up
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,11 @@ class Reference:
     dense_ms: float
 
 
-def build_policy(knobs: Knobs, adapter: Adapter, table: Table) -> Policy:
-    """The policy some knobs stand for."""
-    schedule, layers, heads = adapter.schedule, adapter.model.layers, adapter.model.heads
-    if knobs.form == "paper":
-        return paper_policy(schedule, layers, heads)
-    if knobs.form == "drop last scale":
-        return Policy(("A" * heads,) * layers, (), (len(schedule) - 1,))
+def build_policy(knobs: Knobs, adapter: Adapter, table: Table, points: Mapping[str, Policy] | None = None) -> Policy:
+    """The policy some knobs stand for. points: as of `Judge`."""
+    schedule = adapter.schedule
+    if knobs.form != "priced":
+        return (points or fixed_points(schedule, adapter.model.layers, adapter.model.heads))[knobs.form]
     prices = {s: knobs.prices[len(schedule) - 1 - s] for s in table.time_ms}
     return assign(table, schedule, prices, knobs.tilt)
 
@@ -58,12 +59,17 @@ def first_touched(adapter: Adapter) -> int:
 
 
 class Judge:
-    """Callable: knobs -> verdict, from the search pairs; `held_out` pairs will have the last word."""
+    """Callable: knobs -> verdict, from the search pairs; `held_out` pairs will have the last word.
+
+    points: the fixed ones by form, `menu.fixed_points` of the model by default.
+    """
 
     def __init__(self, adapter: Adapter, pairs: Sequence[Pair], constraint: Constraint, held_out: int, table: Table,
-                 say: Callable[[str], None], clock: Clock = CLOCK) -> None:  # fmt: skip
+                 say: Callable[[str], None], clock: Clock = CLOCK,
+                 points: Mapping[str, Policy] | None = None) -> None:  # fmt: skip
         self.adapter, self.pairs, self.constraint = adapter, pairs, constraint
         self.held_out, self.table = held_out, table
+        self.points = dict(points or fixed_points(adapter.schedule, adapter.model.layers, adapter.model.heads))
         self.stopwatch = Stopwatch(adapter.device, clock)
         self.references: list[Reference] = []
         for i, pair in enumerate(pairs):
@@ -72,7 +78,13 @@ class Judge:
             ms = self.stopwatch(lambda: made.append(adapter.finish(state, adapter.dense)))  # noqa: B023
             self.references.append(Reference(state, made[0], ms))
             say(f"dense pictures to compare with: {i + 1}/{len(pairs)}")
-        self.best_ms: float | None = None  # of the fastest trial that meets the constraint
+        self.best_ratio: float | None = None  # of the fastest trial that meets the constraint
+        self.turn = 0  # trials so far: which pairs have a dense twin, and which of the two is timed first, goes round
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Of the fixed points."""
+        return tuple(self.points)
 
     @property
     def dense_ms(self) -> float:
@@ -116,25 +128,34 @@ class Judge:
         return 1.5 * stdev(_above(psnr, self.adapter.class_levels(), pairs)) / math.sqrt(len(psnr))
 
     def __call__(self, knobs: Knobs) -> Verdict:
-        attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.table))
-        times: list[float] = []
+        attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.table, self.points))
+        tuned: list[float] = []
+        twins: dict[int, float] = {}
         found: list[PictureFidelity] = []
-        for reference in self.references:
-            made: list[torch.Tensor] = []
-            attend.reset()
-            times.append(self.stopwatch(lambda: made.append(self.adapter.finish(reference.state, attend))))  # noqa: B023
-            found.append(compare_pictures(made[0], reference.picture))
-            if RACE_AFTER <= len(found) < len(self.references) and self._hopeless(times, found):
+        self.turn += 1
+        for i, reference in enumerate(self.references):
+            ways = [True, False] if i % TWIN_EVERY == self.turn % RACE_AFTER else [False]
+            for dense in ways if (i + self.turn) % 2 else reversed(ways):
+                made: list[torch.Tensor] = []
+                attend.reset()
+                way = self.adapter.dense if dense else attend
+                ms = self.stopwatch(lambda: made.append(self.adapter.finish(reference.state, way)))  # noqa: B023
+                if dense:
+                    twins[i] = ms
+                else:
+                    tuned.append(ms)
+                    found.append(compare_pictures(made[0], reference.picture))
+            if RACE_AFTER <= len(found) < len(self.references) and self._hopeless(time_ratio(tuned, twins), found):
                 break
-        psnr, ssim = [f.psnr_db for f in found], [f.ssim for f in found]
+        psnr, ssim, ratio = [f.psnr_db for f in found], [f.ssim for f in found], time_ratio(tuned, twins)
         shortfall, complete = self.shortfall(psnr, ssim), len(found) == len(self.references)
-        if complete and shortfall <= 0 and (self.best_ms is None or median(times) < self.best_ms):
-            self.best_ms = median(times)
-        return Verdict(median(times), shortfall, fmean(psnr), fmean(ssim), complete)
+        if complete and shortfall <= 0 and (self.best_ratio is None or ratio < self.best_ratio):
+            self.best_ratio = ratio
+        return Verdict(ratio, shortfall, fmean(psnr), fmean(ssim), complete)
 
-    def _hopeless(self, times: Sequence[float], found: Sequence[PictureFidelity]) -> bool:
+    def _hopeless(self, ratio: float, found: Sequence[PictureFidelity]) -> bool:
         """True if the trial is clearly slower than the best that meets the constraint, or clearly short of it."""
-        slower = self.best_ms is not None and median(times) > 1.03 * self.best_ms
+        slower = self.best_ratio is not None and ratio > SLOWER * self.best_ratio
         psnr = [f.psnr_db for f in found]
         return slower or self.shortfall(psnr, [f.ssim for f in found]) > 0.3 + self._doubt(psnr, self.pairs)
 
@@ -142,3 +163,9 @@ class Judge:
 def _above(values: Sequence[float], levels: Sequence[float], pairs: Sequence[Pair]) -> list[float]:
     """What each value is above the level of its pair's class; `pairs` may go on longer."""
     return [value - levels[label] for value, (label, _) in zip(values, pairs, strict=False)]
+
+
+def time_ratio(tuned_ms: Sequence[float], twins_ms: Mapping[int, float]) -> float:
+    """Median over pairs of tuned time over the dense time measured nearest to it. twins_ms: by pair, at least one."""
+    nearest = (twins_ms[min(twins_ms, key=lambda at: abs(at - i))] for i in range(len(tuned_ms)))
+    return median(ms / dense for ms, dense in zip(tuned_ms, nearest, strict=True))

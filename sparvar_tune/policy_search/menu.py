@@ -24,13 +24,17 @@ PAPER_BANDS = (7, 9)
 PAPER_SOURCE = "the paper's fixed setting (arXiv 2602.04361), carried to this schedule"
 UNVERIFIED = "the policy's fidelity on this model was not measured: no activations of it were at hand"
 SPARSE_SCALES = 3  # the paper touches the last three scales
+PAPER_SCALES = 6  # fewer do not hold its sinks, its windows and a decision scale
 TILES = ("8x16", "8x8")  # query tiles of the search, on the last grid
 SHARES, SAMPLE = (0.06, 0.12), 4  # of keys kept by CS4A, which ranks them by every fourth query's mass
 
 
 def paper_sinks(schedule: ScaleSchedule) -> int:
-    """Five scales when the first is 1x1; where a text prefix stands in for it (HART) four and the prefix."""
-    return min(len(schedule), 5 if schedule.grids[0] == (1, 1) else 4)
+    """Five scales when the first is 1x1; where a text prefix stands in for it (HART) four and the prefix.
+
+    Of short schedules all but the last, where a window would otherwise hide nothing.
+    """
+    return min(len(schedule) - 1, 5 if schedule.grids[0] == (1, 1) else 4)
 
 
 def _windows(schedule: ScaleSchedule, last: tuple[int, ...]) -> tuple[int, ...]:
@@ -49,8 +53,8 @@ def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
     CSLA over the last three scales. Raises ValueError for schedules of fewer than six scales.
     """
     n = len(schedule)
-    if n < 6:
-        raise ValueError(f"{n} scales: the paper's setting needs at least 6")
+    if n < PAPER_SCALES:
+        raise ValueError(f"{n} scales: the paper's setting needs at least {PAPER_SCALES}")
     first = decision_scale(schedule)
     cs4a_layers = min(11, round(layers * 11 / 32))
     rules: list[Rule] = []
@@ -62,18 +66,36 @@ def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
     return Policy(("A" * heads,) * cs4a_layers + ("B" * heads,) * (layers - cs4a_layers), tuple(rules))
 
 
+def fixed_points(
+    schedule: ScaleSchedule, layers: int, heads: int, shipped: Mapping[str, Policy] | None = None
+) -> dict[str, Policy]:  # fmt: skip
+    """Name -> policy a search looks at first: `shipped` ones, the paper's where the schedule is long enough, one scale less."""
+    out = dict(shipped or {})
+    if len(schedule) >= PAPER_SCALES:
+        out["paper"] = paper_policy(schedule, layers, heads)
+    return out | {"drop last scale": Policy(("A" * heads,) * layers, (), (len(schedule) - 1,))}
+
+
 def decision_scale(schedule: ScaleSchedule) -> int:
-    """Where heads that choose keys choose them: the first scale a searched policy may act on (the paper's third-last)."""
+    """Where heads that choose keys choose them: the first scale a searched policy may act on (the paper's third-last).
+
+    Raises ValueError for schedules of fewer than three scales.
+    """
+    if len(schedule) < SPARSE_SCALES:
+        raise ValueError(f"{len(schedule)} scales: a policy acts on the last {SPARSE_SCALES}, want at least as many")
     return len(schedule) - SPARSE_SCALES
 
 
 def menu(schedule: ScaleSchedule, scale_index: int) -> dict[str, Variant]:
-    """Name -> variant for one scale from the decision scale on, "dense" first; at the decision scale what needs no decision."""
+    """Name -> variant for one scale from the decision scale on, "dense" first; at the decision scale what needs no decision.
+
+    Options that show every key, as all windows do at a short schedule's first scales, and illegal ones are left out.
+    """
     sinks, decision = paper_sinks(schedule), decision_scale(schedule)
     narrow, wide = _windows(schedule, PAPER_WINDOWS), _windows(schedule, WIDE_WINDOWS)
     options: dict[str, Variant] = {"dense": Dense()}
-    for first in (len(schedule) - 4, len(schedule) - 6):
-        options |= {f"pooled {factor} from {first}": Pooled(max(0, first), factor) for factor in (2, 4)}
+    for first in (max(0, len(schedule) - 4), max(0, len(schedule) - 6)):
+        options |= {f"pooled {factor} from {first}": Pooled(first, factor) for factor in (2, 4)}
     if scale_index > decision:
         options["reuse"] = Reuse(decision)
     for text in TILES:
@@ -82,7 +104,11 @@ def menu(schedule: ScaleSchedule, scale_index: int) -> dict[str, Variant]:
         if scale_index > decision:
             options[f"csla {text} + residual"] = Csla(narrow, sinks, tile, decision_scale=decision)
             options |= {f"cs4a {share:g} {text}": Cs4a(decision, share, tile, sample=SAMPLE) for share in SHARES}
-    return options
+    return {
+        name: variant for name, variant in options.items()
+        if Policy.uniform(1, 1, {scale_index: variant}).why_not(schedule, 1, 1) is None
+        and not (isinstance(variant, Csla) and scale_index < sinks)
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The search over policies: Optuna proposes knobs, a judge times and looks at pictures.
 
-Objective: milliseconds of the part of a generation that attention can change. Constraint: predicted shortfall of the
-certified bound, <= 0 when met. Every finished trial is stored before the next begins (a journal file of this run, or a
-storage shared by several runs), so Ctrl-C or kill -9 loses at most the trial under way.
+Objective: time of the part of a generation that attention can change, over the dense time measured beside it. Constraint:
+predicted shortfall of the certified bound, <= 0 when met. Every finished trial is stored before the next begins (a journal
+file of this run, or a storage shared by several runs), so Ctrl-C or kill -9 loses at most the trial under way. A trial that
+raises is kept as failed, with the reason, and never asked for again.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -26,21 +28,23 @@ from optuna.trial import TrialState
 
 from sparvar_tune.policy_search.storage import Shared, cut_torn_tail
 from sparvar_tune.profile.files import set_aside
+from sparvar_tune.profile.schema import one_line
 
 LOW_PRICE, HIGH_PRICE = 0.03, 3000.0  # what a unit of relative squared error is worth, in dense times of a head
 FIRST_PRICE = 25.0  # where it begins
 SLOPE_DB = 4.0  # dB that a decade of price buys, for the first steps: on pocketvar 3 to 5
 PRICE_STEPS, CLOSE_ENOUGH = 6, 0.06  # trials, decades
-LIE_DB = 2.0  # what a trial of another process is taken to fall short by until it is finished: then two look to both sides
+LIE_DB = 2.0  # what a trial not finished (of another process, or failed) is taken to fall short by: so two look to both sides
 # What an error does to the picture, measured on pocketvar by changing one scale, one pair of layers at a time: it comes to
 # 1.65 and 4.3 times as much at the second- and third-last scale as at the last, and to a little more near the logits.
 SCALE_WEIGHTS, DEFAULT_TILT = (1.0, 1.65, 4.3), 0.25
 CONSTRAINT = "shortfall_db"
+FAILURES_IN_A_ROW = 20  # of one process: then it is not the policies that are broken
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """What a trial sets. form "paper" and "drop last scale" are fixed points and ignore the rest.
+    """What a trial sets. A form other than "priced" is a fixed point (`menu.fixed_points`) and ignores the rest.
 
     prices: for the last, second-last and third-last scale. tilt: see `assign`.
     """
@@ -56,18 +60,31 @@ class Knobs:
         return self.price_last, self.price_second, self.price_third
 
 
-FORMS = ("priced", "paper", "drop last scale")
+T = TypeVar("T", "Knobs", "Verdict")
+FIXED_POINTS = ("paper", "drop last scale")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge found: time, predicted shortfall (dB, <= 0 is good), and whether every search pair was looked at."""
+    """What the judge found: time over dense time measured beside it, predicted shortfall (dB, <= 0 is good), and whether
+    every search pair was looked at.
+    """
 
-    latency_ms: float
+    time_ratio: float
     shortfall_db: float
     psnr_db: float
     ssim: float
     complete: bool
+
+    @property
+    def speedup(self) -> float:
+        return 1 / self.time_ratio
+
+    def why_not(self) -> str | None:
+        numbers = (self.time_ratio, self.shortfall_db, self.psnr_db, self.ssim)
+        if not all(map(math.isfinite, numbers)) or self.time_ratio <= 0:
+            return f"verdict: got time ratio, shortfall, PSNR, SSIM {numbers}, want finite numbers and a ratio > 0"
+        return None
 
 
 @dataclass(frozen=True)
@@ -79,30 +96,82 @@ class Found:
     verdict: Verdict
 
 
-def open_study(folder: Path, space: str, seed: int, resume: bool) -> optuna.Study:
+@dataclass(frozen=True)
+class FailedTrial:
+    """A trial whose policy raised or drew no picture, and what was said."""
+
+    number: int
+    knobs: Knobs
+    reason: str
+
+
+def open_study(
+    folder: Path, space: str, seed: int, resume: bool, say: Callable[[str], None] = lambda text: None
+) -> optuna.Study:  # fmt: skip
     """The study of `folder`, continued with `resume`; otherwise an older journal is set aside, not deleted.
 
-    `space` names what trials mean (model, silicon, menu); a journal of another space is never mixed in.
+    `space` names what trials mean (model, silicon, menu); a journal of another space is never mixed in. One that cannot be
+    read is set aside as well, and `say` gets the line. Raises OSError.
     """
-    optuna.logging.set_verbosity(logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     journal = folder / "trials.journal"
     if not resume:
         set_aside(journal)
-    if journal.exists():
-        cut_torn_tail(journal)
     # The caller holds the folder, so a lock still here is a killed run's; the journal would wait half a minute for it.
     journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=0)
-    study = optuna.create_study(
-        study_name=space, storage=storage, sampler=sampler, direction="minimize", load_if_exists=True
-    )  # fmt: skip
+    try:
+        if journal.exists():
+            _why_no_journal(journal)
+            cut_torn_tail(journal)
+        study = _create(journal, space)
+    except DamagedJournal as error:
+        set_aside(journal)
+        say(f"{error}; it was set aside and the search begins anew")
+        study = _create(journal, space)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)  # left by a killed run
-    if len(study.get_trials(deepcopy=False)):
-        study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), multivariate=True, n_startup_trials=0)
+    before = len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=seed + before, multivariate=True, n_startup_trials=0)
     return study
+
+
+class DamagedJournal(ValueError):
+    """A journal of trials that cannot be read: one line, the file and why."""
+
+
+def _why_no_journal(journal: Path) -> None:
+    """Raises DamagedJournal where the file is no journal at all, before anything takes its last line for a torn one."""
+    if not journal.is_file():
+        raise DamagedJournal(f"{journal}: not a file of trials")
+    with journal.open("rb") as file:
+        if file.read(2) not in (b"", b"{", b'{"'):
+            raise DamagedJournal(f"{journal}: not a journal of Optuna")
+
+
+@contextmanager
+def _reading(journal: Path) -> Iterator[JournalStorage]:
+    """The storage of a journal. What Optuna raises for a damaged one, or a later Optuna's, has no common kind."""
+    optuna.logging.set_verbosity(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    try:
+        yield JournalStorage(JournalFileBackend(str(journal)))
+    except OSError:
+        raise
+    except Exception as error:
+        raise DamagedJournal(f"{journal}: cannot be read ({_reason(error)})") from None
+
+
+def _create(journal: Path, space: str) -> optuna.Study:
+    """The study, made if it is not there yet. Raises DamagedJournal, also for trials nobody can read."""
+    with _reading(journal) as storage:
+        study = optuna.create_study(study_name=space, storage=storage, direction="minimize", load_if_exists=True)
+        for trial in study.get_trials(deepcopy=False):
+            _read(trial)
+    return study
+
+
+def _reason(error: Exception) -> str:
+    """One line about what was raised."""
+    return one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)[:200]
 
 
 def join_study(shared: Shared, space: str) -> optuna.Study:
@@ -140,25 +209,66 @@ def finished(study: optuna.Study) -> list[Found]:
     return _finished(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
+def failed(study: optuna.Study) -> list[FailedTrial]:
+    """Every trial of the study that failed by itself (not by a kill), oldest first."""
+    return _failed(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
+
+
 def _finished(trials: Sequence[optuna.trial.FrozenTrial]) -> list[Found]:
-    out = []
-    for t in trials:
-        if t.state == TrialState.COMPLETE and "knobs" in t.user_attrs:
-            out.append(
-                Found(t.number, Knobs(**json.loads(t.user_attrs["knobs"])), Verdict(**json.loads(t.user_attrs["verdict"])))
-            )
-    return out
+    return [read for t in trials if isinstance(read := _read_or_none(t), Found)]
+
+
+def _failed(trials: Sequence[optuna.trial.FrozenTrial]) -> list[FailedTrial]:
+    return [read for t in trials if isinstance(read := _read_or_none(t), FailedTrial)]
+
+
+def _read(trial: optuna.trial.FrozenTrial) -> Found | FailedTrial | Knobs | None:
+    """What a trial says: how it ended or, until then, what it is at; None where it has said nothing. Raises ValueError."""
+    attrs = trial.user_attrs
+    if "knobs" not in attrs:
+        return None
+    try:
+        knobs = _from_json(Knobs, attrs["knobs"])
+        if trial.state == TrialState.COMPLETE:
+            return Found(trial.number, knobs, _from_json(Verdict, attrs["verdict"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"trial {trial.number} cannot be read ({_reason(error)})") from None
+    if trial.state == TrialState.FAIL:  # without a reason a process was killed at it: someone may try again
+        return FailedTrial(trial.number, knobs, str(attrs["failure"])) if "failure" in attrs else None
+    return knobs
+
+
+def _from_json(kind: type[T], text: str) -> T:
+    """The dataclass in the text: exactly its fields, every one of its type. Raises ValueError, KeyError or TypeError."""
+    values = json.loads(text)
+    types = {f.name: f.type for f in fields(kind)}
+    if set(values) != set(types):
+        raise ValueError(f"{kind.__name__.lower()}: got {sorted(values)}, want {sorted(types)}")
+    for name, value in values.items():
+        number = types[name] == "float" and type(value) in (int, float) and math.isfinite(value)
+        if not number and (types[name] == "float" or type(value).__name__ != types[name]):
+            raise ValueError(f"{kind.__name__.lower()}.{name}: got {value!r}, want a {types[name]}")
+    return kind(**values)
+
+
+def _read_or_none(trial: optuna.trial.FrozenTrial) -> Found | FailedTrial | Knobs | None:
+    """`_read`, where one trial of a shared storage that is damaged must not end everybody's search."""
+    try:
+        return _read(trial)
+    except ValueError:
+        return None
 
 
 def read_trials(folder: Path) -> list[Found]:
-    """Finished trials of the newest search kept in `folder`; none if there is no journal."""
+    """Finished trials of the newest search kept in `folder`; none if there is no journal. Raises DamagedJournal."""
     journal = folder / "trials.journal"
     if not journal.exists():
         return []
-    optuna.logging.set_verbosity(logging.ERROR)
-    studies = JournalStorage(JournalFileBackend(str(journal)))
-    names = optuna.get_all_study_names(studies)
-    return finished(optuna.load_study(study_name=names[-1], storage=studies)) if names else []
+    _why_no_journal(journal)
+    with _reading(journal) as studies:
+        names = optuna.get_all_study_names(studies)
+        trials = optuna.load_study(study_name=names[-1], storage=studies).get_trials(deepcopy=False) if names else []
+        return [read for t in trials if isinstance(read := _read(t), Found)]
 
 
 def shared_trials(shared: Shared, model: str) -> dict[str, list[Found]]:
@@ -167,8 +277,8 @@ def shared_trials(shared: Shared, model: str) -> dict[str, list[Found]]:
     return {n: finished(optuna.load_study(study_name=n, storage=shared.storage)) for n in names}
 
 
-def _suggest(trial: optuna.trial.Trial) -> Knobs:
-    form = trial.suggest_categorical("form", FORMS)
+def _suggest(trial: optuna.trial.Trial, points: Sequence[str]) -> Knobs:
+    form = trial.suggest_categorical("form", ("priced", *points))
     last, second, third = (
         trial.suggest_float(name, LOW_PRICE, HIGH_PRICE, log=True) for name in ("price_last", "price_second", "price_third")
     )
@@ -178,41 +288,50 @@ def _suggest(trial: optuna.trial.Trial) -> Knobs:
 
 def search(
     study: optuna.Study, judge: Callable[[Knobs], Verdict], until: Callable[[], bool], tell: Callable[[Found], None],
-    shared: Shared | None = None,
+    shared: Shared | None = None, *, points: Sequence[str] = FIXED_POINTS,
+    tell_failed: Callable[[FailedTrial], None] = lambda trial: None,
 ) -> None:  # fmt: skip
-    """Runs trials until `until()`: fixed seeds, then a bisection of one common price, then TPE around what was found.
+    """Runs trials until `until()`: the fixed `points`, then a bisection of one common price, then TPE around what was found.
 
-    Nothing finished is repeated, nor what another process of a `shared` study is at.
+    Nothing finished or failed is repeated, nor what another process of a `shared` study is at. What `judge` raises ends its
+    trial alone; after FAILURES_IN_A_ROW of them the search ends. Raises what the storage raises, and KeyboardInterrupt.
     """
-    while not until():
+    in_a_row = 0
+    while not until() and in_a_row < FAILURES_IN_A_ROW:
         if shared:
             shared.stale(study)
         trials = study.get_trials(deepcopy=False)
-        found = _finished(trials)
+        found, broken = _finished(trials), {f.knobs for f in _failed(trials)}
         with unbroken():
-            planned = next_planned(found, _under_way(trials))
+            planned = next_planned(found, _under_way(trials) | broken, points)
             if planned:  # a trial with its knobs from the first moment on, so that nobody takes them for free
                 study.enqueue_trial(asdict(planned), user_attrs={"knobs": json.dumps(asdict(planned))})
             trial = study.ask()  # what another process enqueued a moment ago is as good
-            knobs = _suggest(trial)
+            knobs = _suggest(trial, points)
             known = [f.verdict for f in found if f.knobs == knobs]
             if known:  # a fixed point again: do not pay for it again, but let the sampler learn from it
                 _tell(study, trial, knobs, known[-1])
                 continue
-            if _taken(study, trial, knobs):
+            if knobs in broken or _taken(study, trial, knobs):
+                trial.set_constraint(CONSTRAINT, 1e3)  # one without would count as feasible
                 study.tell(trial, state=TrialState.FAIL)
                 continue
         with shared.hold(study, trial) if shared else nullcontext():
-            _judge_trial(study, trial, judge, knobs, tell)
+            ended = _judge_trial(study, trial, judge, knobs)
+        in_a_row = in_a_row + 1 if isinstance(ended, FailedTrial) else 0
+        if isinstance(ended, FailedTrial):
+            tell_failed(ended)
+        else:
+            tell(ended)
 
 
-def next_planned(found: Sequence[Found], under_way: Collection[Knobs]) -> Knobs | None:
-    """The fixed seeds, then one common price by interpolation; None when all is known or under way."""
+def next_planned(found: Sequence[Found], settled: Collection[Knobs], points: Sequence[str] = FIXED_POINTS) -> Knobs | None:
+    """The fixed points, then one common price by interpolation; None when all is known. settled: under way or failed."""
     known = {f.knobs for f in found}
-    for seed in (Knobs(form="paper"), Knobs(form="drop last scale")):
-        if seed not in known and seed not in under_way:
+    for seed in (Knobs(form=form) for form in points):
+        if seed not in known and seed not in settled:
             return seed
-    return _next_common_price(found, under_way)
+    return _next_common_price(found, settled)
 
 
 def _common(price: float) -> Knobs:
@@ -221,10 +340,10 @@ def _common(price: float) -> Knobs:
     return Knobs("priced", last, second, third, DEFAULT_TILT)
 
 
-def _next_common_price(found: Sequence[Found], under_way: Collection[Knobs]) -> Knobs | None:
+def _next_common_price(found: Sequence[Found], settled: Collection[Knobs]) -> Knobs | None:
     """Towards the cheapest common price that meets the constraint, by the slope of the shortfall over the price's logarithm."""
     points = {f.knobs: f.verdict.shortfall_db for f in found}
-    points |= {knobs: LIE_DB for knobs in under_way if knobs not in points}
+    points |= {knobs: LIE_DB for knobs in settled if knobs not in points}
     line = {math.log10(k.price_last): short for k, short in points.items() if k == _common(k.price_last)}
     missed = max(((at, short) for at, short in line.items() if short > 0), default=(-math.inf, 0.0))  # the dearest
     met = min(((at, short) for at, short in line.items() if short <= 0), default=(math.inf, 0.0))  # the cheapest
@@ -242,7 +361,8 @@ def _next_common_price(found: Sequence[Found], under_way: Collection[Knobs]) -> 
 
 def _planned(trial: optuna.trial.FrozenTrial) -> Knobs | None:
     """Knobs written on a trial, None on the sampler's own until it is finished."""
-    return Knobs(**json.loads(trial.user_attrs["knobs"])) if "knobs" in trial.user_attrs else None
+    read = _read_or_none(trial)
+    return read.knobs if isinstance(read, Found | FailedTrial) else read
 
 
 def _under_way(trials: Sequence[optuna.trial.FrozenTrial]) -> set[Knobs]:
@@ -260,18 +380,40 @@ def _taken(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs) -> bool
 
 
 def _judge_trial(
-    study: optuna.Study, trial: optuna.trial.Trial, judge: Callable[[Knobs], Verdict], knobs: Knobs,
-    tell: Callable[[Found], None],
-) -> None:  # fmt: skip
+    study: optuna.Study, trial: optuna.trial.Trial, judge: Callable[[Knobs], Verdict], knobs: Knobs
+) -> Found | FailedTrial:  # fmt: skip
+    """Judges and stores. Raises only what is not the policy's fault: an interrupt, or a storage that cannot be written."""
     try:
         verdict = judge(knobs)
+        if why := verdict.why_not():
+            raise ValueError(why)
+    except Exception as error:
+        reason = _reason(error)
+        return FailedTrial(_tell_failed(study, trial, knobs, reason), knobs, reason)
     except BaseException:
         with unbroken(), suppress(ValueError, UpdateFinishedTrialError):  # failed by another process
-            # the constraint first: a trial without one would count as feasible
             trial.set_constraint(CONSTRAINT, 1e3)
             study.tell(trial, state=TrialState.FAIL)
         raise
-    tell(Found(_tell(study, trial, knobs, verdict), knobs, verdict))
+    return Found(_tell(study, trial, knobs, verdict), knobs, verdict)
+
+
+def _tell_failed(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, reason: str) -> int:
+    """Stores a failure as `_tell` stores a verdict; its number."""
+    attrs = {"knobs": json.dumps(asdict(knobs)), "failure": reason}
+    with unbroken():
+        try:
+            trial.set_constraint(CONSTRAINT, 1e3)  # first: a trial without one would count as feasible
+            for name, text in attrs.items():
+                trial.set_user_attr(name, text)
+            study.tell(trial, state=TrialState.FAIL)
+        except (ValueError, UpdateFinishedTrialError):
+            study.add_trial(optuna.create_trial(
+                state=TrialState.FAIL, params=trial.params, distributions=trial.distributions, user_attrs=attrs,
+                constraints={CONSTRAINT: 1e3},
+            ))  # fmt: skip
+            return max(f.number for f in failed(study) if f.knobs == knobs)
+        return trial.number
 
 
 def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict: Verdict) -> int:
@@ -282,11 +424,11 @@ def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict:
             trial.set_constraint(CONSTRAINT, verdict.shortfall_db)
             for name, text in attrs.items():
                 trial.set_user_attr(name, text)
-            study.tell(trial, verdict.latency_ms)
+            study.tell(trial, verdict.time_ratio)
             return trial.number
         except (ValueError, UpdateFinishedTrialError):  # this machine slept, say, and nothing finished may be lost
             study.add_trial(optuna.create_trial(
-                value=verdict.latency_ms, params=trial.params, distributions=trial.distributions, user_attrs=attrs,
+                value=verdict.time_ratio, params=trial.params, distributions=trial.distributions, user_attrs=attrs,
                 constraints={CONSTRAINT: verdict.shortfall_db},
             ))  # fmt: skip
             return max(f.number for f in finished(study) if f.knobs == knobs)
@@ -295,7 +437,7 @@ def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict:
 def front(found: Sequence[Found]) -> list[Found]:
     """The Pareto front of fully judged trials: faster first, every next one closer to dense than all before (PSNR)."""
     out: list[Found] = []
-    for f in sorted(found, key=lambda f: (f.verdict.latency_ms, -f.verdict.psnr_db)):
+    for f in sorted(found, key=lambda f: (f.verdict.time_ratio, -f.verdict.psnr_db)):
         if f.verdict.complete and (not out or f.verdict.psnr_db > out[-1].verdict.psnr_db):
             out.append(f)
     return out
@@ -304,4 +446,4 @@ def front(found: Sequence[Found]) -> list[Found]:
 def candidates(found: Sequence[Found]) -> list[Found]:
     """Fully judged trials that meet the constraint, fastest first; each set of knobs once."""
     unique = {f.knobs: f for f in found if f.verdict.complete and f.verdict.shortfall_db <= 0}
-    return sorted(unique.values(), key=lambda f: f.verdict.latency_ms)
+    return sorted(unique.values(), key=lambda f: f.verdict.time_ratio)

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 from sparvar_kernels.backends.registry import KERNELS, kernel_for
+from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, load_adapter
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.names import CUSTOM
+from sparvar_tune.launch_search.choose import Found
 from sparvar_tune.measure.fidelity import Constraint
-from sparvar_tune.policy_search.menu import decision_scale, menu, paper_policy
+from sparvar_tune.policy_search.menu import decision_scale, fixed_points, menu, paper_policy
 from sparvar_tune.policy_search.storage import open_shared, place
 from sparvar_tune.profile import store
 from sparvar_tune.profile.describe import describe
@@ -129,8 +131,10 @@ class SearchHere(Way):
             say(f"  scale {scale}: {', '.join(menu(schedule, scale))}")
         kernel = KERNELS[kernel_for(self.adapter.device)]
         say(f"  launch: kernel {kernel.name}, " + ", ".join(f"{k} in {list(v)}" for k, v in kernel.config.space().items()))
-        say(f"  fixed points: paper ({describe(paper_policy(schedule, model.layers, model.heads))}); drop last scale")
-        say(f"plan: measure every option on a capture; search on {search_here.SEARCH_PAIRS} pairs (paper's setting, bisection, "
+        shipped = search_here.shipped_policies(self.request, self.adapter, say)
+        for name, policy in fixed_points(schedule, model.layers, model.heads, shipped).items():
+            say(f"  fixed point: {name} ({describe(policy)})")
+        say(f"plan: measure every option on a capture; search on {search_here.SEARCH_PAIRS} pairs (fixed points, bisection, "
             f"then TPE); certify on {s.pairs} others; budget {s.budget_s:.0f} s")  # fmt: skip
         say(f"trials go to {place(s.storage) if s.storage else self.request.scratch}")
         say(f"profile goes to {self.out}")
@@ -146,8 +150,11 @@ class SearchHere(Way):
             self._keep_log(log, say)
         return store.load(self.out)
 
-    def _take_over(self, say: Say, status: Say) -> tuple[Profile, Path] | None:
-        """The profile of a policy that other silicon searched, and its log; None: none is there, it does not do here, a CPU."""
+    def _take_over(self, say: Say, status: Say) -> tuple[Profile, Path | None] | None:
+        """The profile of a policy that other silicon searched, and its log; None: none is there, or a CPU.
+
+        Where it does not do here, that of a search.
+        """
         gpu, request = self.subject.gpu, self.request
         if self.settings.search or gpu.slug == "cpu":
             return None
@@ -160,18 +167,20 @@ class SearchHere(Way):
             profile = take_over.transfer(request, self.adapter, source, self._shop(request.scratch), say, status)
         except search_here.NothingMeetsTheBound as error:
             say(f"{error}; searching here")
-            return None
+            return self._search(say, status, take_over.ATTEMPT + 1)
         return profile, request.scratch / time_only.LOG
 
-    def _search(self, say: Say, status: Say) -> tuple[Profile, Path | None]:
+    def _search(self, say: Say, status: Say, attempts: int = 0) -> tuple[Profile, Path | None]:
         """The profile of a policy found here, on a GPU with its fastest launches, and their log; None where none was timed."""
         gpu, request = self.subject.gpu, self.request
         if gpu.slug == "cpu":
             return search_here.tune(request, self.adapter, say, status), None
         shop = dataclasses.replace(self._shop(request.scratch / "launches"), resume=True)
-        profile = search_here.tune(request, self.adapter, say, status, time_launches=lambda policy: time_only.time_launches(
-            policy, search_here.workload(request, self.adapter), gpu, shop, say, status
-        ))  # fmt: skip
+
+        def time_launches(policy: Policy) -> Found:
+            return time_only.time_launches(policy, search_here.workload(request, self.adapter), gpu, shop, say, status)
+
+        profile = search_here.tune(request, self.adapter, say, status, time_launches=time_launches, attempts=attempts)
         log = request.scratch / "launches" / time_only.LOG
         return profile, log if log.is_file() else None
 

@@ -7,40 +7,52 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.registry import KERNELS, kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter
-from sparvar_tune.catalog.gpus import Gpu
+from sparvar_tune.catalog.gpus import GPUS, Gpu, nearest_first
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.launch_search.choose import Found as Timed
 from sparvar_tune.launch_search.choose import points
 from sparvar_tune.measure.capture import Recorder
-from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint
+from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.measure.pairs import held_out_pairs, search_pairs
 from sparvar_tune.measure.timing import CLOCK, Clock, quantile
-from sparvar_tune.policy_search.certify import Trial, compare_on, decision_cost, evidence, generation, measured_rows
+from sparvar_tune.policy_search.certify import (
+    SHARES,
+    Trial,
+    compare_on,
+    confidence_of,
+    decision_cost,
+    evidence,
+    generation,
+    measured_rows,
+)
 from sparvar_tune.policy_search.judge import Judge, build_policy, first_touched, make_attention
-from sparvar_tune.policy_search.menu import Table, menu
+from sparvar_tune.policy_search.menu import Table, fixed_points, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
 from sparvar_tune.policy_search.storage import one_line, open_shared
-from sparvar_tune.policy_search.study import Found, candidates, finished, front, join_study, open_study, search
-from sparvar_tune.profile import schema
+from sparvar_tune.policy_search.study import Found, Knobs, candidates, failed, finished, front, join_study, open_study, search
+from sparvar_tune.profile import schema, store
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.profile.files import exclusive
 from sparvar_tune.profile.identity import every_meaning, stamp
 from sparvar_tune.profile.machine import silicon, versions
 from sparvar_tune.runtime.tuned import launch_of
 
-SEARCH_PAIRS, FEWEST_PAIRS = 10, 12  # ten: every class of pocketvar once; with eight, predictions were 0.4 dB off
+SEARCH_PAIRS = 10  # every class of pocketvar once; with eight, predictions were 0.4 dB off
+FEWEST_TRIALS = 3  # judged whatever the budget, where no policy is shipped to begin with; else that one alone
 PAIR_COST, LAUNCH_COST = 1.75, 5.0  # in dense rests, measured on 2 cores: certifying a pair, tuning the launches
 SEARCHED = "searched on this machine under a picture-level constraint"  # a profile's policy_source: others may take it over
-ATTEMPTS = 3  # candidates that may be certified; attempt j spends 2**-j of the error probability
+MEANING = "time over dense beside it"  # of a trial's objective: trials of another meaning are of another space
 
 
 class NothingMeetsTheBound(ValueError):
@@ -49,7 +61,11 @@ class NothingMeetsTheBound(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What to tune. `budget_s` is wall time from here to the profile; `scratch` keeps the trials, or `storage` (a URL) does."""
+    """What to tune. `scratch` keeps the trials, or `storage` (a URL) does.
+
+    budget_s: wall time (s) the whole run is to take. Only the search is cut to meet it: what must come before (options, dense
+    pictures, the first trials) and after it (certification on all `pairs`) is done on a slow machine too.
+    """
 
     model: Model
     resolution: str
@@ -67,11 +83,13 @@ class Request:
 
 def tune(
     request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None], clock: Clock = CLOCK,
-    time_launches: Callable[[Policy], Timed] | None = None,
+    time_launches: Callable[[Policy], Timed] | None = None, shipped: Mapping[str, Policy] | None = None, attempts: int = 0,
 ) -> schema.Profile:  # fmt: skip
     """The certified profile. `say` prints a line to keep, `status` one to overwrite; all times are `clock`'s.
 
     time_launches: finds the launches of a policy (on a GPU: `timed.time_launches`); None: by running it on a capture.
+    shipped: policies to begin with, by form; None: those that came with the package for this model.
+    attempts: at certification that came before, of a policy taken over: they share one error probability.
 
     Raises NothingMeetsTheBound, ValueError (folder busy or unwritable), KeyboardInterrupt (finished trials are kept).
     """
@@ -80,78 +98,119 @@ def tune(
     def left() -> float:
         return request.budget_s - (clock() - begun)
 
+    def note(text: str) -> None:
+        say(f"[{clock() - begun:4.0f} s] {text}")
+
     shared = open_shared(request.storage) if request.storage else None
     with one_line(request.storage) if request.storage else exclusive(request.scratch):
+        model = adapter.model
+        known = shipped_policies(request, adapter, note) if shipped is None else shipped
+        points = fixed_points(adapter.schedule, model.layers, model.heads, known)
         table = measure_options(adapter, status, clock)
-        say(f"[{clock() - begun:4.0f} s] measured {sum(map(len, table.error.values()))} options "
-            f"on {adapter.model.layers} x {adapter.model.heads} heads")  # fmt: skip
+        note(f"measured {sum(map(len, table.error.values()))} options on {model.layers} x {model.heads} heads")
         pairs = search_pairs(adapter.num_classes, SEARCH_PAIRS)
-        judge = Judge(adapter, pairs, request.constraint, request.pairs, table, status, clock)
+        judge = Judge(adapter, pairs, request.constraint, request.pairs, table, status, clock, points)
+        if busy := judge.stopwatch.load():
+            note(busy)
         # per held-out pair the shared start, the dense and the tuned rest, in terms of the dense rest; and launches
         reserve = (request.pairs * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
-        held_out = request.pairs
-        if reserve > 0.8 * left():
-            held_out = max(FEWEST_PAIRS, int(request.pairs * 0.7 * max(0.0, left()) / reserve))
-            reserve = (held_out * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
-            say(f"[{clock() - begun:4.0f} s] the budget allows {held_out} held-out pairs instead of {request.pairs}")
-            judge.held_out = held_out
-        space = _space(request, adapter)
-        study = join_study(shared, space) if shared else open_study(request.scratch, space, request.seed, request.resume)
+        space = _space(request, adapter, points)
+        study = join_study(shared, space) if shared else open_study(request.scratch, space, request.seed, request.resume, note)
+        fewest = len(known) or FEWEST_TRIALS
         if finished(study):
-            say(f"[{clock() - begun:4.0f} s] going on after {len(finished(study))} finished trials")
+            note(f"going on after {len(finished(study))} finished trials")
+        elif left() < reserve:
+            note(f"no time for a search: certifying on {request.pairs} pairs takes about {reserve:.0f} s here; "
+                 f"that and {fewest} trial{'s' * (fewest > 1)} are done all the same")  # fmt: skip
 
-        def tell(found: Found) -> None:
-            say(f"[{clock() - begun:4.0f} s] {trial_line(found, judge, left() - reserve)}")
+        def enough() -> bool:
+            return left() < reserve and len(finished(study)) + len(failed(study)) >= fewest
 
-        search(study, judge, lambda: left() < reserve, tell, shared)
+        search(
+            study, judge, enough, lambda trial: note(trial_line(trial, judge, left() - reserve)), shared, points=judge.forms,
+            tell_failed=lambda trial: note(f"trial {trial.number:3d}  failed: {trial.reason} ({knobs_line(trial.knobs)})"),
+        )  # fmt: skip
+        if not busy and (load := judge.stopwatch.load()):
+            note(load)
         done = finished(study)
-        points = ", ".join(f"{judge.dense_ms / f.verdict.latency_ms:.2f}x {f.verdict.psnr_db:.1f} dB" for f in front(done))
-        say(f"[{clock() - begun:4.0f} s] time against PSNR, the front of {len(done)} trials: {points or 'none complete'}")
-        ranked = candidates(done)
-        attempt, needed = 0, 0.0
-        for candidate in ranked:
-            policy = build_policy(candidate.knobs, adapter, table)
+        shown = ", ".join(f"{f.verdict.speedup:.2f}x {f.verdict.psnr_db:.1f} dB" for f in front(done))
+        note(f"time against PSNR, the front of {len(done)} trials: {shown or 'none complete'}")
+        attempt, needed = attempts, 0.0
+        looked_at = set[Policy]()
+        for candidate in candidates(done):
+            policy = build_policy(candidate.knobs, adapter, table, points)
             nothing = not policy.rules and not policy.skip_scales  # dense everywhere is no result
-            if candidate.verdict.shortfall_db > -needed or attempt == ATTEMPTS or nothing:
+            if candidate.verdict.shortfall_db > -needed or nothing or policy in looked_at:
                 continue
-            attempt += 1
-            say(f"[{clock() - begun:4.0f} s] certifying trial {candidate.number}: {describe(policy)}")
+            if attempt == len(SHARES):
+                break
+            looked_at.add(policy)
+            note(f"certifying trial {candidate.number}: {describe(policy)}")
             found = time_launches(policy) if time_launches else None
             launches = (
                 {r.scale_index: launch_of(r) for r in found.rows} if found else tune_launches(adapter, policy, judge, status)
             )
-            trial = compare_on(
-                adapter, policy, launches, held_out_pairs(adapter.num_classes, held_out), status, judge.doomed, clock
-            )
-            if len(trial.pairs) < held_out:
+            confidence, drawn = confidence_of(attempt), held_out_pairs(adapter.num_classes, request.pairs, attempt)
+            attempt += 1
+            trial = compare_on(adapter, policy, launches, drawn, status, judge.doomed, clock)
+            if len(trial.pairs) < request.pairs:
                 mean = fmean(f.psnr_db for f in trial.found)
-                say(f"[{clock() - begun:4.0f} s] given up after {len(trial.pairs)} held-out pairs: PSNR {mean:.2f} dB")
+                note(f"given up after {len(trial.pairs)} held-out pairs: PSNR {mean:.2f} dB")
                 needed = max(needed, 0.2) - min(0.0, candidate.verdict.shortfall_db)
                 continue
-            confidence = 1 - (1 - CONFIDENCE) * 2.0**-attempt if attempt > 1 else CONFIDENCE
             proof, shortfall = evidence(trial, adapter, policy, request.constraint, confidence)
             gain = generation(trial, adapter).speedup
-            say(f"[{clock() - begun:4.0f} s] {held_out} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
-                f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); SSIM {proof.ssim_mean:.4f}, lower bound "
-                f"{proof.ssim_lower:.4f} (wanted {request.constraint.ssim:g}); {gain.median:.2f}x")  # fmt: skip
+            note(f"{request.pairs} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower {confidence:.1%} bound "
+                 f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); SSIM {proof.ssim_mean:.4f}, lower bound "
+                 f"{proof.ssim_lower:.4f} (wanted {request.constraint.ssim:g}); {gain.median:.2f}x "
+                 f"({gain.low:.2f}..{gain.high:.2f})")  # fmt: skip
             if shortfall <= 0 and gain.low > 1:
                 return make_profile(request, adapter, policy, SEARCHED, trial, proof, launches, found, len(done))
-            needed = max(needed, shortfall) - candidate.verdict.shortfall_db
-        raise NothingMeetsTheBound(_best_reachable(done, request, judge))
+            if shortfall > 0:
+                needed = max(needed, shortfall) - candidate.verdict.shortfall_db
+        raise NothingMeetsTheBound(_best_reachable(study, request, attempt > attempts))
+
+
+def shipped_policies(request: Request, adapter: Adapter, say: Callable[[str], None]) -> dict[str, Policy]:
+    """Form -> policy that was certified on these very weights and came with the package, for the preset or all of them.
+
+    A first search on a slow machine begins with what one elsewhere found; its pictures and times are looked at here anew.
+    """
+    model, found = request.model, dict[str, Policy]()
+    default = (model.default_resolution, model.default_aspect)
+    for preset in (request.preset,) if request.preset in PRESETS else PRESETS:
+        name = store.profile_name(model.slug, preset, request.resolution, request.aspect, default)
+        for gpu in (request.gpu, *nearest_first(request.gpu, (g for g in GPUS.values() if g.slug != request.gpu.slug))):
+            path = store.shipped_folder() / gpu.slug / name
+            if not path.is_file():
+                continue
+            try:
+                profile = store.load(path)
+            except schema.ProfileError as error:
+                say(f"not begun with: {error}")
+                continue
+            w, policy = profile.workload, profile.policy
+            fits = (w.weights_sha256, w.schedule) == (adapter.weights_sha256, adapter.schedule)
+            if fits and profile.policy_state == "measured" and policy not in found.values():
+                found[f"shipped {preset}"] = policy
+                break
+    return found
 
 
 def trial_line(found: Found, judge: Judge, search_left: float) -> str:
     """One trial, the best so far, and how long the search goes on."""
     v = found.verdict
-    k = found.knobs
-    what = k.form if k.form != "priced" else f"prices {' '.join(f'{p:.3g}' for p in k.prices)}, tilt {k.tilt:+.1f}"
     mark = "meets the bound" if v.shortfall_db <= 0 else f"{v.shortfall_db:.1f} dB short"
     mark += "" if v.complete else ", given up early"
-    best = f"best {judge.dense_ms / judge.best_ms:.2f}x" if judge.best_ms else "none meets it yet"
+    best = f"best {1 / judge.best_ratio:.2f}x" if judge.best_ratio else "none meets it yet"
     return (
-        f"trial {found.number:3d}  {judge.dense_ms / v.latency_ms:5.2f}x  {v.psnr_db:5.2f} dB  {v.ssim:.4f}  {mark} ({what});"
+        f"trial {found.number:3d}  {v.speedup:5.2f}x  {v.psnr_db:5.2f} dB  {v.ssim:.4f}  {mark} ({knobs_line(found.knobs)});"
         f" {best}; {max(0, search_left):.0f} s of search left"
     )
+
+
+def knobs_line(k: Knobs) -> str:
+    return k.form if k.form != "priced" else f"prices {' '.join(f'{p:.3g}' for p in k.prices)}, tilt {k.tilt:+.1f}"
 
 
 def measure_options(adapter: Adapter, status: Callable[[str], None], clock: Clock = CLOCK) -> Table:
@@ -191,25 +250,28 @@ def tune_launches(adapter: Adapter, policy: Policy, judge: Judge, status: Callab
     return {s: Launch(kernel.name, kernel.config(**best[s])) for s in scales}
 
 
-def _space(request: Request, adapter: Adapter) -> str:
+def _space(request: Request, adapter: Adapter, points: Mapping[str, Policy] | None = None) -> str:
     """Names everything a trial's numbers depend on; trials of another space, or of other silicon, are never mixed in."""
     here = silicon(request.gpu, True)
     parts = (request.model.slug, request.gpu.slug, here.name, here.threads, adapter.schedule.grids, repr(request.constraint),
              request.pairs, adapter.weights_sha256, every_meaning(), versions().torch,
-             repr(menu(adapter.schedule, len(adapter.schedule) - 1)))  # fmt: skip
+             repr(menu(adapter.schedule, len(adapter.schedule) - 1)), MEANING, repr(points))  # fmt: skip
     return f"{request.model.slug}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
-def _best_reachable(done: list[Found], request: Request, judge: Judge) -> str:
+def _best_reachable(study: Any, request: Request, certified: bool) -> str:
     wanted = f"PSNR >= {request.constraint.psnr_db:g} dB and SSIM >= {request.constraint.ssim:g}"
+    done, broken = finished(study), failed(study)
     if not done:
-        return f"no trial finished within the budget of {request.budget_s:.0f} s; give more with --budget"
-    faster = [f for f in done if judge.dense_ms / f.verdict.latency_ms > 1.05] or done
+        why = f"all {len(broken)} trials failed, the last with: {broken[-1].reason}" if broken else "no trial finished"
+        return f"{why}; nothing written"
+    faster = [f for f in done if f.verdict.speedup > 1.05] or done
     best = max(faster, key=lambda f: (-f.verdict.shortfall_db, f.verdict.psnr_db))
     v = best.verdict
+    held_out = "but not so on the held-out pairs" if certified else "no faster than dense"
     return (
         f"no configuration faster than dense certifies {wanted}; the best reached {v.psnr_db:.2f} dB and SSIM {v.ssim:.4f} "
-        f"at {judge.dense_ms / v.latency_ms:.2f}x ({max(0.0, v.shortfall_db):.2f} dB short); nothing written. "
+        f"at {v.speedup:.2f}x ({f'{v.shortfall_db:.2f} dB short' if v.shortfall_db > 0 else held_out}); nothing written. "
         "Ask for less with --min-psnr / --min-ssim, or give more --budget"
     )
 

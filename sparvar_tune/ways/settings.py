@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sparvar_tune.catalog.names import unknown_name
+from sparvar_tune.measure.pairs import MOST_PAIRS
 
 BUDGET_S, VERIFY_BUDGET_S, PAIRS, VERIFY_PAIRS = 290.0, 55.0, 32, 8
-MOST_SECONDS, MOST_PAIRS, MOST_WORKERS = 30 * 86400.0, 10_000, 1024
+MOST_SECONDS, MOST_WORKERS = 30 * 86400.0, 1024
 MODES = ("eager", "graph")
 RANGES = {"psnr": (0.0, 200.0, " dB"), "ssim": (0.0, 1.0, "")}  # of what a picture may be asked to reach
 
@@ -39,7 +40,8 @@ class Settings:
     """How to tune; what is not used on a way says so there. Raises ValueError for a value out of range.
 
     bounds: by metric ("psnr" in dB, "ssim"), what the lower confidence bound must reach instead of the quality's own value.
-    budget_s: wall time. pairs: held-out (class, seed) pairs. out: folder that gets <gpu>/<model>.json, None for this user's.
+    budget_s: wall time; only the search is cut to meet it. pairs: held-out (class, seed) pairs. out: folder that gets
+    <gpu>/<model>.json, None for this user's.
     resume: go on after the finished trials of the last run. search: search even where other silicon's policy can be taken
     over. workers, mode, merge, log: of launches timed on a GPU. storage: URL where runs share trials.
     """

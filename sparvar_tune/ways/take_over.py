@@ -12,14 +12,15 @@ from pathlib import Path
 
 from sparvar_tune.adapters import Adapter
 from sparvar_tune.catalog.gpus import GPUS, Gpu, nearest_first
-from sparvar_tune.measure.fidelity import CONFIDENCE
 from sparvar_tune.measure.pairs import held_out_pairs
-from sparvar_tune.policy_search.certify import compare_on, evidence, generation
+from sparvar_tune.policy_search.certify import compare_on, confidence_of, evidence, generation
 from sparvar_tune.profile import schema, store
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.runtime.tuned import launch_of
 from sparvar_tune.ways.search_here import SEARCHED, NothingMeetsTheBound, Request, make_profile, workload
 from sparvar_tune.ways.time_only import Shop, time_launches
+
+ATTEMPT = 0  # at certification; a search that comes after it goes on with the next
 
 
 def find_policy(name: str, weights_sha256: str | None, gpu: Gpu, folders: Sequence[Path]) -> tuple[schema.Profile, Path] | None:
@@ -54,8 +55,8 @@ def transfer(
     shape = workload(request, adapter)
     found = time_launches(policy, shape, request.gpu, shop, say, status)
     launches = {row.scale_index: launch_of(row) for row in found.rows}
-    trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs), status)
-    proof, shortfall = evidence(trial, adapter, policy, request.constraint, CONFIDENCE)
+    trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs, ATTEMPT), status)
+    proof, shortfall = evidence(trial, adapter, policy, request.constraint, confidence_of(ATTEMPT))
     gain = generation(trial, adapter)
     say(f"[{time.monotonic() - begun:4.0f} s] {request.pairs} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
         f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); {gain.speedup.median:.2f}x")  # fmt: skip

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def trials_of(subject: Subject, storage: str | None = None) -> pandas.DataFrame:
     """The finished trials of this user's last search of the subject, or of every study of its model in a shared storage.
 
-    One row a trial; columns `trial`, what it set, what was found (times in ms, PSNR in dB), and `front`: whether it is on
-    the front of time against PSNR; of a storage also `study`. Raises ValueError where there are none.
+    One row a trial; columns `trial`, what it set, what was found (time over dense time beside it, PSNR in dB), and `front`:
+    whether it is on the front of time against PSNR; of a storage also `study`. Raises ValueError where there are none.
     """
     if storage:
         with one_line(storage):

@@ -8,6 +8,7 @@ from sparvar_tune.profile import misses
 from sparvar_tune.profile.machine import choose_gpu
 from sparvar_tune.profile.schema import one_line
 from sparvar_tune.ways.choose_way import choose_way
+from sparvar_tune.ways.search_here import NothingMeetsTheBound
 from sparvar_tune.ways.settings import Settings
 from sparvar_tune.ways.subject import Subject
 
@@ -15,7 +16,13 @@ from sparvar_tune.ways.subject import Subject
 def run(options: TuneOptions) -> int:
     if options.subject is None:
         return _tune_misses(options)
-    _tune(options.subject, options.settings, options.dry_run)
+    try:
+        _tune(options.subject, options.settings, options.dry_run)
+    except NothingMeetsTheBound as error:
+        if options.settings.bounds:  # what was asked for by number and cannot be had is an error
+            raise
+        say(f"\n{options.subject.model.slug} gets no profile of this machine's own: {error}")
+        say(f"what runs here is then:\n{options.subject.load().explain()}")
     return 0
 
 
