@@ -6,15 +6,20 @@ else built is recognised by attributes and signatures (structure.py), never by t
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters.cross_attention import flash_attn_stand_in
 from sparvar_tune.adapters.protocol import Adapter, Family, Pair, Parts, Undoable
 from sparvar_tune.adapters.registry import families, recognise
 from sparvar_tune.catalog.models import Model
 
-__all__ = ["ADAPTERS", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "families", "load_adapter", "recognise"]
+__all__ = [
+    "ADAPTERS", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "drop_unconditional", "families",
+    "flash_attn_stand_in", "load_adapter", "recognise", "skip_scales",
+]  # fmt: skip
 
 ADAPTERS = {"pocketvar": "sparvar_tune.adapters.pocketvar"}  # models that can be opened with nothing else given
 
@@ -31,3 +36,22 @@ def apply(model: Any, attend: SparseAttention) -> Undoable:
     no adapter knows or that the policy does not fit."""
     family, parts = recognise(model)
     return family.attach(parts, attend)
+
+
+def drop_unconditional(model: Any, from_scale: int) -> Undoable:
+    """Runs only the conditional half of guidance from scale `from_scale` on; `undo()` takes it back.
+
+    Guidance is then 1 at those scales. Raises ValueError for a model that no adapter knows or whose adapter cannot."""
+    return _of(model, "drop_unconditional")(from_scale)
+
+
+def skip_scales(model: Any, from_scale: int) -> Undoable:
+    """Leaves out the scales from `from_scale` on; `undo()` takes it back. Raises ValueError as `drop_unconditional`."""
+    return _of(model, "skip_scales")(from_scale)
+
+
+def _of(model: Any, name: str) -> Any:
+    family, parts = recognise(model)
+    if not hasattr(family, name):
+        raise ValueError(f"{parts.family}: its adapter has no {name}")
+    return functools.partial(getattr(family, name), parts)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.adapters import live_attention
+from sparvar_tune.adapters.guidance import run_half, stop_before
+from sparvar_tune.adapters.instance_forward import Undos
+from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.structure import Shape, uncompiled, why_not_alike, why_not_open
 
@@ -56,3 +61,41 @@ def parts(model: Any) -> Parts:
     return Parts(
         "hart", model, blocks, tuple(b.attn for b in blocks), first.num_heads, first.head_dim, float(first.scale), bound, schedule
     )
+
+
+def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
+    """Makes the model use `attend`."""
+    live = live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias")
+    if attend.skip_scales:
+        live.add(skip_scales(found, attend.skip_scales[0]))
+    return live
+
+
+def skip_scales(found: Parts, from_scale: int) -> Undos:
+    """Leaves out the scales from `from_scale` on; the picture is decoded from what was summed up before."""
+    return stop_before(found, from_scale, _scale_of(found))
+
+
+def drop_unconditional(found: Parts, from_scale: int) -> Undos:
+    """Runs the conditional half alone from scale `from_scale` on: guidance 1 there, but for the rounding of the mixture.
+
+    The diffusion head keeps its own guidance, which then mixes two equal halves.
+    """
+    return run_half(found, from_scale, _scale_of(found), _cut)
+
+
+def _cut(given: dict[str, Any], half: int) -> dict[str, Any]:
+    rows = {name: given[name][:half] for name in ("x", "cond_BD", "context_position_ids", "context_mask")}
+    places = given.get("m_maskgit")  # (row, place) of each token of the last grid, rows in order
+    if places is not None:
+        rows["m_maskgit"] = tuple(p[: p.shape[0] // 2] for p in places)
+    return {**given, **rows}
+
+
+def _scale_of(_found: Parts) -> Any:
+    """A call's `si` counts the context tokens as 0; the schedule's first grid is 1 there."""
+
+    def scale_of(_attention: Any, given: dict[str, Any]) -> int:
+        return int(given["si"]) - 1
+
+    return scale_of

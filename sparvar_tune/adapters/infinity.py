@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
+from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters import live_attention
+from sparvar_tune.adapters.cross_attention import give_cross_attention
+from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
+from sparvar_tune.adapters.instance_forward import Undos, replace_method
+from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.structure import Shape, uncompiled, why_not_alike, why_not_open
 
@@ -26,8 +33,6 @@ GENERATION = {"scale_schedule", "B", "cfg_list", "trunk_scale", "label_B_or_BLT"
 
 def why_not(model: Any) -> str | None:
     """Why `model` is no Infinity, or None."""
-    import inspect
-
     model = uncompiled(model)
     missing = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
     if missing:
@@ -56,3 +61,65 @@ def parts(model: Any) -> Parts:
     return Parts(
         "infinity", model, blocks, tuple(b.sa for b in blocks), first.num_heads, first.head_dim, float(first.scale), bound, None
     )
+
+
+def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
+    """Makes the model use `attend`, and our cross-attention where its code finds no flash-attn."""
+    live = live_attention.attach(
+        found, attend, ATTENTION.parameters, bias="attn_bias_or_two_vector", schedule="scale_schedule", without=("attn_fn",)
+    )
+    live.add(give_cross_attention(found))
+    if attend.skip_scales:
+        live.add(skip_scales(found, attend.skip_scales[0]))
+    return live
+
+
+def skip_scales(found: Parts, from_scale: int) -> Undos:
+    """Leaves out the scales from `from_scale` on, by the method's own `trunk_scale`."""
+    check_from(found, from_scale, 1)
+
+    def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        given = bound(found, args, kwargs)
+        given.pop("self", None)
+        return inner(**{**given, "trunk_scale": min(from_scale, given.get("trunk_scale", from_scale))})
+
+    undos = Undos()
+    undos.add(replace_method(found.model, GENERATE, generate))
+    return undos
+
+
+def drop_unconditional(found: Parts, from_scale: int) -> Undos:
+    """Runs the conditional half alone from scale `from_scale` on: bit for bit what guidance 1 draws there."""
+    drop, text = Drop(found, from_scale), {"rows": 0}
+
+    def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        given = bound(found, args, kwargs)
+        given.pop("self", None)
+        cfgs = list(given["cfg_list"])
+        given["cfg_list"] = cfgs[:from_scale] + [1] * (len(cfgs) - from_scale)
+        drop.half = given.get("B", 1) if any(c != 1 for c in given["cfg_list"]) else 0
+        text["rows"] = sum(int(n) for n in given["label_B_or_BLT"][1])  # known here: no block need wait for the device
+        try:
+            return inner(**given)
+        finally:
+            drop.half = 0
+
+    def block(attention: Any) -> Any:
+        def forward(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(BLOCK.parameters, args, strict=False)), **kwargs}
+            half = drop.half
+            if not half or not attention.caching or given.get("scale_ind", 0) < from_scale:
+                return inner(*args, **kwargs)
+            drop.cut_caches(attention)
+            compact, ends, longest = given["ca_kv"]
+            return inner(**{
+                **given, "x": given["x"][:half], "cond_BD": given["cond_BD"][:half],
+                "ca_kv": (compact[: text["rows"]], ends[: half + 1], longest),
+            })  # fmt: skip
+
+        return forward
+
+    for module, attention in zip(found.blocks, found.attentions, strict=True):
+        drop.add(replace_method(module, "forward", block(attention)))
+    drop.add(replace_method(found.model, GENERATE, generate))
+    return drop

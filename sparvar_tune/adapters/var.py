@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.adapters import live_attention
+from sparvar_tune.adapters.guidance import run_half, stop_before
+from sparvar_tune.adapters.instance_forward import Undos
+from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.structure import Shape, uncompiled, why_not_alike, why_not_open
 
@@ -48,3 +53,37 @@ def parts(model: Any) -> Parts:
     return Parts(
         "var", model, blocks, tuple(b.attn for b in blocks), first.num_heads, first.head_dim, float(first.scale), bound, schedule
     )
+
+
+def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
+    """Makes the model use `attend`."""
+    live = live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias")
+    if attend.skip_scales:
+        live.add(skip_scales(found, attend.skip_scales[0]))
+    return live
+
+
+def skip_scales(found: Parts, from_scale: int) -> Undos:
+    """Leaves out the scales from `from_scale` on; the picture is decoded from what was summed up before."""
+    return stop_before(found, from_scale, _scale_of(found))
+
+
+def drop_unconditional(found: Parts, from_scale: int) -> Undos:
+    """Runs the conditional half alone from scale `from_scale` on: guidance 1 there, but for the rounding of the mixture."""
+    return run_half(found, from_scale, _scale_of(found), _cut)
+
+
+def _cut(given: dict[str, Any], half: int) -> dict[str, Any]:
+    return {**given, "x": given["x"][:half], "cond_BD": given["cond_BD"][:half]}
+
+
+def _scale_of(found: Parts) -> Any:
+    """No call says its scale; the attention's cache tells how many tokens came before."""
+    assert found.schedule is not None
+    starts, per_token = {n: s for s, n in enumerate(found.schedule.starts)}, found.heads * found.head_dim
+
+    def scale_of(attention: Any, _given: dict[str, Any]) -> int:
+        k = attention.cached_k
+        return 0 if k is None else starts[k.numel() // (k.shape[0] * per_token)]
+
+    return scale_of

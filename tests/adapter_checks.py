@@ -1,0 +1,220 @@
+"""What must hold of an adapter, for any model that it drives: the public code (public_models/) and our look-alikes alike.
+
+A driven model is an object with `model`, `blocks`, `globals` (of the module its attention's code lives in), `dtype`, `grids()`,
+`sample(...)` -> pictures. The reference puts the fp64 oracle into those globals and counts calls; it shares nothing with the
+adapter, which reads the scale off the cache and touches instances only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparvar_kernels import AttentionProblem, Csla, Policy, Pooled, Reuse, Rule, SparseAttention, Tile
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_kernels.oracle import reference_attention
+from sparvar_kernels.variants import Dense
+from sparvar_tune import adapters
+
+NAMES = ("slow_attn", "flash_attn_func", "memory_efficient_attention")
+
+
+def policies(layers: int, scales: int) -> dict[str, Policy]:
+    """Policies by name, of two heads a layer; the last two scales have rules, the one before them is their decision scale."""
+    last, before, decision = scales - 1, scales - 2, scales - 3
+    near = Csla(tuple(-1 if s < 2 else 3 for s in range(scales)), 2, Tile(4, 4))
+    mixed = tuple(("AB", "BA", "AC", "CB")[i % 4] for i in range(layers))
+    windows = (Rule(before, "A", near), Rule(last, "A", near), Rule(last, "B", Pooled(2, 2)))
+    reuse = (Rule(before, "A", Pooled(2, 2)), Rule(before, "B", Reuse(decision)), Rule(last, "B", Reuse(decision)))
+    return {"dense": Policy(mixed), "windows": Policy(("AB",) * layers, windows), "reuse": Policy(mixed, reuse)}
+
+
+class Reference:
+    """The oracle under the names that the model's code calls, for the time of a `with`."""
+
+    def __init__(self, driven, policy: Policy, schedule: ScaleSchedule, dropped: int | None = None) -> None:
+        self.driven, self.policy, self.schedule = driven, policy, schedule
+        self.calls, self.kept = 0, {}
+
+    def __enter__(self):
+        self.before = {name: self.driven.globals[name] for name in NAMES if self.driven.globals.get(name) is not None}
+        for name in self.before:
+            self.driven.globals[name] = lambda *a, name=name, **kw: self.attend(name, *a, **kw)
+        return self
+
+    def __exit__(self, *error):
+        self.driven.globals.update(self.before)
+
+    def attend(self, name, *args, **kwargs):
+        """The oracle where the policy has a rule, and the function that was there elsewhere."""
+        given = {**dict(zip("qkv", args, strict=False)), **kwargs}
+        q, k, v = (given.get(short, given.get(long)) for short, long in (("q", "query"), ("k", "key"), ("v", "value")))
+        swap = name != "slow_attn"
+        if swap:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        layer, place = self.calls % len(self.driven.blocks), self.calls // len(self.driven.blocks)
+        self.calls += 1
+        s = place - bool(self.schedule.prefix)  # the context tokens come first
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if s >= 0:
+            factor = given.get("scale", given.get("softmax_scale"))
+            problem = AttentionProblem(self.schedule, s, q.shape[0], q.shape[1], q.shape[3], "fp64", factor)
+            wide = tuple(t.double() for t in (q, k, v))
+            problem.check_inputs(*wide)
+            self.kept[layer, s] = (problem, *wide)
+        variants = [self.policy.variant(layer, head, s) for head in range(q.shape[1])]
+        if all(isinstance(variant, Dense) for variant in variants):
+            return self.before[name](*args, **kwargs)
+        out = torch.full(q.shape, float("nan"), dtype=torch.float64)
+        for head, variant in enumerate(variants):
+            decision = self.kept.get((layer, getattr(variant, "decision_scale", None)))
+            if decision is not None:
+                decision = (decision[0], *(t[: q.shape[0]] for t in decision[1:]))
+            out[:, head] = reference_attention(variant, *wide, problem, decision)[:, head]
+        out = out.to(v.dtype)
+        return out.transpose(1, 2).contiguous() if swap else out
+
+
+def everything(driven) -> list[dict]:
+    """Every module's `__dict__` (values by identity, keys in order), to see that nothing was left behind."""
+    own = [driven.model, *driven.model.modules(), *getattr(driven, "others", ())]
+    return [{k: id(v) for k, v in vars(m).items() if k not in ("_parameters", "_buffers", "_modules")} for m in own]
+
+
+def attention_of(driven, policy: Policy, **given) -> tuple[SparseAttention, ScaleSchedule]:
+    _, parts = adapters.recognise(driven.model)
+    schedule = parts.schedule or ScaleSchedule(tuple(driven.grids(**given)))
+    return SparseAttention(policy, schedule, softmax_scale=parts.softmax_scale), schedule
+
+
+def aspect_of(given: dict) -> dict:
+    return {"aspect": given["aspect"]} if "aspect" in given else {}
+
+
+@contextlib.contextmanager
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the model's own attention")
+        yield
+
+
+class Drawn(NamedTuple):
+    pictures: Tensor
+    logits: list[Tensor]  # of every scale; a picture alone hides what the sampler's choice hides
+
+
+def draw(driven, **given) -> Drawn:
+    model, logits = driven.model, []
+    before = dict(vars(model))
+    own = model.get_logits
+
+    def get_logits(*args):
+        out = own(*args)
+        logits.append(out.clone())
+        return out
+
+    vars(model)["get_logits"] = get_logits
+    try:
+        return Drawn(driven.sample(**given), logits)
+    finally:
+        del vars(model)["get_logits"]
+        if "get_logits" in before:
+            vars(model)["get_logits"] = before["get_logits"]
+
+
+def same(a: Drawn, b: Drawn) -> bool:
+    return torch.equal(a.pictures, b.pictures) and all(torch.equal(x, y) for x, y in zip(a.logits, b.logits, strict=True))
+
+
+def near(a: Drawn, b: Drawn, dtype: str) -> bool:
+    """Equal but for rounding. In bf16 that may change a token, so what is drawn after it, the last scale, is not looked at."""
+    scales = range(len(b.logits) - (dtype == "bf16"))
+    bound = {"fp32": 1e-4, "bf16": 0.03}[dtype]
+    pairs = [(a.logits[s], b.logits[s]) for s in scales]
+    return all(bool((x - y).norm() <= bound * y.norm()) for x, y in pairs)
+
+
+def dense_and_undo(driven, **given) -> dict[str, bool]:
+    """A dense policy draws the untouched model's picture, bit for bit; so does the model after undo."""
+    plain, before = draw(driven, **given), everything(driven)
+    attend, _ = attention_of(driven, policies(len(driven.blocks), len(driven.grids()))["dense"], **aspect_of(given))
+    with no_warnings(), adapters.apply(driven.model, attend):
+        dense = draw(driven, **given)
+    return {
+        "dense policy = untouched": same(plain, dense), "after undo = untouched": same(plain, draw(driven, **given)),
+        "nothing left behind": everything(driven) == before,
+    }  # fmt: skip
+
+
+def sparse_is_the_oracle(driven, name: str, **given) -> dict[str, bool]:
+    policy = policies(len(driven.blocks), len(driven.grids()))[name]
+    plain = draw(driven, **given)
+    attend, schedule = attention_of(driven, policy, **aspect_of(given))
+    with Reference(driven, policy, schedule):
+        want = draw(driven, **given)
+    with no_warnings(), adapters.apply(driven.model, attend):
+        got = draw(driven, **given)
+        again = draw(driven, **given)
+    return {
+        f"{name} = oracle": near(got, want, driven.dtype), f"{name} twice": same(got, again),
+        f"{name} is not dense": not same(got, plain),
+        f"after {name} = untouched": same(plain, draw(driven, **given)),
+    }  # fmt: skip
+
+
+class Boom(Exception):
+    pass
+
+
+def exception_mid_image(driven, **given) -> dict[str, bool]:
+    """An exception in the middle of an image: the next image is right, applied and after undo, and no cache is left open."""
+    plain, before = draw(driven, **given), everything(driven)
+    attend, _ = attention_of(driven, policies(len(driven.blocks), len(driven.grids()))["reuse"])
+    calls = []
+
+    def boom(module, args, kwargs):
+        calls.append(1)
+        if len(calls) == len(driven.grids()) - 1:
+            raise Boom
+
+    live = adapters.apply(driven.model, attend)
+    sparse = draw(driven, **given)
+    hook = driven.blocks[1].register_forward_pre_hook(boom, with_kwargs=True)
+    try:
+        draw(driven, **given)
+        raised = False
+    except Boom:
+        raised = True
+    hook.remove()
+    _, parts = adapters.recognise(driven.model)
+    closed = not any(a.caching or a.cached_k is not None for a in parts.attentions)
+    again = draw(driven, **given)
+    live.undo()
+    live.undo()
+    return {
+        "exception passes": raised, "caches closed": closed, "next sparse image": same(again, sparse),
+        "next image after undo": same(draw(driven, **given), plain), "left as before": everything(driven) == before,
+    }  # fmt: skip
+
+
+def undo_in_any_order(driven, **given) -> dict[str, bool]:
+    plain, before = draw(driven, **given), everything(driven)
+    found = policies(len(driven.blocks), len(driven.grids()))
+    first = adapters.apply(driven.model, attention_of(driven, found["reuse"])[0])
+    one = draw(driven, **given)
+    half = adapters.drop_unconditional(driven.model, len(driven.grids()) - 2)
+    second = adapters.apply(driven.model, attention_of(driven, found["windows"])[0])
+    first.undo()
+    second.undo()
+    third = adapters.apply(driven.model, attention_of(driven, found["reuse"])[0])
+    half.undo()
+    back = draw(driven, **given)
+    third.undo()
+    return {
+        "last applied rules": same(one, back), "all undone = untouched": same(plain, draw(driven, **given)),
+        "all undone, nothing left": everything(driven) == before,
+    }  # fmt: skip
