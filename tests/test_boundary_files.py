@@ -1,4 +1,4 @@
-"""Files that somebody damaged, swapped or put in the way: one line that names the file, never a traceback, a hang or lost work."""
+"""Files that somebody damaged, swapped or put in the way: one line that names the file, no traceback, no hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sparvar_tune.launch_search.timing_task import Times
 from sparvar_tune.profile import files, misses, overlay, store
 from sparvar_tune.profile.schema import ProfileError
 
-JUNK = [b"null", b"{}", b"[1]", b'"text"', b"1e999", b"NaN", b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"\xff\x00", b'{"key": "a"}',
+JUNK = [b"null", b"{}", b"[1]", b'"text"', b"1e999", b"NaN", b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"\xff\x00",
+        b'{"key": "a"}',
         b'{"gpu": "cpu", "model": 3}', b'{"gpu": "cpu", "gpu": "cpu"}']  # fmt: skip
 
 
@@ -44,7 +45,8 @@ def test_a_pipe_a_device_and_a_folder_are_no_profiles(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [
-    {"resolution": "../../../evil"}, {"aspect": "../up"}, {"resolution": "/etc/passwd"}, {"aspect": "1.000/../.."}, {"model": "../x"},
+    {"resolution": "../../../evil"}, {"aspect": "../up"}, {"resolution": "/etc/passwd"}, {"aspect": "1.000/../.."},
+    {"model": "../x"},
 ])  # fmt: skip
 def test_no_name_in_a_file_leads_outside_its_folder(tmp_path, fields):
     made = changed("workload", **fields)

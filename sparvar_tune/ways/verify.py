@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+import torch
+
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import load_adapter
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.launch_search.choose import DENSE_NAME
+from sparvar_tune.launch_search.compiling import machine_code, row_binaries
 from sparvar_tune.launch_search.layer_call import distinct_layers
 from sparvar_tune.launch_search.log import Workshop
 from sparvar_tune.launch_search.timing_task import Task
@@ -30,7 +33,7 @@ from sparvar_tune.profile import overlay, store
 from sparvar_tune.profile.identity import meaning_of, stamp
 from sparvar_tune.profile.machine import device_name, silicon, versions
 from sparvar_tune.profile.overlay import DEMOTED, LEAST, OK, Overlay, Verified
-from sparvar_tune.profile.schema import Profile, Row, Speedup, Workload, one_line
+from sparvar_tune.profile.schema import MachineCode, Profile, Row, Speedup, Workload, one_line
 from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.runtime.demote import deciding
 from sparvar_tune.ways import time_only
@@ -181,8 +184,10 @@ def time_rows(profile: Profile, gpu: Gpu, every: bool, deadline: float, say: Say
                 judged.append(_judge(s, speedup, profile.policy))
                 rows.append(replace(
                     row, state="measured", dense_name=DENSE_NAME, tuned=timing(tuned), dense=timing(dense), speedup=speedup,
-                    tuned_predicted_ms=None, dense_predicted_ms=None,
+                    tuned_predicted_ms=None, dense_predicted_ms=None, binary=binary_of(made, profile, row),
                 ))  # fmt: skip
+                if row.binary and rows[-1].binary and row.binary.code != rows[-1].binary.code:
+                    say(f"scale {s}: its machine code is another than was timed (Triton {row.binary.triton})")
             longest = max(longest, time.monotonic() - begun)
     judged.sort(key=lambda v: v.scale_index)
     rows.sort(key=lambda row: row.scale_index)
@@ -203,6 +208,16 @@ def time_rows(profile: Profile, gpu: Gpu, every: bool, deadline: float, say: Say
         )  # fmt: skip
     reason = f"{len(judged)} of {len(order)} rows timed on random inputs, no pictures compared"
     return Finding(OK, reason, tuple(judged), good, renewed)
+
+
+def binary_of(made: Workshop, profile: Profile, row: Row) -> MachineCode | None:
+    """What a row's launch compiles to on this machine."""
+    problems, gpu = profile.workload.problems(), torch.cuda.get_device_capability()
+    config = runtime.launch_of(row).config
+    assert isinstance(config, TritonConfig), "a GPU's row has a GPU kernel's configuration"
+    kinds = distinct_layers(profile.policy, row.scale_index)
+    wanted = row_binaries(profile.policy, problems, kinds, row.scale_index, config, gpu)
+    return machine_code(made.compile(wanted, lambda text: None), wanted, made.identity.triton)
 
 
 def time_row(made: Workshop, policy: Policy, workload: Workload, row: Row) -> tuple[list[float], list[float]] | str:
