@@ -296,7 +296,6 @@ def test_another_number_of_images_serves_and_is_said(tmp_path, gpu):
 def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
     tiny.install(monkeypatch.setattr)
     weights = dataclasses.replace(profile().workload, weights_sha256=None, logit_bound=models.MODELS["pocketvar"].logit_bound)
-    tuned, _ = loaded(tmp_path, workload=weights)
     said = []
 
     def check(tuned, budget=55.0, **changes):
@@ -313,7 +312,8 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
             good = verify.verify(tuned, models.find_model("pocketvar"), 6, budget, False, said.append, said.append)
         return good, runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
 
-    required = dataclasses.replace(profile().evidence, required_psnr_db=1.0)
+    proof = dataclasses.replace(profile().evidence, weights_sha256=None)
+    required = dataclasses.replace(proof, psnr_lower_db=1.0, required_psnr_db=1.0)
     tuned, _ = loaded(tmp_path, workload=weights, evidence=required)
     good, after = check(tuned)
     assert good and not after.demoted and "verified on" in after.explain() and "PSNR" in after.explain()
@@ -322,9 +322,12 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
     _, after = check(tuned, budget=1e-9)
     assert "2 of 6 pairs" in "\n".join(said) and "rows are left as they are" in "\n".join(said)
     assert not after.demoted and after.overlay.rows == ()
-    strict = dataclasses.replace(profile().evidence, psnr_mean_db=150.0, psnr_lower_db=140.0, required_psnr_db=140.0)
+    strict = dataclasses.replace(proof, psnr_mean_db=150.0, psnr_lower_db=140.0, required_psnr_db=140.0)
     tuned, _ = loaded(tmp_path, workload=weights, evidence=strict)
     good, after = check(tuned)
     assert not good and after.policy().rules == () and "demoted by verify" in after.explain() and "pictures:" in after.explain()
+    other, _ = loaded(tmp_path, workload=weights, evidence=profile().evidence)
+    with pytest.raises(ValueError, match="other weights"):
+        check(other)
     with pytest.raises(ValueError, match="at least 2"):
         verify.verify(tuned, models.find_model("pocketvar"), 1, 9.0, False, said.append, said.append)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_a_trial_without_an_owner_is_closed_after_a_while(tmp_path, monkeypatch)
 def test_of_two_that_choose_at_once_the_first_keeps_the_knobs(tmp_path):
     shared = storage.open_shared(f"sqlite:///{tmp_path}/shared.db")
     study = search.join_study(shared, "space")
-    paper = json.dumps({"form": "paper"})
+    paper = json.dumps(asdict(search.Knobs(form="paper")))
     for _ in range(2):
         study.enqueue_trial({"form": "paper"}, user_attrs={"knobs": paper})
     trials = [study.ask(), study.ask()]
