@@ -62,7 +62,7 @@ START = {
 
 
 @dataclass(frozen=True)
-class Point:
+class TimedConfig:
     """One recorded configuration of one problem."""
 
     problem: str
@@ -71,7 +71,7 @@ class Point:
     ms: Mapping[str, float]  # by GPU
 
 
-def recorded_points() -> Iterator[Point]:
+def recorded_samples() -> Iterator[TimedConfig]:
     """Every configuration of the recorded spaces that ran on both GPUs and that no warps fetch for, with the work it had."""
     for case in cases():
         if not (SPACES[FITTED_ON] / case.file).is_file():
@@ -82,14 +82,14 @@ def recorded_points() -> Iterator[Point]:
             ms = {gpu: of[config] for gpu, of in times.items() if config in of}
             if not config.fetchers and len(ms) == len(SPACES) and all(map(math.isfinite, ms.values())):
                 (work,) = works(case.policy, _problems(case), 0, case.scale_index, config)
-                yield Point(case.name, config, work, ms)
+                yield TimedConfig(case.name, config, work, ms)
 
 
 def _problems(case: Case) -> dict[int, AttentionProblem]:
     return {s: case.problem(s) for s in range(len(case.schedule))}
 
 
-def fit(points_: Sequence[Point], taken: Mapping[str, Taken], gpu: Gpu) -> Fit:
+def fit(samples: Sequence[TimedConfig], taken: Mapping[str, Taken], gpu: Gpu) -> Fit:
     """The coefficients that come nearest in log time, robustly; then the efficiency of every configuration. Needs scipy."""
     from scipy.optimize import least_squares
 
@@ -97,14 +97,14 @@ def fit(points_: Sequence[Point], taken: Mapping[str, Taken], gpu: Gpu) -> Fit:
 
     def misses(x: np.ndarray) -> np.ndarray:
         made = _fit_of(dict(zip(START, np.exp(x), strict=True)), gpu.slug, {})
-        off = [math.log(_predicted(p, made, taken, gpu) / p.ms[gpu.slug]) for p in points_]
+        off = [math.log(_predicted(p, made, taken, gpu) / p.ms[gpu.slug]) for p in samples]
         # a weak pull to the start keeps what the data do not tell from running off
         return np.array([*off, *(0.05 * (x - start))])
 
     found = least_squares(misses, start, loss="soft_l1", f_scale=0.1, max_nfev=60).x
     plain = _fit_of(dict(zip(START, np.exp(found), strict=True)), gpu.slug, {})
     ratios: dict[str, list[float]] = {}
-    for p in points_:
+    for p in samples:
         key = efficiency_key(p.work.head_dim, p.config)
         ratios.setdefault(key, []).append(math.log(p.ms[gpu.slug] / _predicted(p, plain, taken, gpu)))
     return replace(plain, efficiency={k: math.exp(sum(r) / (len(r) + SHRUNK)) for k, r in sorted(ratios.items())})
@@ -119,7 +119,7 @@ def _fit_of(c: dict[str, float], gpu: str, efficiency: dict[str, float]) -> Fit:
     return Fit(gpu, share, float(c["l2"]), latency, power, spill, overhead, launch, narrow, residual, efficiency, 1.0, 1.0, 1.0)
 
 
-def _predicted(p: Point, made: Fit, taken: Mapping[str, Taken], gpu: Gpu) -> float:
+def _predicted(p: TimedConfig, made: Fit, taken: Mapping[str, Taken], gpu: Gpu) -> float:
     return launch_ms(p.work, p.config, taken[binary_key(p.work, p.config, gpu)], gpu, made)
 
 
@@ -139,13 +139,13 @@ class Quality:
     lost: float
 
 
-def quality(points_: Sequence[Point], made: Fit, taken: Mapping[str, Taken], gpu: Gpu) -> list[Quality]:
+def quality(samples: Sequence[TimedConfig], made: Fit, taken: Mapping[str, Taken], gpu: Gpu) -> list[Quality]:
     """One row per problem. Needs scipy."""
     from scipy.stats import spearmanr
 
     out = []
-    for name in dict.fromkeys(p.problem for p in points_):
-        mine = [p for p in points_ if p.problem == name]
+    for name in dict.fromkeys(p.problem for p in samples):
+        mine = [p for p in samples if p.problem == name]
         real = {p.config: p.ms[gpu.slug] for p in mine}
         guess = {p.config: _predicted(p, made, taken, gpu) for p in mine}
         best, pick, left = min(real.values()), min(guess, key=lambda c: guess[c]), keep_likely(guess)
@@ -156,12 +156,12 @@ def quality(points_: Sequence[Point], made: Fit, taken: Mapping[str, Taken], gpu
     return out
 
 
-def left_out(points_: Sequence[Point], taken: Mapping[str, Taken], gpu: Gpu) -> list[Quality]:
+def left_out(samples: Sequence[TimedConfig], taken: Mapping[str, Taken], gpu: Gpu) -> list[Quality]:
     """Every problem judged by a fit on the others of the same GPU."""
     out = []
-    for name in dict.fromkeys(p.problem for p in points_):
-        made = fit([p for p in points_ if p.problem != name], taken, gpu)
-        out += quality([p for p in points_ if p.problem == name], made, taken, gpu)
+    for name in dict.fromkeys(p.problem for p in samples):
+        made = fit([p for p in samples if p.problem != name], taken, gpu)
+        out += quality([p for p in samples if p.problem == name], made, taken, gpu)
     return out
 
 
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.what == "binaries":
         write_atomic(BINARIES, compile_table(print).encode())
         return 0
-    known, all_points, before = load_binaries(), list(recorded_points()), load_fit()
+    known, all_points, before = load_binaries(), list(recorded_samples()), load_fit()
     made = fit(all_points, known, GPUS[FITTED_ON])
     other, out = quality(all_points, made, known, GPUS[HELD_OUT]), left_out(all_points, known, GPUS[FITTED_ON])
     _keep(made)

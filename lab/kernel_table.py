@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lab.peers import dense_ways, flashinfer_lists, flex128
-from lab.recorded_spaces import File, Row, write_space
+from lab.recorded_spaces import File, TriedConfig, write_space
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.backends.triton.layer import Layer
@@ -372,7 +372,11 @@ def record_space(case: Case) -> File:
     for i, config in enumerate(configs):
         point = {name: getattr(config, name) for name in choices}
         t = timing(spent[str(i)]) if i not in failures else None
-        rows.append(Row(point, t.p20_ms, t.p50_ms, t.p80_ms, t.n, None) if t else Row(point, None, None, None, None, failures[i]))
+        rows.append(
+            TriedConfig(point, t.p20_ms, t.p50_ms, t.p80_ms, t.n, None)
+            if t
+            else TriedConfig(point, None, None, None, None, failures[i])
+        )
     return File(1, torch.cuda.get_device_name(), case.name, "ms", choices, tuple(rows))
 
 

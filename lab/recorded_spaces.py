@@ -16,7 +16,7 @@ Point = tuple[int, ...]  # a configuration: for each parameter the index of its 
 
 
 @dataclass(frozen=True)
-class Row:
+class TriedConfig:
     """A configuration that was tried: its times and how many calls they are of, or why it failed."""
 
     config: dict[str, Any]
@@ -49,7 +49,7 @@ class File:
     problem: str
     unit: str
     space: dict[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[TriedConfig, ...]
 
     def why_not(self) -> str | None:
         if self.schema != 1 or self.unit != "ms":
@@ -72,7 +72,7 @@ class File:
                 return f"rows[{i}].config: the same as that of rows[{same}]"
         return None if any(row.failure is None for row in self.rows) else "rows: want one that did not fail"
 
-    def point(self, row: Row) -> Point:
+    def point(self, row: TriedConfig) -> Point:
         return tuple(values.index(row.config[name]) for name, values in self.space.items())
 
 
@@ -83,7 +83,7 @@ class Space:
     gpu: str
     problem: str
     choices: dict[str, list[Any]]
-    rows: dict[Point, Row]
+    rows: dict[Point, TriedConfig]
 
     @property
     def optimum(self) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 
 import optuna
 
-from lab.recorded_spaces import Point, Row, Space, numbers, read_space
+from lab.recorded_spaces import Point, Space, TriedConfig, numbers, read_space
 from sparvar_tune.profile.store import write_atomic
 
 SAMPLERS = ("grid", "random", "tpe", "nsga2", "gp", "screened")
@@ -42,7 +42,7 @@ def why_not_sampler(name: str) -> str | None:
     return f"gp needs {' and '.join(missing)}: pip install {' '.join(missing)}" if missing else None
 
 
-def replay(space: Space, sampler: str, budget: int, seed: int) -> list[float]:
+def simulate(space: Space, sampler: str, budget: int, seed: int) -> list[float]:
     """p50 of the best configuration after each of `budget` paid trials; infinite until one ran, level when all are known.
 
     A failure costs a trial. Illegal configurations and repeated ones cost nothing. For "screened" a trial is PARTS
@@ -106,7 +106,7 @@ def _screened(space: Space, seed: int) -> list[float]:
     return parts + parts[-1:] * (PARTS - 1)  # the last trial may be begun only
 
 
-def _screen(row: Row, rng: random.Random) -> float:
+def _screen(row: TriedConfig, rng: random.Random) -> float:
     """A p50 of 1 / PARTS of the row's samples, drawn log-normal with the spread it has."""
     if not row.p20 or not row.p80 or not row.n:
         return math.inf
@@ -128,7 +128,7 @@ class Regret:
 def regret(space: Space, samplers: Sequence[str], budget: int, seeds: int = 30) -> tuple[Regret, ...]:
     """One row per sampler, each run with seeds 0, 1, ..."""
     optimum = space.optimum
-    runs = {s: [[best / optimum - 1 for best in replay(space, s, budget, seed)] for seed in range(seeds)] for s in samplers}
+    runs = {s: [[best / optimum - 1 for best in simulate(space, s, budget, seed)] for seed in range(seeds)] for s in samplers}
     return tuple(_summary(s, runs[s]) for s in samplers)
 
 
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     samplers = [name for name in given.samplers if not why_not_sampler(name)]
     for name in set(given.samplers) - set(samplers):  # gp or nothing
-        print(f"replay: skipped: {why_not_sampler(name)}", file=sys.stderr)
+        print(f"sampler_study: skipped: {why_not_sampler(name)}", file=sys.stderr)
     try:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("the plot needs matplotlib: pip install 'sparvar-tune[report]'")
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_atomic(plot, draw(spaces, tables))
         write_atomic(given.out, markdown(spaces, tables, given.seeds, plot.name).encode())
     except ValueError as error:
-        print(f"replay: {error}", file=sys.stderr)
+        print(f"sampler_study: {error}", file=sys.stderr)
         return 2
     return 0
 

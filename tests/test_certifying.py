@@ -187,10 +187,10 @@ def test_the_order_of_the_ways_goes_round():
 # --- verify ---
 
 
-def trial(psnr: list[float], ssim: list[float]) -> certify.Trial:
+def trial(psnr: list[float], ssim: list[float]) -> certify.Comparison:
     found = [PictureFidelity(p, s, 0.99) for p, s in zip(psnr, ssim, strict=True)]
     times = [{5: 1.0} for _ in found]
-    return certify.Trial([(0, i) for i in range(len(found))], found, [1.0] * len(found), [0.5] * len(found), times, times)
+    return certify.Comparison([(0, i) for i in range(len(found))], found, [1.0] * len(found), [0.5] * len(found), times, times)
 
 
 def test_verify_refutes_what_the_interval_excludes_and_nothing_else():

@@ -26,7 +26,7 @@ LIGHT = Taken(136, 65792, 0)
 
 @pytest.fixture(scope="module")
 def points():
-    found = list(cost_fit.recorded_points())
+    found = list(cost_fit.recorded_samples())
     assert len(found) == 6 * 48
     return found
 

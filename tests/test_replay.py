@@ -18,7 +18,7 @@ import pytest
 
 from lab import kernel_table
 from lab import sampler_study as r
-from lab.recorded_spaces import Row, Space, numbers, read_space
+from lab.recorded_spaces import Space, TriedConfig, numbers, read_space
 from sparvar_tune.launch_search import choose
 
 CHOICES = {
@@ -73,7 +73,9 @@ def spaces(tmp_path_factory) -> dict[str, Space]:
 def line(times: list[float | None], spread: float = 0.0, n: int = 30) -> Space:
     """A space of one parameter with these times; None fails."""
     made = [
-        Row({"a": i}, t * (1 - spread), t, t * (1 + spread), n, None) if t else Row({"a": i}, None, None, None, None, "failed")
+        TriedConfig({"a": i}, t * (1 - spread), t, t * (1 + spread), n, None)
+        if t
+        else TriedConfig({"a": i}, None, None, None, None, "failed")
         for i, t in enumerate(times)
     ]
     return Space("h100-sxm", "line", {"a": list(range(len(times)))}, {(i,): row for i, row in enumerate(made)})
@@ -153,16 +155,16 @@ def test_curves_are_sound(spaces, sampler):
     budget = 12 if sampler == "gp" else 20  # it is slow, and learns from the eleventh on
     for space in spaces.values():
         known = {row.value for row in space.rows.values()} | {math.inf}
-        curve = r.replay(space, sampler, budget, 1)
+        curve = r.simulate(space, sampler, budget, 1)
         assert len(curve) == budget and set(curve) <= known
-        assert curve == r.replay(space, sampler, budget, 1), "the same seed"
+        assert curve == r.simulate(space, sampler, budget, 1), "the same seed"
         assert sampler == "screened" or curve == sorted(curve, reverse=True)
-        assert curve[:7] == r.replay(space, sampler, 7, 1), "a smaller budget is the beginning of a larger one"
+        assert curve[:7] == r.simulate(space, sampler, 7, 1), "a smaller budget is the beginning of a larger one"
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "screened"])
 def test_seeds_differ(spaces, sampler):
-    assert len({tuple(r.replay(spaces["rugged"], sampler, 20, seed)) for seed in range(4)}) > 1
+    assert len({tuple(r.simulate(spaces["rugged"], sampler, 20, seed)) for seed in range(4)}) > 1
 
 
 @pytest.mark.parametrize("sampler", r.SAMPLERS)
@@ -170,13 +172,13 @@ def test_everything_is_found_in_the_end(sampler):
     """Illegal and repeated proposals are free, and a sampler that only repeats itself is helped on: six trials know six rows."""
     space = line([0.6, None, 0.5, 0.4, 0.3, 0.1, None])
     del space.rows[(6,)]
-    curve = r.replay(space, sampler, 12, 3)
+    curve = r.simulate(space, sampler, 12, 3)
     assert curve[-1] == 0.1 and (sampler == "screened" or curve[5] == 0.1)
 
 
 def test_grid_goes_in_order_and_pays_for_failures():
     inf = math.inf
-    assert r.replay(line([None, 0.5, None, 0.7, 0.2]), "grid", 6, 0) == [inf, 0.5, 0.5, 0.5, 0.2, 0.2]
+    assert r.simulate(line([None, 0.5, None, 0.7, 0.2]), "grid", 6, 0) == [inf, 0.5, 0.5, 0.5, 0.2, 0.2]
 
 
 def test_illegal_is_free(monkeypatch):
@@ -185,7 +187,7 @@ def test_illegal_is_free(monkeypatch):
     del space.rows[(2,)]
     script = iter([0, 2, 0, 1, 3])
     monkeypatch.setattr(r, "_suggest", lambda trial, name, values: next(script))
-    assert r.replay(space, "random", 3, 0) == [0.5, 0.5, 0.3]
+    assert r.simulate(space, "random", 3, 0) == [0.5, 0.5, 0.3]
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -197,7 +199,7 @@ def test_a_stuck_sampler_is_helped_on(monkeypatch):
     suggest = r._suggest
     monkeypatch.setattr(r, "_suggest", lambda *given: asked.append(0) or suggest(*given))
     assert r._proposed(line([0.5, 0.4, 0.3, None, 0.2]), "random", 5, 0)[0] == (0,)
-    curves = [r.replay(line([0.5, 0.4, 0.3, 0.2]), "random", 4, seed) for seed in range(8)]
+    curves = [r.simulate(line([0.5, 0.4, 0.3, 0.2]), "random", 4, seed) for seed in range(8)]
     assert all(c[0] == 0.5 and c[3] == 0.2 for c in curves) and len({tuple(c) for c in curves}) > 1
     asked.clear()
     assert r._proposed(line([0.5, 0.4]), "random", 2, 0) == [(0,), (1,)] and len(asked) == 1 + r.MAX_FREE + 1
@@ -220,7 +222,7 @@ def test_screening_is_charged():
     parts = r._screened(space, 0)
     assert len(parts) == 10 + r.KEPT * r.PARTS + r.PARTS - 1
     assert parts[:10] == sorted(parts[:10], reverse=True) and parts[9] == space.optimum, "without noise the looks are right"
-    assert r.replay(space, "screened", 3, 0) == parts[4:15:5]
+    assert r.simulate(space, "screened", 3, 0) == parts[4:15:5]
     parts = r._screened(line([None] * 9 + [0.3]), 0)
     assert parts[-1] == 0.3 and len(parts) == 10 + r.PARTS + r.PARTS - 1, "failures are not kept"
 
@@ -239,18 +241,18 @@ def test_noise_misleads_the_screen_and_measuring_again_helps():
 def test_a_screen_is_as_noisy_as_its_samples_say():
     """The median of 6 normal samples spreads 0.47 of one sample's sigma; here (p80 / p20) that is log(1.5) / 1.683."""
     rng = random.Random(0)
-    row = Row({}, 1 / math.sqrt(1.5), 1.0, math.sqrt(1.5), 30, None)
+    row = TriedConfig({}, 1 / math.sqrt(1.5), 1.0, math.sqrt(1.5), 30, None)
     looks = [math.log(r._screen(row, rng)) for _ in range(4000)]
     assert pstdev(looks) == pytest.approx(0.464 * math.log(1.5) / 1.683, rel=0.06)
     assert sum(looks) / 4000 == pytest.approx(0, abs=0.01)
-    assert r._screen(Row({}, None, None, None, None, "x"), rng) == math.inf
+    assert r._screen(TriedConfig({}, None, None, None, None, "x"), rng) == math.inf
 
 
 def test_bad_requests_are_refused(spaces, monkeypatch):
     with pytest.raises(ValueError, match="want one of grid, random"):
-        r.replay(spaces["smooth"], "sobol", 5, 0)
+        r.simulate(spaces["smooth"], "sobol", 5, 0)
     with pytest.raises(ValueError, match="budget"):
-        r.replay(spaces["smooth"], "grid", 0, 0)
+        r.simulate(spaces["smooth"], "grid", 0, 0)
     find = r.importlib.util.find_spec
     monkeypatch.setattr(r.importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name))
     assert r.why_not_sampler("gp") == "gp needs scipy: pip install scipy" and r.why_not_sampler("tpe") is None
@@ -344,5 +346,5 @@ def test_the_tuner_finds_the_optimum_of_recorded_spaces(path):
     assert len(kept) == len(tried) < len(space.rows)
     assert min(row.value for row in kept.values()) <= 1.03 * space.optimum
     fewer = dataclasses.replace(space, rows=kept)
-    found = [r.replay(fewer, "screened", 2 * len(kept), seed)[-1] for seed in range(30)]
+    found = [r.simulate(fewer, "screened", 2 * len(kept), seed)[-1] for seed in range(30)]
     assert max(found) <= 1.03 * space.optimum

@@ -50,7 +50,7 @@ def test_the_profile_says_what_the_recording_says(tmp_path):
     dense = raw["dense"]["start_ms"] + raw["dense"]["rest_ms"]
     assert profile.generation.dense.p50_ms == pytest.approx(dense)
     kernel = search_here.KERNELS[search_here.kernel_for("cpu")]
-    best = min(factor(kernel.name, values) for values in search_here.points(kernel.config.space()))
+    best = min(factor(kernel.name, values) for values in search_here.combinations(kernel.config.space()))
     assert [factor(row.kernel, dict(row.config)) for row in profile.rows] == [best] * len(profile.rows)
     launches = {row.scale_index: search_here.Launch(row.kernel, kernel.config(**dict(row.config))) for row in profile.rows}
     spent = sum(adapter.layer_ms(profile.policy, launches).values()) + adapter.other_ms(profile.policy)

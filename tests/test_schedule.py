@@ -21,7 +21,7 @@ from leftovers import gone, marked, wait_for
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_tune.catalog.gpus import GPUS, detect_gpu
 from sparvar_tune.catalog.models import MODELS
-from sparvar_tune.launch_search.choose import Found, Schedule, space
+from sparvar_tune.launch_search.choose import ChosenLaunches, LaunchSearch, space
 from sparvar_tune.launch_search.compiling import Binary, Compiled
 from sparvar_tune.launch_search.log import Identity, Log, Workshop, read_log
 from sparvar_tune.launch_search.process_pool import Job, Pool
@@ -53,12 +53,12 @@ def workshop(folder: Path, log: Log, workers: int = 2, compiler=made_up_code, ta
     return Workshop(IDENTITY, log, 1, [environment] * workers, "timer_target:time_task", compiler, task_s)
 
 
-def run(folder: Path, log: Log, keep=lambda found: None, gpu=GPUS["a100-80"], say=lambda text: None, **options) -> Found:
+def run(folder: Path, log: Log, keep=lambda found: None, gpu=GPUS["a100-80"], say=lambda text: None, **options) -> ChosenLaunches:
     """On a GPU whose launches are not predicted, unless told otherwise."""
     w = Workload.of(MODEL, MODEL.default_resolution, "1.000")
     policy = paper_policy(w.schedule, MODEL.layers, MODEL.heads)
     with workshop(folder, log, **options) as made:
-        return Schedule(w, policy, gpu, gpu.capability, made, say, lambda text: None).find(keep)
+        return LaunchSearch(w, policy, gpu, gpu.capability, made, say, lambda text: None).find(keep)
 
 
 def calls(folder: Path) -> list[str]:
@@ -69,7 +69,7 @@ def calls(folder: Path) -> list[str]:
 def whole(tmp_path_factory):
     """An undisturbed run: its folder, log and result."""
     folder = tmp_path_factory.mktemp("whole")
-    seen: list[Found] = []
+    seen: list[ChosenLaunches] = []
     found = run(folder, Log(folder / "log.jsonl"), seen.append)
     return folder, found, seen
 
@@ -175,7 +175,7 @@ def test_a_default_that_does_not_run_does_not_end_the_search(tmp_path):
         )  # fmt: skip
 
     failed = Compiled(failure="raised: out of resources")
-    seen: list[Found] = []
+    seen: list[ChosenLaunches] = []
     found = run(tmp_path, Log(None), seen.append, compiler=broken)
     assert not seen and len(found.rows) == 3 and all(dict(row.config) != vars(TritonConfig()) for row in found.rows)
 
@@ -299,7 +299,7 @@ def test_gpu_schedule_from_start_to_replay(tmp_path, mode):
     assert any(f"of {mode} calls" in note for note in made.notes)
     lines = read_log(tmp_path / time_only.LOG)
     assert lines and not any(line.failure for line in lines)
-    again = time_only.replay(made, [tmp_path / time_only.LOG], gpu) if mode == "eager" else None
+    again = time_only.launches_of_log(made, [tmp_path / time_only.LOG], gpu) if mode == "eager" else None
     assert again is None or (again.rows, again.notes) == (made.rows, made.notes[1:])
 
 
@@ -335,7 +335,7 @@ def test_a_shipped_log_gives_its_profile_again(path):
     """Every row, its choice and its times, from the measurements under reports/ alone; no GPU is asked."""
     made = store.load(path)
     logs = sorted((ROOT / "reports" / path.parent.name).glob("*.jsonl"))
-    again = time_only.replay(made, logs, GPUS[made.silicon.gpu])
+    again = time_only.launches_of_log(made, logs, GPUS[made.silicon.gpu])
     assert to_plain(again.rows) == to_plain(made.rows)
     assert made.notes[0 if made.evidence else 1 :] == again.notes
     assert made.evidence or made.trials == again.tried, "all its trials were launches"

@@ -27,7 +27,7 @@ def judge(knobs: s.Knobs) -> s.Verdict:
 
 def run(folder, trials: int, judge=judge, resume=False, seed=0):
     study = s.open_study(folder, "space", seed, resume)
-    told: list[s.Found] = []
+    told: list[s.FinishedTrial] = []
     before = len(s.finished(study))
     s.search(study, judge, lambda: len(s.finished(study)) - before >= trials, told.append)
     return study, told
@@ -44,10 +44,10 @@ def test_seeds_come_first_and_the_best_is_found(tmp_path):
 def test_what_misses_the_bound_or_was_given_up_is_no_candidate():
     good = s.Verdict(10.0, -1.0, 36.0, 0.97, True)
     found = [
-        s.Found(0, s.Knobs(price_last=1.0), s.Verdict(1.0, 0.1, 36.0, 0.97, True)),
-        s.Found(1, s.Knobs(price_last=2.0), s.Verdict(2.0, -1.0, 36.0, 0.97, False)),
-        s.Found(2, s.Knobs(price_last=3.0), good),
-        s.Found(3, s.Knobs(price_last=4.0), s.Verdict(9.0, 0.0, 36.0, 0.97, True)),
+        s.FinishedTrial(0, s.Knobs(price_last=1.0), s.Verdict(1.0, 0.1, 36.0, 0.97, True)),
+        s.FinishedTrial(1, s.Knobs(price_last=2.0), s.Verdict(2.0, -1.0, 36.0, 0.97, False)),
+        s.FinishedTrial(2, s.Knobs(price_last=3.0), good),
+        s.FinishedTrial(3, s.Knobs(price_last=4.0), s.Verdict(9.0, 0.0, 36.0, 0.97, True)),
     ]
     assert [f.number for f in s.candidates(found)] == [3, 2]
 
@@ -61,7 +61,10 @@ def test_the_front_is_what_nothing_beats_in_both():
         (20.0, 36.0, True),
         (20.0, 35.0, True),
     ]
-    found = [s.Found(i, s.Knobs(price_last=i + 1.0), s.Verdict(ms, 0.0, db, 0.9, done)) for i, (ms, db, done) in enumerate(made)]
+    found = [
+        s.FinishedTrial(i, s.Knobs(price_last=i + 1.0), s.Verdict(ms, 0.0, db, 0.9, done))
+        for i, (ms, db, done) in enumerate(made)
+    ]
     assert [f.number for f in s.front(found)] == [0, 2, 4]
 
 

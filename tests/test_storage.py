@@ -69,7 +69,7 @@ def read(log: Path, what: str) -> list[dict]:
     return [line for line in lines if line["what"] == what]
 
 
-def kept(url: str) -> list[search.Found]:
+def kept(url: str) -> list[search.FinishedTrial]:
     return search.finished(search.join_study(storage.open_shared(url), "space"))
 
 
@@ -106,7 +106,7 @@ def test_a_killed_process_neither_hangs_nor_spoils_the_other(url, tmp_path):
     shared = storage.open_shared(url, 1, 2)
     study = search.join_study(shared, "space")
     wait_for(lambda: shared.stale(study) or not storage._running(study))
-    done, told = search.finished(study), list[search.Found]()
+    done, told = search.finished(study), list[search.FinishedTrial]()
     assert {line["number"] for line in read(logs[1], "told")} <= {f.number for f in done}
     search.search(study, lambda knobs: done[0].verdict, lambda: len(search.finished(study)) >= len(done) + 2, told.append, shared)
     assert [f.knobs.form for f in kept(url)].count("paper") >= 1, "nobody took up what the killed one was at"
@@ -164,11 +164,11 @@ def test_two_lies_look_to_both_sides():
     first = search.next_planned(SEEDS, ())
     second = search.next_planned(SEEDS, {first})
     assert first == search._common(search.FIRST_PRICE) and second.price_last > first.price_last
-    met = search.Found(2, first, search.Verdict(1.0, -1.0, 36.0, 0.97, True))
+    met = search.FinishedTrial(2, first, search.Verdict(1.0, -1.0, 36.0, 0.97, True))
     assert search.next_planned([*SEEDS, met], ()).price_last < first.price_last
 
 
-SEEDS = [search.Found(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, 29.0, 0.9, True)) for i, form in
+SEEDS = [search.FinishedTrial(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, 29.0, 0.9, True)) for i, form in
          enumerate(("paper", "drop last scale"))]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sparvar_kernels import Cs4a, Csla, Policy, Rule, Tile
 from sparvar_tune.adapters import load_adapter
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.launch_search.choose import Found
+from sparvar_tune.launch_search.choose import ChosenLaunches
 from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.policy_search import certify
 from sparvar_tune.profile import machine, schema, store
@@ -61,7 +61,7 @@ def taken_over(monkeypatch, tmp_path):
             return trial
 
         monkeypatch.setattr(take_over, "compare_on", compare)
-        monkeypatch.setattr(take_over, "time_launches", lambda *_: Found((row,), 16, ("a note",)))
+        monkeypatch.setattr(take_over, "time_launches", lambda *_: ChosenLaunches((row,), 16, ("a note",)))
         bound = Constraint(psnr_db, 0.0)
         request = Request(model, "256", "1.000", GPUS["h100-sxm"], "near-lossless", bound, 60.0, 12, 0, False, tmp_path)
         source = dataclasses.replace(store.load(SHIPPED / "cpu" / "pocketvar.json"), policy=policy)

@@ -34,14 +34,14 @@ STEADY, LOOKS = 0.05, 3  # how far the halves of a final may lie apart, and how 
 Code = tuple[str, ...] | None  # of every binary a configuration needs; None where one failed
 
 
-def points(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+def combinations(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     """Every combination of one choice for each name, the last name's changing fastest."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def legal(problem: AttentionProblem, capability: tuple[int, int] | None) -> list[TritonConfig]:
     """Every legal configuration: of launches whose warps do all, then of those whose warps fetch or multiply."""
-    plain = (TritonConfig(**point) for point in points(TritonConfig.space()))
+    plain = (TritonConfig(**values) for values in combinations(TritonConfig.space()))
     return [c for c in (*plain, *TritonConfig.fetching(problem)) if not why_not(problem, "triton", c, capability)]
 
 
@@ -56,7 +56,7 @@ def space(problem: AttentionProblem, capability: tuple[int, int] | None) -> list
 
 
 @dataclass(frozen=True)
-class Found:
+class ChosenLaunches:
     """The rows of a schedule, how many configurations were timed for them, and what a reader of the profile should know."""
 
     rows: tuple[Row, ...]
@@ -74,7 +74,7 @@ class Scale:
     default: TritonConfig
 
 
-class Schedule:
+class LaunchSearch:
     """The rows of `policy` on `workload`, measured by a workshop. `say` prints a line to keep, `status` one to overwrite."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Schedule:
             default = usual if usual in configs else configs[0]
             self.scales.append(Scale(s, distinct_layers(policy, s), configs, default))
 
-    def find(self, keep: Callable[[Found], None]) -> Found:
+    def find(self, keep: Callable[[ChosenLaunches], None]) -> ChosenLaunches:
         """The fastest rows; `keep` gets those of the default configurations as soon as they are timed."""
         self._first(keep)
         compiled = self._compile({scale.index: scale.configs for scale in self.scales})
@@ -109,9 +109,9 @@ class Schedule:
             config = ", ".join(f"{k}={v}" for k, v in row.config)
             self._tell(f"scale {row.scale_index}: {row.dense.p50_ms:.3f} -> {row.tuned.p50_ms:.3f} ms a layer, "
                        f"{gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f}) with {config}")  # fmt: skip
-        return Found(tuple(rows), self.looked, self._notes())
+        return ChosenLaunches(tuple(rows), self.looked, self._notes())
 
-    def _first(self, keep: Callable[[Found], None]) -> None:
+    def _first(self, keep: Callable[[ChosenLaunches], None]) -> None:
         """Times the default configurations: a usable profile for whoever stops here. One that does not run ends nothing."""
         compiled = self._compile({scale.index: [scale.default] for scale in self.scales})
         if None in compiled.values():
@@ -121,7 +121,7 @@ class Schedule:
         except ValueError as error:
             self._tell(f"no first profile: {error}")
             return
-        keep(Found(tuple(rows), len(rows), (*self._notes(), "best so far: only the default configurations were timed")))
+        keep(ChosenLaunches(tuple(rows), len(rows), (*self._notes(), "best so far: only the default configurations were timed")))
         self._tell(f"{len(rows)} scales timed with the default configuration")
 
     def _compile(self, configs: Mapping[int, Sequence[TritonConfig]]) -> dict[tuple[int, TritonConfig], Code]:

@@ -46,7 +46,7 @@ def confidence_of(attempt: int) -> float:
     return 1 - (1 - CONFIDENCE) * SHARES[attempt]
 
 
-class Timed:
+class TimedByScale:
     """Attention that adds up the milliseconds spent at each scale."""
 
     def __init__(self, inner: Any, stopwatch: Stopwatch) -> None:
@@ -89,7 +89,7 @@ def run_pairs(
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if hasattr(ways[name], "reset"):
                 ways[name].reset()
-            attend, pictures = Timed(ways[name], stopwatch), list[Tensor]()
+            attend, pictures = TimedByScale(ways[name], stopwatch), list[Tensor]()
             ms = stopwatch(lambda: pictures.append(adapter.finish(states[0], attend)))  # noqa: B023
             made[name] = (pictures[0], shared + ms, attend.spent_ms)
         for name, (picture, ms, spent) in made.items():
@@ -111,7 +111,7 @@ def _so_far(outcomes: dict[str, list[Outcome]]) -> str:
 
 
 @dataclass
-class Trial:
+class Comparison:
     """Everything measured on the held-out pairs; lists run over pairs, times are in ms."""
 
     pairs: list[Pair]
@@ -125,28 +125,34 @@ class Trial:
 def compare_on(
     adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None],
     doomed: Callable[[Sequence[PictureFidelity], Sequence[Pair]], bool] = lambda found, pairs: False, clock: Clock = CLOCK,
-) -> Trial:  # fmt: skip
+) -> Comparison:  # fmt: skip
     """Dense and tuned pictures of every pair, timed side by side; of the first pairs only once `doomed` says so."""
     ways = {"dense": adapter.dense, "tuned": make_attention(adapter, policy, launches)}
     dense, tuned = run_pairs(
         adapter, ways, pairs, say, clock=clock, give_up=lambda outcomes: doomed([o.fidelity for o in outcomes["tuned"]], pairs)
     ).values()
-    return Trial(
+    return Comparison(
         list(pairs[: len(tuned)]), [o.fidelity for o in tuned], [o.ms for o in dense], [o.ms for o in tuned],
         [o.scales_ms for o in dense], [o.scales_ms for o in tuned],
     )  # fmt: skip
 
 
-def evidence(trial: Trial, adapter: Adapter, policy: Policy, constraint: Constraint, confidence: float) -> tuple[Evidence, float]:
+def evidence(
+    seen: Comparison, adapter: Adapter, policy: Policy, constraint: Constraint, confidence: float
+) -> tuple[Evidence, float]:
     """The evidence a profile carries, and the shortfall (<= 0: certified)."""
-    psnr, ssim, classes = [f.psnr_db for f in trial.found], [f.ssim for f in trial.found], [label for label, _ in trial.pairs]
+    psnr, ssim, classes = (
+        [f.psnr_db for f in seen.found],
+        [f.ssim for f in seen.found],
+        [label for label, _ in seen.pairs],
+    )
     low_psnr, low_ssim = (lower_bound(values, classes, confidence) for values in (psnr, ssim))
     made = Evidence(
         n=len(psnr), confidence=confidence,
         psnr_mean_db=class_mean(psnr, classes), psnr_lower_db=low_psnr, required_psnr_db=constraint.psnr_db,
         ssim_mean=class_mean(ssim, classes), ssim_lower=low_ssim, required_ssim=constraint.ssim,
-        ms_ssim_mean=class_mean([f.ms_ssim for f in trial.found], classes),
-        data_hash=hash_pairs(trial.pairs, adapter.weights_sha256, adapter.temperature),
+        ms_ssim_mean=class_mean([f.ms_ssim for f in seen.found], classes),
+        data_hash=hash_pairs(seen.pairs, adapter.weights_sha256, adapter.temperature),
         yardsticks=tuple(Yardstick(*y) for y in adapter.yardsticks()),
         measured=datetime.date.today().isoformat(), weights_sha256=adapter.weights_sha256,
         meaning=meaning_of(policy, [kernel_for(adapter.device.split(":")[0])]),
@@ -154,18 +160,21 @@ def evidence(trial: Trial, adapter: Adapter, policy: Policy, constraint: Constra
     return made, constraint.shortfall(low_psnr, low_ssim)
 
 
-def generation(trial: Trial, adapter: Adapter) -> Generation:
+def generation(seen: Comparison, adapter: Adapter) -> Generation:
     return Generation(
-        adapter.dense_name, timing(trial.dense_ms), timing(trial.tuned_ms), paired_speedup(trial.dense_ms, trial.tuned_ms)
+        adapter.dense_name,
+        timing(seen.dense_ms),
+        timing(seen.tuned_ms),
+        paired_speedup(seen.dense_ms, seen.tuned_ms),
     )
 
 
-def measured_rows(trial: Trial, adapter: Adapter, policy: Policy, launches: Mapping[int, Launch]) -> tuple[Row, ...]:
+def measured_rows(seen: Comparison, adapter: Adapter, policy: Policy, launches: Mapping[int, Launch]) -> tuple[Row, ...]:
     """One row per scale with a rule: one layer's attention, averaged over layers, list making included."""
     rows, layers = [], adapter.model.layers
     for s in sorted({r.scale_index for r in policy.rules}):
-        dense = [spent[s] / layers for spent in trial.dense_scales]
-        tuned = [spent[s] / layers for spent in trial.tuned_scales]
+        dense = [spent[s] / layers for spent in seen.dense_scales]
+        tuned = [spent[s] / layers for spent in seen.tuned_scales]
         rows.append(Row(
             s, launches[s].kernel, tuple(sorted(vars(launches[s].config).items())), "measured", adapter.dense_name,
             timing(tuned), timing(dense), paired_speedup(dense, tuned),
@@ -173,12 +182,12 @@ def measured_rows(trial: Trial, adapter: Adapter, policy: Policy, launches: Mapp
     return tuple(rows)
 
 
-def decision_cost(trial: Trial, adapter: Adapter, policy: Policy) -> tuple[str, ...]:
+def decision_cost(seen: Comparison, adapter: Adapter, policy: Policy) -> tuple[str, ...]:
     """Notes on what decision scales pay for ranking keys and keeping residuals; the whole-picture time includes it."""
     decisions = [getattr(r.variant, "decision_scale", None) for r in policy.rules]
     scales = {s for s in decisions if s is not None}
     notes = []
     for s in sorted(scales - {r.scale_index for r in policy.rules}):
-        dense, tuned = (timing([x[s] / adapter.model.layers for x in side]) for side in (trial.dense_scales, trial.tuned_scales))
+        dense, tuned = (timing([x[s] / adapter.model.layers for x in side]) for side in (seen.dense_scales, seen.tuned_scales))
         notes.append(f"decision scale {s}: {dense.p50_ms:.1f} -> {tuned.p50_ms:.1f} ms a layer for ranking keys and residuals")
     return tuple(notes)

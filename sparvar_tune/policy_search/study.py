@@ -88,7 +88,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Found:
+class FinishedTrial:
     """A finished trial."""
 
     number: int
@@ -204,7 +204,7 @@ def unbroken() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def finished(study: optuna.Study) -> list[Found]:
+def finished(study: optuna.Study) -> list[FinishedTrial]:
     """Every finished trial of the study, oldest first."""
     return _finished(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
@@ -214,15 +214,15 @@ def failed(study: optuna.Study) -> list[FailedTrial]:
     return _failed(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
 
 
-def _finished(trials: Sequence[optuna.trial.FrozenTrial]) -> list[Found]:
-    return [read for t in trials if isinstance(read := _read_or_none(t), Found)]
+def _finished(trials: Sequence[optuna.trial.FrozenTrial]) -> list[FinishedTrial]:
+    return [read for t in trials if isinstance(read := _read_or_none(t), FinishedTrial)]
 
 
 def _failed(trials: Sequence[optuna.trial.FrozenTrial]) -> list[FailedTrial]:
     return [read for t in trials if isinstance(read := _read_or_none(t), FailedTrial)]
 
 
-def _read(trial: optuna.trial.FrozenTrial) -> Found | FailedTrial | Knobs | None:
+def _read(trial: optuna.trial.FrozenTrial) -> FinishedTrial | FailedTrial | Knobs | None:
     """What a trial says: how it ended or, until then, what it is at; None where it has said nothing. Raises ValueError."""
     attrs = trial.user_attrs
     if "knobs" not in attrs:
@@ -230,7 +230,7 @@ def _read(trial: optuna.trial.FrozenTrial) -> Found | FailedTrial | Knobs | None
     try:
         knobs = _from_json(Knobs, attrs["knobs"])
         if trial.state == TrialState.COMPLETE:
-            return Found(trial.number, knobs, _from_json(Verdict, attrs["verdict"]))
+            return FinishedTrial(trial.number, knobs, _from_json(Verdict, attrs["verdict"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"trial {trial.number} cannot be read ({_reason(error)})") from None
     if trial.state == TrialState.FAIL:  # without a reason a process was killed at it: someone may try again
@@ -251,7 +251,7 @@ def _from_json(kind: type[T], text: str) -> T:
     return kind(**values)
 
 
-def _read_or_none(trial: optuna.trial.FrozenTrial) -> Found | FailedTrial | Knobs | None:
+def _read_or_none(trial: optuna.trial.FrozenTrial) -> FinishedTrial | FailedTrial | Knobs | None:
     """`_read`, where one trial of a shared storage that is damaged must not end everybody's search."""
     try:
         return _read(trial)
@@ -259,7 +259,7 @@ def _read_or_none(trial: optuna.trial.FrozenTrial) -> Found | FailedTrial | Knob
         return None
 
 
-def read_trials(folder: Path) -> list[Found]:
+def read_trials(folder: Path) -> list[FinishedTrial]:
     """Finished trials of the newest search kept in `folder`; none if there is no journal. Raises DamagedJournal."""
     journal = folder / "trials.journal"
     if not journal.exists():
@@ -268,10 +268,10 @@ def read_trials(folder: Path) -> list[Found]:
     with _reading(journal) as studies:
         names = optuna.get_all_study_names(studies)
         trials = optuna.load_study(study_name=names[-1], storage=studies).get_trials(deepcopy=False) if names else []
-        return [read for t in trials if isinstance(read := _read(t), Found)]
+        return [read for t in trials if isinstance(read := _read(t), FinishedTrial)]
 
 
-def shared_trials(shared: Shared, model: str) -> dict[str, list[Found]]:
+def shared_trials(shared: Shared, model: str) -> dict[str, list[FinishedTrial]]:
     """Finished trials of a storage's studies of a model, by the study's name (`tune` gives it: model, then a hash)."""
     names = [n for n in optuna.get_all_study_names(shared.storage) if n.rpartition("-")[0] == model]
     return {n: finished(optuna.load_study(study_name=n, storage=shared.storage)) for n in names}
@@ -287,7 +287,7 @@ def _suggest(trial: optuna.trial.Trial, points: Sequence[str]) -> Knobs:
 
 
 def search(
-    study: optuna.Study, judge: Callable[[Knobs], Verdict], until: Callable[[], bool], tell: Callable[[Found], None],
+    study: optuna.Study, judge: Callable[[Knobs], Verdict], until: Callable[[], bool], tell: Callable[[FinishedTrial], None],
     shared: Shared | None = None, *, points: Sequence[str] = FIXED_POINTS,
     tell_failed: Callable[[FailedTrial], None] = lambda trial: None,
 ) -> None:  # fmt: skip
@@ -325,7 +325,9 @@ def search(
             tell(ended)
 
 
-def next_planned(found: Sequence[Found], settled: Collection[Knobs], points: Sequence[str] = FIXED_POINTS) -> Knobs | None:
+def next_planned(
+    found: Sequence[FinishedTrial], settled: Collection[Knobs], points: Sequence[str] = FIXED_POINTS
+) -> Knobs | None:
     """The fixed points, then one common price by interpolation; None when all is known. settled: under way or failed."""
     known = {f.knobs for f in found}
     for seed in (Knobs(form=form) for form in points):
@@ -340,7 +342,7 @@ def _common(price: float) -> Knobs:
     return Knobs("priced", last, second, third, DEFAULT_TILT)
 
 
-def _next_common_price(found: Sequence[Found], settled: Collection[Knobs]) -> Knobs | None:
+def _next_common_price(found: Sequence[FinishedTrial], settled: Collection[Knobs]) -> Knobs | None:
     """Towards the cheapest common price that meets the constraint, by the slope of the shortfall over the price's logarithm."""
     points = {f.knobs: f.verdict.shortfall_db for f in found}
     points |= {knobs: LIE_DB for knobs in settled if knobs not in points}
@@ -362,7 +364,7 @@ def _next_common_price(found: Sequence[Found], settled: Collection[Knobs]) -> Kn
 def _planned(trial: optuna.trial.FrozenTrial) -> Knobs | None:
     """Knobs written on a trial, None on the sampler's own until it is finished."""
     read = _read_or_none(trial)
-    return read.knobs if isinstance(read, Found | FailedTrial) else read
+    return read.knobs if isinstance(read, FinishedTrial | FailedTrial) else read
 
 
 def _under_way(trials: Sequence[optuna.trial.FrozenTrial]) -> set[Knobs]:
@@ -381,7 +383,7 @@ def _taken(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs) -> bool
 
 def _judge_trial(
     study: optuna.Study, trial: optuna.trial.Trial, judge: Callable[[Knobs], Verdict], knobs: Knobs
-) -> Found | FailedTrial:  # fmt: skip
+) -> FinishedTrial | FailedTrial:  # fmt: skip
     """Judges and stores. Raises only what is not the policy's fault: an interrupt, or a storage that cannot be written."""
     try:
         verdict = judge(knobs)
@@ -395,7 +397,7 @@ def _judge_trial(
             trial.set_constraint(CONSTRAINT, 1e3)
             study.tell(trial, state=TrialState.FAIL)
         raise
-    return Found(_tell(study, trial, knobs, verdict), knobs, verdict)
+    return FinishedTrial(_tell(study, trial, knobs, verdict), knobs, verdict)
 
 
 def _tell_failed(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, reason: str) -> int:
@@ -434,16 +436,16 @@ def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict:
             return max(f.number for f in finished(study) if f.knobs == knobs)
 
 
-def front(found: Sequence[Found]) -> list[Found]:
+def front(found: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     """The Pareto front of fully judged trials: faster first, every next one closer to dense than all before (PSNR)."""
-    out: list[Found] = []
+    out: list[FinishedTrial] = []
     for f in sorted(found, key=lambda f: (f.verdict.time_ratio, -f.verdict.psnr_db)):
         if f.verdict.complete and (not out or f.verdict.psnr_db > out[-1].verdict.psnr_db):
             out.append(f)
     return out
 
 
-def candidates(found: Sequence[Found]) -> list[Found]:
+def candidates(found: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     """Fully judged trials that meet the constraint, fastest first; each set of knobs once."""
     unique = {f.knobs: f for f in found if f.verdict.complete and f.verdict.shortfall_db <= 0}
     return sorted(unique.values(), key=lambda f: f.verdict.time_ratio)

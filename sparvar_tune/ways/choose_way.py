@@ -20,7 +20,7 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, load_adapter
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.names import CUSTOM
-from sparvar_tune.launch_search.choose import Found
+from sparvar_tune.launch_search.choose import ChosenLaunches
 from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.policy_search.menu import decision_scale, fixed_points, menu, paper_policy
 from sparvar_tune.policy_search.storage import open_shared, place
@@ -177,7 +177,7 @@ class SearchHere(Way):
             return search_here.tune(request, self.adapter, say, status), None
         shop = dataclasses.replace(self._shop(request.scratch / "launches"), resume=True)
 
-        def time_launches(policy: Policy) -> Found:
+        def time_launches(policy: Policy) -> ChosenLaunches:
             return time_only.time_launches(policy, search_here.workload(request, self.adapter), gpu, shop, say, status)
 
         profile = search_here.tune(request, self.adapter, say, status, time_launches=time_launches, attempts=attempts)

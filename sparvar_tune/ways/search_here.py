@@ -20,15 +20,14 @@ from sparvar_tune.adapters import Adapter
 from sparvar_tune.catalog.gpus import GPUS, Gpu, nearest_first
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import PRESETS
-from sparvar_tune.launch_search.choose import Found as Timed
-from sparvar_tune.launch_search.choose import points
+from sparvar_tune.launch_search.choose import ChosenLaunches, combinations
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.measure.pairs import held_out_pairs, search_pairs
 from sparvar_tune.measure.timing import CLOCK, Clock, quantile
 from sparvar_tune.policy_search.certify import (
     SHARES,
-    Trial,
+    Comparison,
     compare_on,
     confidence_of,
     decision_cost,
@@ -40,7 +39,17 @@ from sparvar_tune.policy_search.judge import Judge, build_policy, first_touched,
 from sparvar_tune.policy_search.menu import Table, fixed_points, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
 from sparvar_tune.policy_search.storage import one_line, open_shared
-from sparvar_tune.policy_search.study import Found, Knobs, candidates, failed, finished, front, join_study, open_study, search
+from sparvar_tune.policy_search.study import (
+    FinishedTrial,
+    Knobs,
+    candidates,
+    failed,
+    finished,
+    front,
+    join_study,
+    open_study,
+    search,
+)
 from sparvar_tune.profile import schema, store
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.profile.files import exclusive
@@ -83,7 +92,8 @@ class Request:
 
 def tune(
     request: Request, adapter: Adapter, say: Callable[[str], None], status: Callable[[str], None], clock: Clock = CLOCK,
-    time_launches: Callable[[Policy], Timed] | None = None, shipped: Mapping[str, Policy] | None = None, attempts: int = 0,
+    time_launches: Callable[[Policy], ChosenLaunches] | None = None, shipped: Mapping[str, Policy] | None = None,
+    attempts: int = 0,
 ) -> schema.Profile:  # fmt: skip
     """The certified profile. `say` prints a line to keep, `status` one to overwrite; all times are `clock`'s.
 
@@ -152,20 +162,20 @@ def tune(
             )
             confidence, drawn = confidence_of(attempt), held_out_pairs(adapter.num_classes, request.pairs, attempt)
             attempt += 1
-            trial = compare_on(adapter, policy, launches, drawn, status, judge.doomed, clock)
-            if len(trial.pairs) < request.pairs:
-                mean = fmean(f.psnr_db for f in trial.found)
-                note(f"given up after {len(trial.pairs)} held-out pairs: PSNR {mean:.2f} dB")
+            seen = compare_on(adapter, policy, launches, drawn, status, judge.doomed, clock)
+            if len(seen.pairs) < request.pairs:
+                mean = fmean(f.psnr_db for f in seen.found)
+                note(f"given up after {len(seen.pairs)} held-out pairs: PSNR {mean:.2f} dB")
                 needed = max(needed, 0.2) - min(0.0, candidate.verdict.shortfall_db)
                 continue
-            proof, shortfall = evidence(trial, adapter, policy, request.constraint, confidence)
-            gain = generation(trial, adapter).speedup
+            proof, shortfall = evidence(seen, adapter, policy, request.constraint, confidence)
+            gain = generation(seen, adapter).speedup
             note(f"{request.pairs} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower {confidence:.1%} bound "
                  f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); SSIM {proof.ssim_mean:.4f}, lower bound "
                  f"{proof.ssim_lower:.4f} (wanted {request.constraint.ssim:g}); {gain.median:.2f}x "
                  f"({gain.low:.2f}..{gain.high:.2f})")  # fmt: skip
             if shortfall <= 0 and gain.low > 1:
-                return make_profile(request, adapter, policy, SEARCHED, trial, proof, launches, found, len(done))
+                return make_profile(request, adapter, policy, SEARCHED, seen, proof, launches, found, len(done))
             if shortfall > 0:
                 needed = max(needed, shortfall) - candidate.verdict.shortfall_db
         raise NothingMeetsTheBound(_best_reachable(study, request, attempt > attempts))
@@ -197,7 +207,7 @@ def shipped_policies(request: Request, adapter: Adapter, say: Callable[[str], No
     return found
 
 
-def trial_line(found: Found, judge: Judge, search_left: float) -> str:
+def trial_line(found: FinishedTrial, judge: Judge, search_left: float) -> str:
     """One trial, the best so far, and how long the search goes on."""
     v = found.verdict
     mark = "meets the bound" if v.shortfall_db <= 0 else f"{v.shortfall_db:.1f} dB short"
@@ -234,7 +244,7 @@ def tune_launches(adapter: Adapter, policy: Policy, judge: Judge, status: Callab
     first = first_touched(adapter)
     capture = Recorder(adapter.dense, tuple(range(first, len(adapter.schedule))))
     adapter.finish(judge.references[0].state, capture)
-    choices = points(kernel.config.space())
+    choices = combinations(kernel.config.space())
     spent: dict[tuple[int, int], list[float]] = {}
     layers = range(0, adapter.model.layers, max(1, adapter.model.layers // 4))
     for _round in range(2):
@@ -277,17 +287,17 @@ def _best_reachable(study: Any, request: Request, certified: bool) -> str:
 
 
 def make_profile(
-    request: Request, adapter: Adapter, policy: Policy, source: str, trial: Trial, proof: schema.Evidence,
-    launches: dict[int, Launch], timed: Timed | None, trials: int,
+    request: Request, adapter: Adapter, policy: Policy, source: str, seen: Comparison, proof: schema.Evidence,
+    launches: dict[int, Launch], chosen: ChosenLaunches | None, trials: int,
 ) -> schema.Profile:  # fmt: skip
-    """The profile of a certified policy. timed: its launches' own times where there are some, else those of `trial`."""
-    rows, notes = (timed.rows, timed.notes) if timed else (measured_rows(trial, adapter, policy, launches), ())
+    """The profile of a certified policy. chosen: its launches' own times where there are some, else those of `seen`."""
+    rows, notes = (chosen.rows, chosen.notes) if chosen else (measured_rows(seen, adapter, policy, launches), ())
     return schema.Profile(
         schema=schema.SCHEMA, created=datetime.date.today().isoformat(), preset=request.preset, state="measured",
         policy=policy, policy_state="measured", policy_source=source,
         evidence=proof, workload=workload(request, adapter), silicon=silicon(request.gpu, True), versions=versions(),
-        **stamp(policy, rows, request.gpu), generation=generation(trial, adapter), rows=rows, seed=request.seed,
-        trials=trials, notes=(*decision_cost(trial, adapter, policy), *notes),
+        **stamp(policy, rows, request.gpu), generation=generation(seen, adapter), rows=rows, seed=request.seed,
+        trials=trials, notes=(*decision_cost(seen, adapter, policy), *notes),
     )  # fmt: skip
 
 

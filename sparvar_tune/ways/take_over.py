@@ -55,13 +55,13 @@ def transfer(
     shape = workload(request, adapter)
     found = time_launches(policy, shape, request.gpu, shop, say, status)
     launches = {row.scale_index: launch_of(row) for row in found.rows}
-    trial = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs, ATTEMPT), status)
-    proof, shortfall = evidence(trial, adapter, policy, request.constraint, confidence_of(ATTEMPT))
-    gain = generation(trial, adapter)
+    seen = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs, ATTEMPT), status)
+    proof, shortfall = evidence(seen, adapter, policy, request.constraint, confidence_of(ATTEMPT))
+    gain = generation(seen, adapter)
     say(f"[{time.monotonic() - begun:4.0f} s] {request.pairs} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
         f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); {gain.speedup.median:.2f}x")  # fmt: skip
     if shortfall > 0 or gain.speedup.low <= 1:
         what = f"{shortfall:.2f} dB short" if shortfall > 0 else f"{gain.speedup.low:.2f}x at the low end, no gain"
         raise NothingMeetsTheBound(f"the policy searched on {source.silicon.gpu} does not do here ({what}): give --search")
     source_words = f"searched on {source.silicon.gpu} ({source.created}), certified again here"
-    return make_profile(request, adapter, policy, source_words, trial, proof, launches, found, found.tried)
+    return make_profile(request, adapter, policy, source_words, seen, proof, launches, found, found.tried)

@@ -15,7 +15,7 @@ import torch
 from sparvar_kernels.policy import Policy
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.models import Model
-from sparvar_tune.launch_search.choose import Found, Schedule
+from sparvar_tune.launch_search.choose import ChosenLaunches, LaunchSearch
 from sparvar_tune.launch_search.log import Identity, Log, Workshop
 from sparvar_tune.policy_search.menu import PAPER_SOURCE, UNVERIFIED
 from sparvar_tune.profile.files import exclusive, set_aside
@@ -95,14 +95,14 @@ class Target:
 
 def time_launches(
     policy: Policy, workload: Workload, gpu: Gpu, shop: Shop, say: Callable[[str], None], status: Callable[[str], None],
-    keep: Callable[[Found], None] = lambda found: None,
-) -> Found:  # fmt: skip
+    keep: Callable[[ChosenLaunches], None] = lambda found: None,
+) -> ChosenLaunches:  # fmt: skip
     """The fastest launches of a policy on this machine's GPU; `keep` gets the first usable ones.
 
     Raises ValueError: no configuration runs, folder busy; ProfileError when measurements cannot be kept.
     """
     with workshop(gpu, shop) as made:
-        return Schedule(workload, policy, gpu, torch.cuda.get_device_capability(), made, say, status).find(keep)
+        return LaunchSearch(workload, policy, gpu, torch.cuda.get_device_capability(), made, say, status).find(keep)
 
 
 def time_policy(
@@ -114,14 +114,14 @@ def time_policy(
     """
     here, tuned_with = silicon(target.gpu, is_here(target.gpu)), versions()
 
-    def profile(found: Found) -> Profile:
+    def profile(found: ChosenLaunches) -> Profile:
         return profile_of(target, found, here, tuned_with)
 
     found = time_launches(target.policy, target.workload, target.gpu, shop, say, status, lambda first: keep(profile(first)))
     return profile(found)
 
 
-def profile_of(target: Target, found: Found, here: Silicon, tuned_with: Versions) -> Profile:
+def profile_of(target: Target, found: ChosenLaunches, here: Silicon, tuned_with: Versions) -> Profile:
     """The measured profile of an unverified policy."""
     return Profile(
         schema=SCHEMA, created=datetime.date.today().isoformat(), preset=target.preset, state="measured", policy=target.policy,
@@ -132,12 +132,12 @@ def profile_of(target: Target, found: Found, here: Silicon, tuned_with: Versions
     )  # fmt: skip
 
 
-def replay(profile: Profile, logs: Sequence[Path], gpu: Gpu) -> Found:
+def launches_of_log(profile: Profile, logs: Sequence[Path], gpu: Gpu) -> ChosenLaunches:
     """The rows a profile's log gives: the whole run again without a GPU. Raises ValueError where the log lacks something."""
     v, s = profile.versions, profile.silicon
     if s.capability is None:
-        raise ValueError(f"replay: {s.gpu} has no measurements of launches")
+        raise ValueError(f"launches of a log: {s.gpu} has no measurements of launches")
     identity = Identity(s.gpu, s.name, profile.kernel_hash, v.torch, v.triton, profile.rows[0].mode if profile.rows else "eager")
     with Workshop(identity, Log(None, logs), 1, ()) as made:
-        schedule = Schedule(profile.workload, profile.policy, gpu, s.capability, made, lambda text: None, lambda text: None)
+        schedule = LaunchSearch(profile.workload, profile.policy, gpu, s.capability, made, lambda text: None, lambda text: None)
         return schedule.find(lambda found: None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparvar_tune.policy_search.storage import one_line, open_existing, place
-from sparvar_tune.policy_search.study import Found, front, read_trials, shared_trials
+from sparvar_tune.policy_search.study import FinishedTrial, front, read_trials, shared_trials
 from sparvar_tune.ways.subject import Subject
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def trials_of(subject: Subject, storage: str | None = None) -> pandas.DataFrame:
     """
     if storage:
         with one_line(storage):
-            studies: Mapping[str, Sequence[Found]] = shared_trials(open_existing(storage), subject.model.slug)
+            studies: Mapping[str, Sequence[FinishedTrial]] = shared_trials(open_existing(storage), subject.model.slug)
         where = f"in {place(storage)}"
     else:
         studies = {"": read_trials(subject.run_folder())}
@@ -31,7 +31,7 @@ def trials_of(subject: Subject, storage: str | None = None) -> pandas.DataFrame:
     return trials_frame(studies)
 
 
-def trials_frame(studies: Mapping[str, Sequence[Found]]) -> pandas.DataFrame:
+def trials_frame(studies: Mapping[str, Sequence[FinishedTrial]]) -> pandas.DataFrame:
     """One row a trial, by study where it has a name."""
     import pandas
 

@@ -27,7 +27,7 @@ from sparvar_tune.launch_search.timing_task import Task
 from sparvar_tune.measure.fidelity import class_mean, lower_bound
 from sparvar_tune.measure.pairs import verify_pairs
 from sparvar_tune.measure.timing import paired_speedup, timing
-from sparvar_tune.policy_search.certify import Trial, compare_on, decision_cost, generation, measured_rows
+from sparvar_tune.policy_search.certify import Comparison, compare_on, decision_cost, generation, measured_rows
 from sparvar_tune.policy_search.menu import UNVERIFIED
 from sparvar_tune.profile import overlay, store
 from sparvar_tune.profile.identity import meaning_of, stamp
@@ -108,16 +108,16 @@ def compare_pictures(
         now = time.monotonic()
         return len(found) >= 2 and now + (now - begun) / len(found) > deadline
 
-    trial = compare_on(adapter, profile.policy, launches, verify_pairs(adapter.num_classes, pairs), status, late)
-    gain = generation(trial, adapter)
-    looks = look_at_pictures(trial, (proof.psnr_lower_db, proof.ssim_lower) if proof else adapter.required(profile.preset))
-    n, faithful, faster = len(trial.found), all(look.good for look in looks), gain.speedup.low > 1
+    seen = compare_on(adapter, profile.policy, launches, verify_pairs(adapter.num_classes, pairs), status, late)
+    gain = generation(seen, adapter)
+    looks = look_at_pictures(seen, (proof.psnr_lower_db, proof.ssim_lower) if proof else adapter.required(profile.preset))
+    n, faithful, faster = len(seen.found), all(look.good for look in looks), gain.speedup.low > 1
     pictures = f"{', '.join(look.text for look in looks)}, over {n} pairs the certificate did not use"
     say(f"pictures: {_said(faithful)}: {pictures}")
     say(f"time:     {_said(faster)}: {gain.dense.p50_ms:.0f} -> {gain.tuned.p50_ms:.0f} ms, {_interval(gain.speedup)}")
     if n < pairs:
         say(f"{n} of {pairs} pairs: the others did not fit into the budget")
-    rows = measured_rows(trial, adapter, profile.policy, launches)
+    rows = measured_rows(seen, adapter, profile.policy, launches)
     enough = n >= LEAST
     judged = tuple(_judge(row.scale_index, row.speedup, profile.policy) for row in rows) if enough else ()
     _say_rows(judged, rows, say)
@@ -131,7 +131,7 @@ def compare_pictures(
     renewed = replace(
         profile, created=datetime.date.today().isoformat(), silicon=silicon(gpu, True), versions=versions(),
         **stamp(profile.policy, rows, gpu), generation=gain if proof else None, state="measured", rows=rows,
-        notes=decision_cost(trial, adapter, profile.policy),
+        notes=decision_cost(seen, adapter, profile.policy),
     )  # fmt: skip
     good = faithful and faster
     return Finding(verdict, reason, judged, good, renewed if good and n == pairs else None)
@@ -145,16 +145,16 @@ class Look:
     text: str
 
 
-def look_at_pictures(trial: Trial, bounds: tuple[float, float]) -> tuple[Look, ...]:
+def look_at_pictures(seen: Comparison, bounds: tuple[float, float]) -> tuple[Look, ...]:
     """PSNR (dB) and SSIM against the lower bounds that a certificate says their means have, or that were asked for.
 
     Refuted is a bound above all of the mean's two-sided 90 % interval: of true ones that are just met, one in twenty is by
     chance. Few pictures seldom refute, and none here proves anything: evidence is left as it was measured.
     """
-    classes = [label for label, _ in trial.pairs]
+    classes = [label for label, _ in seen.pairs]
     looks = []
     for name, unit, digits, bound in (("PSNR", " dB", 2, bounds[0]), ("SSIM", "", 4, bounds[1])):
-        values = [f.psnr_db if name == "PSNR" else f.ssim for f in trial.found]
+        values = [f.psnr_db if name == "PSNR" else f.ssim for f in seen.found]
         mean, low = class_mean(values, classes), lower_bound(values, classes)
         high = mean + (mean - low)
         looks.append(Look(high >= bound, f"{name} {mean:.{digits}f}{unit} (90 % interval {low:.{digits}f}..{high:.{digits}f}, "
