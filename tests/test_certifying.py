@@ -12,6 +12,7 @@ import tiny
 import torch
 from test_runtime import profile
 
+from sparvar_tune import runtime
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.measure import pairs as drawing
@@ -28,7 +29,6 @@ from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs, search_pairs,
 from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import store
-from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.ways import search_here, take_over, verify
 
 WANTED = Constraint(34.57, 0.93)
