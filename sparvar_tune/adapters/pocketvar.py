@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.protocol import Adapter, Parts
 from sparvar_tune.catalog.models import Model
-from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.pocketvar.model import CLASSES, DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
 
 YARDSTICKS = Path(__file__).parents[1] / "pocketvar" / "yardsticks.json"
@@ -30,8 +29,8 @@ def weights_hash(path: Path = WEIGHTS) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-class PocketAdapter:
-    """See `protocol.Adapter`."""
+class PocketAdapter(Adapter):
+    """pocketvar, driven."""
 
     def __init__(self, model: Model, device: str) -> None:
         self.model, self.device = model, device
@@ -65,16 +64,12 @@ class PocketAdapter:
         return CLASSES
 
     def required(self, preset: str) -> tuple[float, float]:
-        if preset == "paper":
-            return 29.48, 0.92  # the paper's CS4A + CSLA on Infinity-8B, its table 1
         if preset == "near-lossless":
             for name, psnr_db, _ssim in self.yardsticks():
                 if name == REDRAW:
                     return psnr_db, 0.93
             raise ValueError(f"{YARDSTICKS.name}: not of these weights; run python -m lab.pocketvar.yardsticks")
-        if preset == "fast":
-            return 27.0, 0.88  # a draft: what is where stays, fine texture does not
-        raise ValueError(f"preset {preset!r}: want one of {', '.join(PRESETS)}")
+        return super().required(preset)
 
     def class_levels(self) -> tuple[float, ...]:
         for row in self._yardstick_rows():

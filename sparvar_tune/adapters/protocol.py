@@ -17,11 +17,16 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.catalog.models import Model
 
+BOUNDS = {
+    "paper": (29.48, 0.92),  # its CS4A + CSLA on Infinity-8B, its table 1
+    "fast": (27.0, 0.88),  # a draft: what is where stays, fine texture does not
+}
+
 Pair = tuple[int, int]  # (class or prompt index, noise seed): everything that names one picture
 
 
 class Adapter(Protocol):
-    """One live model. A `state` is a generation stopped before some scale; it can be finished many times over."""
+    """One live model; derive from it or not. A `state` is a generation stopped before some scale, to be finished many times."""
 
     model: Model
     schedule: ScaleSchedule
@@ -43,14 +48,21 @@ class Adapter(Protocol):
     def classes(self) -> Sequence[str]:
         """Names of the classes, by index."""
 
+    # What a model may know of its own quality; these answers do where nothing was measured.
+
     def required(self, preset: str) -> tuple[float, float]:
-        """(PSNR dB, SSIM) a preset asks of this model; raises ValueError for an unknown one."""
+        """(PSNR dB, SSIM) a preset asks of this model; raises ValueError for one it has no bounds of."""
+        if preset not in BOUNDS:
+            raise ValueError(f"{self.model.slug}: no yardstick says what {preset} is; want one of {', '.join(BOUNDS)}")
+        return BOUNDS[preset]
 
     def class_levels(self) -> Sequence[float]:
         """PSNR (dB) by class of one known damage: how hard each class is, known before any trial; zeros if unknown."""
+        return (0.0,) * self.num_classes
 
     def yardsticks(self) -> tuple[tuple[str, float, float], ...]:
         """(name, mean PSNR dB, mean SSIM) of known damages, measured once per weights; empty if never measured."""
+        return ()
 
 
 @dataclass(frozen=True)
