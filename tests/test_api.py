@@ -58,7 +58,9 @@ def test_both_ask_the_search_for_the_same(tiny_model, monkeypatch, tmp_path):
 
     monkeypatch.setattr(search_here, "tune", stop)
     with pytest.raises(ValueError, match="stopped here"):
-        sparvar_tune.tune("pocketvar", gpu="cpu", quality="fast", min_psnr=31, budget="3m", pairs=20, seed=5, out=tmp_path)
+        sparvar_tune.tune(
+            "pocketvar", gpu="cpu", quality="fast", bounds={"psnr": 31}, budget="3m", pairs=20, seed=5, out=tmp_path
+        )
     words = ["--gpu", "cpu", "--model", "pocketvar", "--quality", "fast", "--min-psnr", "31", "--budget", "3m", "--pairs", "20"]
     assert parser.main([*words, "--seed", "5", "--out", str(tmp_path)]) == 2
     assert asked[0] == asked[1] and asked[0].budget_s == 180 and asked[0].preset == "custom"
@@ -67,9 +69,9 @@ def test_both_ask_the_search_for_the_same(tiny_model, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("words", "said"), [
     ({"model": "hrt"}, "nearest: hart"), ({"gpu": "h10"}, "nearest: h100"), ({"quality": "best"}, "quality"),
     ({"pairs": 1}, "2..10000"), ({"pairs": True}, "whole number"), ({"budget": float("nan")}, "want a time"),
-    ({"budget": "soon"}, "want a time"), ({"seed": -1}, "seed"), ({"min_psnr": float("inf")}, "0..200 dB"),
-    ({"min_ssim": "0.9"}, "0..1"), ({"mode": "fast"}, "eager"), ({"workers": 0}, "workers"), ({"images": 0}, "1..256"),
-    ({"images": 4}, "one image at a time"), ({"aspect": "2"}, "aspect"),
+    ({"budget": "soon"}, "want a time"), ({"seed": -1}, "seed"), ({"bounds": {"psnr": float("inf")}}, "0..200 dB"),
+    ({"bounds": {"ssim": "0.9"}}, "0..1"), ({"mode": "fast"}, "eager"), ({"workers": 0}, "workers"), ({"images": 0}, "1..256"),
+    ({"bounds": {"snr": 1}}, "nearest: psnr"), ({"images": 4}, "one image at a time"), ({"aspect": "2"}, "aspect"),
 ])  # fmt: skip
 def test_wrong_values_are_refused_at_the_door(home, words, said):
     with pytest.raises(ValueError) as refused:

@@ -6,6 +6,7 @@ Every value is checked here, by the options' own rules; commands get nothing els
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import io
 import os
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparvar_tune import __version__
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS
-from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, RANGES, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
+from sparvar_tune.measure.metrics import METRICS
+from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
@@ -32,6 +34,19 @@ def duration(text: str) -> float:
         return seconds(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def bound(text: str) -> tuple[str, float]:
+    """A metric and a value of "psnr=34.5"; which there are, and their ranges, is the settings' affair."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: want NAME=VALUE such as psnr=34.5") from None
+
+
+def bound_of(name: str, value: str) -> tuple[str, float]:
+    return bound(f"{name}={value}")
 
 
 def whole(text: str) -> int:
@@ -75,9 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     images(tune)
     tune.add_argument("--from-misses", action="store_true", help="tune what load_profile(..., record_miss=True) did not find")
-    for metric, (_, _, unit) in RANGES.items():
-        tune.add_argument(f"--min-{metric}", type=float, help="what the lower confidence bound must reach, instead of the "
-                          f"quality's{', in' + unit if unit else ''}")  # fmt: skip
+    tune.add_argument("--min", type=bound, action="append", default=[], metavar="NAME=VALUE", dest="bounds", help="what the "
+                      "confidence bound of the mean must reach instead of the quality's own value; of "
+                      f"{', '.join(METRICS)}")  # fmt: skip
+    for name in ("psnr", "ssim"):
+        tune.add_argument(f"--min-{name}", type=functools.partial(bound_of, name), action="append",
+                          dest="bounds", metavar="VALUE", help=f"--min {name}=VALUE")  # fmt: skip
     tune.add_argument(
         "--budget", type=duration, default=BUDGET_S, help=f"wall time; only the search is cut (default {BUDGET_S:g}s)"
     )
@@ -165,7 +183,9 @@ def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
         raise ValueError("--from-misses: tunes every recorded model; leave out --model")
     if not w.from_misses and not subject:
         raise ValueError("tune: want --model M (sparvar-tune show --models lists them) or --from-misses")
-    bounds = {metric: value for metric in RANGES if (value := getattr(w, f"min_{metric}")) is not None}
+    bounds = dict(w.bounds)
+    if len(bounds) < len(w.bounds):
+        raise ValueError(f"--min: got {', '.join(name for name, _ in w.bounds)}, want each metric once")
     settings = Settings(
         bounds, w.budget, w.pairs, w.seed, w.out, w.resume, w.search, w.workers, w.mode, tuple(w.merge), w.log, w.storage
     )

@@ -5,7 +5,7 @@ Every function takes the names the command line takes, and raises ValueError wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,27 +24,26 @@ if TYPE_CHECKING:
 
 def tune(
     model: str, *, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
-    images: int = 1, min_psnr: float | None = None, min_ssim: float | None = None, budget: float | str = BUDGET_S,
+    images: int = 1, bounds: Mapping[str, float] | None = None, budget: float | str = BUDGET_S,
     pairs: int = PAIRS, seed: int = 0, out: Path | str | None = None, resume: bool = False, search: bool = False,
     workers: int | None = None, mode: str = "eager", merge: Sequence[Path | str] = (), log: Path | str | None = None,
     storage: str | None = None, progress: Callable[[str], None] | None = None,
 ) -> Profile:  # fmt: skip
     """Tunes as `sparvar-tune` does, by the same code, and returns the profile that is then in its file.
 
-    quality: "near-lossless", "paper" or "fast"; min_psnr (dB) and min_ssim: what the lower confidence bound must reach
-    instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for this user's.
-    progress: gets every line the command would print, such as `print`; None for silence. The others as
-    `sparvar_tune.ways.settings.Settings` has them. Where nothing can be measured the profile is marked so (`state`,
+    quality: "near-lossless", "paper" or "fast"; bounds: such as {"psnr": 34.5, "ssim": 0.95}, what the confidence bound of
+    the mean must reach instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for
+    this user's. progress: gets every line the command would print, such as `print`; None for silence. The others are those
+    of `sparvar_tune.ways.settings.Settings`. Where nothing can be measured the profile is marked so (`state`,
     `policy_state`), as the command's is.
 
     Raises ValueError: an unknown name, a value out of range, a bound nothing meets, a file that cannot be written.
     """
     from sparvar_tune.ways.choose_way import choose_way
 
-    bounds = {name: value for name, value in (("psnr", min_psnr), ("ssim", min_ssim)) if value is not None}
     settings = Settings(
-        bounds, seconds(budget), pairs, seed, _path(out), resume, search, workers, mode, tuple(map(Path, merge)), _path(log),
-        storage,
+        dict(bounds or {}), seconds(budget), pairs, seed, _path(out), resume, search, workers, mode,
+        tuple(map(Path, merge)), _path(log), storage,
     )  # fmt: skip
     way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images), settings)
     return way.run(progress or _silent, _silent)

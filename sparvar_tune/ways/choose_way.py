@@ -107,6 +107,8 @@ class SearchHere(Way):
     def request(self) -> search_here.Request:
         subject, s = self.subject, self.settings
         psnr_db, ssim = self.adapter.required(subject.quality)
+        if other := sorted(set(s.bounds) - {"psnr", "ssim"}):
+            raise ValueError(f"bounds: a search is bound by psnr and ssim alone, got {', '.join(other)}")
         return search_here.Request(
             subject.model, subject.resolution, subject.aspect, subject.gpu, self.preset,
             Constraint(s.bounds.get("psnr", psnr_db), s.bounds.get("ssim", ssim)), s.budget_s, s.pairs, s.seed, s.resume,

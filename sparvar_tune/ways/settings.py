@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sparvar_tune.catalog.names import unknown_name
+from sparvar_tune.measure.metrics import find_metric
 from sparvar_tune.measure.pairs import MOST_PAIRS
 
 BUDGET_S, VERIFY_BUDGET_S, PAIRS, VERIFY_PAIRS = 290.0, 55.0, 32, 8
 MOST_SECONDS, MOST_WORKERS = 30 * 86400.0, 1024
 MODES = ("eager", "graph")
-RANGES = {"psnr": (0.0, 200.0, " dB"), "ssim": (0.0, 1.0, "")}  # of what a picture may be asked to reach
 
 
 def seconds(time: float | str) -> float:
@@ -39,7 +38,8 @@ def whole(name: str, got: Any, least: int, most: int) -> int:
 class Settings:
     """How to tune; what is not used on a way says so there. Raises ValueError for a value out of range.
 
-    bounds: by metric ("psnr" in dB, "ssim"), what the lower confidence bound must reach instead of the quality's own value.
+    bounds: by metric ("psnr" in dB, "ssim"; `measure/metrics.py`), what the confidence bound of the mean must reach instead of
+    the quality's own value.
     budget_s: wall time; only the search is cut to meet it. pairs: held-out (class, seed) pairs. out: folder that gets
     <gpu>/<model>.json, None for this user's.
     resume: go on after the finished trials of the last run. search: search even where other silicon's policy can be taken
@@ -61,11 +61,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in self.bounds.items():
-            if name not in RANGES:
-                raise unknown_name("metric", name, RANGES)
-            low, high, unit = RANGES[name]
-            if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"{name}: got {value}, want {low:g}..{high:g}{unit}")
+            if reason := find_metric(name).why_not_bound(value):
+                raise ValueError(reason)
         seconds(self.budget_s)
         whole("pairs", self.pairs, 2, MOST_PAIRS)
         whole("seed", self.seed, 0, 2**31 - 1)

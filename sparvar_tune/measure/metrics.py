@@ -1,0 +1,96 @@
+"""The ways to say how close a sparse picture is to its dense twin: to add one, add a row to `METRICS`.
+
+A bound of any of them can be asked for by name (`--min NAME=VALUE`), is certified on held-out pictures, and stands in the
+profile's evidence. Imports nothing heavy until a picture is compared: `--help` needs the names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sparvar_tune.catalog.names import unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PSNR_CAP = 100.0  # identical pictures: a finite number keeps means and files finite
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to compare two pictures.
+
+    name: in options, files and columns. unit: "dB" or "". direction: which way is closer to dense, "higher" or "lower".
+    low, high: what a bound may be. step: the difference that counts as much as 1 dB of PSNR, so that what is missing in
+    several metrics can be weighed. digits: behind the point, for people.
+    compare: (sparse, dense), both [1, 3, H, W] float in 0..1 -> a finite number.
+    """
+
+    name: str
+    title: str
+    unit: str
+    direction: str
+    low: float
+    high: float
+    step: float
+    digits: int
+    compare: Callable[[Tensor, Tensor], float] = field(repr=False)
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is closer, else -1."""
+        return 1 if self.direction == "higher" else -1
+
+    def missing(self, got: float, wanted: float) -> float:
+        """By how much `got` misses `wanted`, in steps (dB of PSNR); <= 0 where it does not."""
+        return self.sign * (wanted - got) / self.step
+
+    def say(self, value: float) -> str:
+        """Such as "34.57 dB"."""
+        return f"{value:.{self.digits}f}{' ' + self.unit if self.unit else ''}"
+
+    def why_not_bound(self, value: float) -> str | None:
+        """Why nobody can ask for this value, or None."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and math.isfinite(value) and self.low <= value <= self.high:
+            return None
+        return f"{self.name}: got {value!r}, want {self.low:g}..{self.high:g}{' ' + self.unit if self.unit else ''}"
+
+
+def _psnr(sparse: Tensor, dense: Tensor) -> float:
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    return min(float(peak_signal_noise_ratio(sparse, dense, data_range=1.0)), PSNR_CAP)
+
+
+def _ssim(sparse: Tensor, dense: Tensor) -> float:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return float(structural_similarity_index_measure(sparse, dense, data_range=1.0))  # type: ignore[arg-type]
+
+
+def _ms_ssim(sparse: Tensor, dense: Tensor) -> float:
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    # five halvings with an 11-pixel window need more than 160 pixels; smaller pictures use fewer levels
+    levels = max(1, min(5, int(math.log2(min(sparse.shape[-2:]) / 11)) + 1))
+    betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:levels]
+    return float(multiscale_structural_similarity_index_measure(sparse, dense, data_range=1.0, betas=betas))
+
+
+_ROWS = (
+    Metric("psnr", "PSNR", "dB", "higher", 0.0, 200.0, 1.0, 2, _psnr),
+    Metric("ssim", "SSIM", "", "higher", 0.0, 1.0, 0.01, 4, _ssim),
+    Metric("ms_ssim", "MS-SSIM", "", "higher", 0.0, 1.0, 0.01, 4, _ms_ssim),
+)
+METRICS = {metric.name: metric for metric in _ROWS}
+
+
+def find_metric(name: str) -> Metric:
+    """The row of `name`; raises ValueError naming the nearest."""
+    if name not in METRICS:
+        raise unknown_name("metric", name, METRICS)
+    return METRICS[name]
