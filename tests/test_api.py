@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
     tiny.install(monkeypatch.setattr)
+    torch.set_num_threads(1)  # on a busy machine two wait for one another longer than the tiny model takes
     return home
 
 

@@ -201,11 +201,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "tune")
     try:
-        command, options = read_options(words)
+        try:
+            command, options = read_options(words)
+        finally:
+            sys.stdout.flush()  # help, to a pipe that may be closed
         run: Callable[[Any], int] = importlib.import_module(f"sparvar_tune.cli.commands.{command}").run
         return run(options)
     except KeyboardInterrupt:
-        print("\nsparvar-tune: interrupted; finished trials are kept, --resume goes on", file=sys.stderr)
+        kept = "; finished trials are kept, --resume goes on" if words[0] == "tune" else ""
+        print(f"\nsparvar-tune: interrupted{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
