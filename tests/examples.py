@@ -14,6 +14,13 @@ def timing(ms: float) -> schema.Timing:
     return schema.Timing(ms / 2, ms, ms * 2, 32)
 
 
+def metrics(mean: float = 36.0, bound: float = 35.0, required: float = 34.5) -> tuple[tuple[str, schema.Measured], ...]:
+    return (
+        ("ms_ssim", schema.Measured(0.99, 0.985, None)), ("psnr", schema.Measured(mean, bound, required)),
+         ("ssim", schema.Measured(0.97, 0.96, 0.93)),
+    )  # fmt: skip
+
+
 def example() -> schema.Profile:
     yardstick = schema.Yardstick("redraw", 34.5, 0.95)
     grids = ((1, 1), (2, 2), (4, 4), (6, 6), (8, 8), (12, 12), (16, 16))
@@ -27,7 +34,7 @@ def example() -> schema.Profile:
     return schema.Profile(
         schema=schema.SCHEMA, created="2026-11-23", preset="near-lossless", state="measured",
         policy=Policy(("ABC", "BBA"), rules), policy_state="measured", policy_source="a test",
-        evidence=schema.Evidence(32, 0.95, 36.0, 35.0, 34.5, 0.97, 0.96, 0.93, 0.99, "ab" * 32, (yardstick,), "2026-11-23",
+        evidence=schema.Evidence(32, 0.95, metrics(), "ab" * 32, (yardstick,), "2026-11-23",
                                  "cd" * 32, MEANING[:2]),
         workload=schema.Workload("pocketvar", "256", "1.000", grids, 0, 2, 3, 64, "fp32", 1, 1.0, 20.0, "cd" * 32),
         silicon=schema.Silicon("cpu", "cpu", "A Processor", None, None, None, 2),

@@ -151,8 +151,8 @@ class Adapter:
     def classes(self) -> list[str]:
         return [str(i) for i in range(self.num_classes)]
 
-    def required(self, preset: str) -> tuple[float, float]:
-        return {"near-lossless": (34.57, 0.93), "paper": (29.48, 0.92)}[preset]
+    def required(self, preset: str) -> dict[str, float]:
+        return {"psnr": 34.57, "ssim": 0.93} if preset == "near-lossless" else {"psnr": 29.48, "ssim": 0.92}
 
     def class_levels(self) -> tuple[float, ...]:
         return tuple(recording()["class_levels"])
@@ -217,7 +217,7 @@ def record() -> None:
                 table.error[s][names[profile.policy.variant(layer, head, s)]][layer][head]
                 for layer in range(layers) for head in range(heads)
             )  # fmt: skip
-        points.append((path.name, error, profile.evidence.psnr_mean_db))  # type: ignore[union-attr]
+        points.append((path.name, error, profile.evidence.of("psnr").mean))  # type: ignore[union-attr]
     slope, level = numpy.polyfit([math.log10(e) for _, e, _ in points], [db for _, _, db in points], 1)
     compared = json.loads((ROOT / "reports" / "cpu" / "pocketvar.json").read_text())["outcomes"]["paper's fixed setting"]
     silicon = machine.silicon(GPUS["cpu"], True)
@@ -231,7 +231,7 @@ def record() -> None:
         "recorded": datetime.date.today().isoformat(), "silicon": dataclasses.asdict(silicon),
         "weights_sha256": adapter.weights_sha256, "class_levels": list(adapter.class_levels()),
         "dense": {"start_ms": short(median(starts)), "rest_ms": short(median(rests["dense"]))},
-        "paper": {"rest_ms": short(median(rests["paper"])), "psnr_db": short(fmean(o["fidelity"]["psnr_db"] for o in compared))},
+        "paper": {"rest_ms": short(median(rests["paper"])), "psnr_db": short(fmean(o["fidelity"]["psnr"] for o in compared))},
         "drop last scale": {
             "rest_ms": short(median(rests["drop last scale"])),
             "psnr_db": next(db for name, db, _ in adapter.yardsticks() if name == "dense, last scale left out"),

@@ -44,7 +44,7 @@ def main(url: str, trials: str, sleep_s: str, log: str, grace_s: str = "60", oth
             judged[0] += 1
             meet(Path(other), judged[0])
         price = math.sqrt(knobs.price_last * knobs.price_second / 1.65)
-        return search.Verdict(50 + 10 * math.log10(price), 60.0 / price - 1.0, 35.0, 0.97, True)
+        return search.Verdict(50 + 10 * math.log10(price), 60.0 / price - 1.0, {"psnr": 35.0, "ssim": 0.97}, True)
 
     note("begin")
     until = lambda: len(search.finished(study)) >= int(trials)  # noqa: E731

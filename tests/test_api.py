@@ -19,7 +19,6 @@ from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.cli import parser
 from sparvar_tune.cli.compare_table import comparison, pair_frame
 from sparvar_tune.launch_search.log import read_log, to_frame
-from sparvar_tune.measure.fidelity import PictureFidelity
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search
@@ -112,10 +111,10 @@ def test_trials_are_a_table(tiny_model):
     folder = Subject.of("pocketvar", "cpu").run_folder()
     folder.mkdir(parents=True)
     study = search.open_study(folder, "space", 0, False)
-    verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)
+    verdict = search.Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
     search.search(study, lambda knobs: verdict, lambda: len(search.finished(study)) >= 3, lambda found: None)
     frame = sparvar_tune.trials("pocketvar", gpu="cpu")
-    assert len(frame) == 3 and (frame.latency_ms == 10).all() and frame.form[0] == "paper" and frame.front.sum() == 1
+    assert len(frame) == 3 and (frame.time_ratio == 10).all() and frame.form[0] == "paper" and frame.front.sum() == 1
 
 
 def test_measurements_are_a_table():
@@ -132,8 +131,8 @@ def test_the_shipped_comparison_comes_out_of_its_raw_numbers():
     report = ROOT / "reports" / "cpu" / "pocketvar.md"
     raw = json.loads(report.with_suffix(".json").read_text())
     outcomes = {
-        way: [certify.Outcome(o["ms"], {int(s): ms for s, ms in o["scales_ms"].items()},
-                              PictureFidelity(**o["fidelity"]), o["lpips"]) for o in raw["outcomes"][way]]
+        way: [certify.Outcome(o["ms"], {int(s): ms for s, ms in o["scales_ms"].items()}, o["fidelity"])
+              for o in raw["outcomes"][way]]
         for way in ("dense", "paper's fixed setting", *(f"tuned, {quality}" for quality in PRESETS))
     }  # fmt: skip
     pairs = held_out_pairs(10, len(outcomes["dense"]))
@@ -143,13 +142,13 @@ def test_the_shipped_comparison_comes_out_of_its_raw_numbers():
             _yardstick_rows=lambda: json.loads(YARDSTICKS.read_text())["rows"])),
     )  # fmt: skip
     text, kept = comparison(
-        outcomes, pairs, adapter, schema.Silicon(**raw["machine"]), schema.Versions(**raw["versions"])
+        outcomes, pairs, adapter, (), schema.Silicon(**raw["machine"]), schema.Versions(**raw["versions"])
     )  # fmt: skip
     tables = [[line for line in t.splitlines() if line.startswith("|")] for t in (text, report.read_text())]
     assert tables[0] == tables[1] and "24 held-out" in text
     assert json.loads(kept)["pairs"] == [list(pair) for pair in pairs]
     frame = pair_frame(outcomes, pairs, 8, 12)
-    assert len(frame) == 5 * 24 and frame[frame.way == "dense"].psnr_db.eq(100).all() and frame.lpips.isna().all()
+    assert len(frame) == 5 * 24 and frame[frame.way == "dense"].psnr.eq(100).all()
 
 
 def test_what_runs_here_is_said_as_the_command_says_it(home, capsys):

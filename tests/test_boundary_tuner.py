@@ -30,7 +30,7 @@ from sparvar_tune.profile import store
 from sparvar_tune.ways import search_here
 
 SHIPPED = store.shipped_folder()
-GOOD = search.Verdict(0.5, 0.5, 35.0, 0.97, True)
+GOOD = search.Verdict(0.5, 0.5, {"psnr": 35.0, "ssim": 0.97}, True)
 
 
 def searched(study, judge, trials, shared=None) -> tuple[list, list]:
@@ -59,7 +59,7 @@ def breaking(asked, wrong):
 @pytest.mark.parametrize(("wrong", "said"), [
     (ValueError("pictures: got NaN or infinity"), "ValueError: pictures: got NaN or infinity"),
     (RuntimeError("out\nof memory"), r"RuntimeError: out\nof memory"), (MemoryError(), "MemoryError"),
-    (dataclasses.replace(GOOD, psnr_db=math.nan), "want finite numbers"),
+    (dataclasses.replace(GOOD, means={"psnr": math.nan}), "want finite numbers"),
     (dataclasses.replace(GOOD, time_ratio=0.0), "a ratio > 0"),
 ], ids=["nan", "oom", "memory", "verdict", "no-time"])  # fmt: skip
 def test_a_bad_trial_is_kept_told_and_never_asked_again(tmp_path, kind, wrong, said):
@@ -234,7 +234,9 @@ def replay(monkeypatch):
 def test_a_trials_time_is_compared_with_dense_beside_it(replay):
     clock = Weather()
     adapter = replayed.Adapter(clock)
-    judge = judging.Judge(adapter, search_pairs(10, 10), Constraint(30.0, 0.9), 32, adapter.table, lambda text: None, clock)
+    judge = judging.Judge(
+        adapter, search_pairs(10, 10), Constraint({"psnr": 30.0, "ssim": 0.9}), 32, adapter.table, lambda text: None, clock
+    )
     knobs = search.Knobs("priced", 14.0, 23.0, 60.0, 0.25)
     first = judge(knobs)
     raw = replayed.recording()["dense"]["rest_ms"]
@@ -249,7 +251,13 @@ def test_a_trials_time_is_compared_with_dense_beside_it(replay):
 def test_which_pairs_have_a_dense_twin_and_which_is_timed_first_goes_round(replay):
     adapter = replayed.Adapter()
     judge = judging.Judge(
-        adapter, search_pairs(10, 10), Constraint(30.0, 0.9), 32, adapter.table, lambda text: None, adapter.clock
+        adapter,
+        search_pairs(10, 10),
+        Constraint({"psnr": 30.0, "ssim": 0.9}),
+        32,
+        adapter.table,
+        lambda text: None,
+        adapter.clock,
     )
     order, finish = [], adapter.finish
 
@@ -292,7 +300,7 @@ def test_load_from_outside_is_said():
 
 # --- a first run ends in a profile, whatever the budget ---
 
-WANTED = Constraint(34.57, 0.93)
+WANTED = Constraint({"psnr": 34.57, "ssim": 0.93})
 
 
 def tuned(folder, budget_s, shipped, clock=None, said=None, **changes):
@@ -384,7 +392,7 @@ def test_a_model_of_few_scales_is_tuned_from_end_to_end(home, tmp_path, monkeypa
     tiny.install(monkeypatch.setattr)
     adapter = load_adapter(find_model("pocketvar"), "cpu")
     request = search_here.Request(
-        adapter.model, "256", "1.000", GPUS["cpu"], CUSTOM, Constraint(1.0, -1.0), 0.1, 4, 0, False, tmp_path
+        adapter.model, "256", "1.000", GPUS["cpu"], CUSTOM, Constraint({"psnr": 1.0, "ssim": -1.0}), 0.1, 4, 0, False, tmp_path
     )
     measured = search_here.compare_on
 

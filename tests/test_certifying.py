@@ -14,24 +14,18 @@ from test_runtime import profile
 
 from sparvar_tune import runtime
 from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.catalog.metrics import MS_SSIM_BETAS, ms_ssim_levels
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.measure import pairs as drawing
-from sparvar_tune.measure.fidelity import (
-    CONFIDENCE,
-    MS_SSIM_BETAS,
-    Constraint,
-    PictureFidelity,
-    compare_pictures,
-    lower_bound,
-    ms_ssim_levels,
-)
+from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, compare_pictures, lower_bound
 from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs, search_pairs, verify_pairs, yardstick_pairs
 from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import store
+from sparvar_tune.profile.schema import Measured
 from sparvar_tune.ways import search_here, take_over, verify
 
-WANTED = Constraint(34.57, 0.93)
+WANTED = Constraint({"psnr": 34.57, "ssim": 0.93})
 
 # --- how often a run may certify what does not meet the bound ---
 
@@ -86,7 +80,7 @@ def candidates(monkeypatch):
 def worse(by: float):
     def change(trial, attempt):
         if attempt == 0:
-            trial.found = [dataclasses.replace(f, psnr_db=f.psnr_db - by) for f in trial.found]
+            trial.found = [{**f, "psnr": f["psnr"] - by} for f in trial.found]
 
     return change
 
@@ -100,16 +94,16 @@ def test_the_next_attempt_has_its_own_confidence_and_its_own_pictures(candidates
     second = tune(tmp_path / "b", worse(0.3))
     assert second.evidence.confidence == pytest.approx(certify.confidence_of(1)) and len(seen) == 2
     assert seen[1][1] == held_out_pairs(10, 32, 1) and seen[0][0] != seen[1][0]
-    values = [f.psnr_db for f in tune_again(seen[1])]
+    values = [f["psnr"] for f in tune_again(seen[1])]
     classes = [label for label, _ in seen[1][1]]
-    assert second.evidence.psnr_lower_db == pytest.approx(lower_bound(values, classes, certify.confidence_of(1)), abs=1e-3)
+    assert second.evidence.of("psnr").bound == pytest.approx(lower_bound(values, classes, certify.confidence_of(1)), abs=1e-3)
     seen.clear()
     third = tune(tmp_path / "c", lambda *_: None, 0.1, attempts=1)
     assert third.evidence.confidence == pytest.approx(certify.confidence_of(1)), "a policy taken over came before"
     assert seen[0][1] == held_out_pairs(10, 32, 1)
 
 
-def tune_again(certified) -> list[PictureFidelity]:
+def tune_again(certified) -> list[dict[str, float]]:
     """The pictures of one certification once more."""
     policy, pairs = certified
     adapter = replayed.Adapter()
@@ -187,8 +181,8 @@ def test_the_order_of_the_ways_goes_round():
 # --- verify ---
 
 
-def trial(psnr: list[float], ssim: list[float]) -> certify.Comparison:
-    found = [PictureFidelity(p, s, 0.99) for p, s in zip(psnr, ssim, strict=True)]
+def trial(psnr: list[float], ssim: list[float]) -> certify.Trial:
+    found = [{"psnr": p, "ssim": s, "ms_ssim": 0.99} for p, s in zip(psnr, ssim, strict=True)]
     times = [{5: 1.0} for _ in found]
     return certify.Comparison([(0, i) for i in range(len(found))], found, [1.0] * len(found), [0.5] * len(found), times, times)
 
@@ -198,12 +192,15 @@ def test_verify_refutes_what_the_interval_excludes_and_nothing_else():
     psnr, ssim = [28.0, 29.0, 30.0, 31.0, 32.0], [0.90, 0.91, 0.92, 0.93, 0.94]
     high = 30 + 2.132 * math.sqrt(2.5 / 5)
     for bound, good in ((25.0, True), (high - 0.05, True), (high + 0.05, False), (55.0, False)):
-        looks = verify.look_at_pictures(trial(psnr, ssim), (bound, 0.5))
+        looks = verify.look_at_pictures(trial(psnr, ssim), {"psnr": bound, "ssim": 0.5})
         assert [look.good for look in looks] == [good, True], bound
         assert f"{bound:.2f}" in looks[0].text and "30.00 dB" in looks[0].text
     high = 0.92 + 2.132 * math.sqrt(0.00025 / 5)
     for bound, good in ((0.5, True), (high - 0.0005, True), (high + 0.0005, False)):
-        assert [look.good for look in verify.look_at_pictures(trial(psnr, ssim), (20.0, bound))] == [True, good], bound
+        assert [look.good for look in verify.look_at_pictures(trial(psnr, ssim), {"psnr": 20.0, "ssim": bound})] == [
+            True,
+            good,
+        ], bound
 
 
 # --- pictures of any size ---
@@ -215,9 +212,9 @@ def test_pictures_of_any_size_are_compared(side):
     dense = torch.rand(1, 3, side, side + 5, generator=g)
     near, far = ((dense + s * torch.randn(dense.shape, generator=g)).clamp(0, 1) for s in (0.01, 0.3))
     same, close, off = (compare_pictures(picture, dense) for picture in (dense, near, far))
-    assert same.ssim == pytest.approx(1, abs=1e-5) and same.ms_ssim == pytest.approx(1, abs=1e-5)
-    assert off.psnr_db < close.psnr_db < same.psnr_db
-    assert -1 <= off.ssim < close.ssim <= 1.00001 and -1 <= off.ms_ssim < close.ms_ssim <= 1.00001
+    assert same["ssim"] == pytest.approx(1, abs=1e-5) and same["ms_ssim"] == pytest.approx(1, abs=1e-5)
+    assert off["psnr"] < close["psnr"] < same["psnr"]
+    assert all(-1 <= off[name] < close[name] <= 1.00001 for name in ("ssim", "ms_ssim"))
 
 
 def test_ms_ssim_has_as_many_levels_as_there_is_room_for():
@@ -233,8 +230,8 @@ def test_verify_keeps_evidence_as_it_was_measured_or_refutes_it(
     tiny.install(monkeypatch.setattr)
     weights = dataclasses.replace(profile().workload, weights_sha256=None, logit_bound=find_model("pocketvar").logit_bound)
     proof = dataclasses.replace(
-        profile().evidence, psnr_mean_db=claimed_db + 1, psnr_lower_db=claimed_db, required_psnr_db=1.0, ssim_mean=claimed_ssim,
-        ssim_lower=claimed_ssim, required_ssim=0.1, measured="2001-02-03", weights_sha256=None,
+        profile().evidence, measured="2001-02-03", weights_sha256=None,
+        metrics=(("psnr", Measured(claimed_db + 1, claimed_db, 1.0)), ("ssim", Measured(claimed_ssim, claimed_ssim, 0.1))),
     )  # fmt: skip
     path = tmp_path / "cpu" / "pocketvar.json"
     store.save(profile(workload=weights, evidence=proof, created="2001-02-03"), path)

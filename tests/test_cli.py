@@ -85,7 +85,7 @@ def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path, monkeypatch):
     assert code == 0, (out, err)
     path = tiny_model / "profiles" / "cpu" / "pocketvar--custom.json"
     profile = store.load(path)
-    assert profile.evidence.n == 12 and profile.evidence.psnr_lower_db >= 40 and profile.state == "measured"
+    assert profile.evidence.n == 12 and profile.evidence.of("psnr").bound >= 40 and profile.state == "measured"
     assert "whole picture" in out and "certifying trial" in out
     code, out, _ = run(capsys, "show", "--profile", str(path))
     assert code == 0 and "held-out pairs" in out
@@ -282,7 +282,7 @@ def test_trials_are_shown_as_csv(tiny_model, capsys):
     folder = Subject.of("pocketvar", "cpu").run_folder()
     folder.mkdir(parents=True)
     study = search.open_study(folder, "space", 0, False)
-    verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)
+    verdict = search.Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
     search.search(study, lambda knobs: verdict, lambda: len(search.finished(study)) >= 3, lambda found: None)
     code, out, _ = run(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
     rows = out.splitlines()
@@ -299,7 +299,7 @@ def test_trials_of_a_shared_storage_are_shown_by_study(tiny_model, capsys, tmp_p
     assert "want --trials" in refused(capsys, "show", "--model", "pocketvar", "--storage", url)
     shared = storage.open_shared(url)
     assert "no trials" in refused(capsys, *words, url)
-    verdict = search.Verdict(10.0, -0.5, 36.0, 0.97, True)
+    verdict = search.Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
     for space, number in (("pocketvar-aa", 2), ("pocketvar-bb", 1), ("pocketvar-2-aa", 1)):
         study, told = search.join_study(shared, space), []
         search.search(study, lambda knobs: verdict, lambda n=number, t=told: len(t) == n, told.append, shared)

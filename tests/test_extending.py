@@ -17,7 +17,7 @@ CODE = """
 import torch, own_model
 from sparvar_tune.catalog import gpus, models
 from sparvar_tune.cli import parser
-from sparvar_tune.measure.metrics import METRICS
+from sparvar_tune.catalog.metrics import METRICS
 import sparvar_tune
 assert gpus.distance(gpus.find_gpu("rtx4080"), gpus.find_gpu("rtx4090")) < 1
 assert models.find_model("tiny").schedule().grids == own_model.SCHEDULE.grids

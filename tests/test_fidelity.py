@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparvar_tune.measure.fidelity import Constraint, compare_pictures, lower_bound, recall_of_mass, relative_l2, t_quantile
+from sparvar_tune.catalog.metrics import METRICS, Metric
+from sparvar_tune.measure.fidelity import (
+    Constraint,
+    compare_pictures,
+    lower_bound,
+    recall_of_mass,
+    relative_l2,
+    t_quantile,
+    worst_mean,
+)
 from sparvar_tune.measure.lpips import Lpips
 from sparvar_tune.measure.pairs import held_out_pairs, search_pairs, yardstick_pairs
 from sparvar_tune.measure.timing import paired_speedup, timing
@@ -18,9 +27,9 @@ from sparvar_tune.measure.timing import paired_speedup, timing
 def test_psnr_by_hand():
     dense = torch.full((1, 3, 192, 192), 0.5)
     f = compare_pictures(dense + 0.1, dense)
-    assert f.psnr_db == pytest.approx(20.0, abs=1e-3)
+    assert f["psnr"] == pytest.approx(20.0, abs=1e-3)
     same = compare_pictures(dense, dense)
-    assert same.psnr_db == 100 and same.ssim == pytest.approx(1) and same.ms_ssim == pytest.approx(1)
+    assert same["psnr"] == 100 and same["ssim"] == pytest.approx(1) and same["ms_ssim"] == pytest.approx(1)
 
 
 def test_metrics_fall_with_damage():
@@ -28,7 +37,7 @@ def test_metrics_fall_with_damage():
     dense = torch.rand(1, 3, 200, 180)
     found = [compare_pictures((dense + s * torch.randn_like(dense)).clamp(0, 1), dense) for s in (0.01, 0.05, 0.2)]
     for a, b in itertools.pairwise(found):
-        assert a.psnr_db > b.psnr_db and a.ssim > b.ssim and a.ms_ssim > b.ms_ssim
+        assert all(a[name] > b[name] for name in METRICS)
 
 
 def test_broken_pictures_are_refused():
@@ -69,10 +78,23 @@ def test_lower_bound_covers_as_often_as_it_says(n, num_classes, spread):
 
 
 def test_constraint_needs_both():
-    constraint = Constraint(30.0, 0.9)
-    assert constraint.shortfall(30.0, 0.9) <= 0
-    assert constraint.shortfall(19.0, 0.95) == pytest.approx(11)
-    assert constraint.shortfall(35.0, 0.5) == pytest.approx(40)
+    constraint = Constraint({"ssim": 0.9, "psnr": 30.0})
+    assert constraint.shortfall({"psnr": 30.0, "ssim": 0.9}) <= 0
+    assert constraint.shortfall({"psnr": 19.0, "ssim": 0.95}) == pytest.approx(11)
+    assert constraint.shortfall({"psnr": 35.0, "ssim": 0.5}) == pytest.approx(40)
+    assert str(constraint) == "PSNR >= 30 dB and SSIM >= 0.9" and constraint == Constraint({"psnr": 30.0, "ssim": 0.9})
+
+
+def test_of_a_metric_that_falls_with_closeness_the_bound_is_above(monkeypatch):
+    distance = Metric("distance", "Distance", "", "lower", 1e3, 0.0, 1e3, 0.01, 4, lambda a, b: float((a - b).abs().mean()))
+    monkeypatch.setitem(METRICS, "distance", distance)
+    values, classes = [1.0, 2, 3, 4, 5], [0] * 5
+    worst = worst_mean(distance, values, classes)
+    assert worst - 3 == pytest.approx(3 - lower_bound(values, classes))
+    constraint = Constraint({"distance": 4.0})
+    assert constraint.shortfall({"distance": 3.9}) < 0 < constraint.shortfall({"distance": 4.1})
+    picture = torch.rand(1, 3, 64, 64)
+    assert compare_pictures(picture, picture)["distance"] == 0
 
 
 def test_attention_metrics_by_hand():

@@ -112,12 +112,22 @@ def test_a_file_of_schema_2_still_loads():
     for name in ("measured", "weights_sha256", "meaning"):
         del data["evidence"][name]
     data["schema"] = 2
+    named = data["evidence"].pop("metrics")
+    (mean, lower, required), (similar, bound, wanted) = (
+        [named[name][part] for part in ("mean", "bound", "required")] for name in ("psnr", "ssim")
+    )
+    data["evidence"] |= {
+        "psnr_mean_db": mean, "psnr_lower_db": lower, "required_psnr_db": required, "ssim_mean": similar,
+        "ssim_lower": bound, "required_ssim": wanted, "ms_ssim_mean": named["ms_ssim"]["mean"],
+    }  # fmt: skip
     from sparvar_tune.profile.reader import sealed_text
 
     made = schema.from_json(sealed_text(data), "f")
     assert made.schema == schema.SCHEMA and set(dict(made.meaning).values()) == {1}
     assert {name for name, _ in made.meaning} == {"cpu", "cs4a", "csla", "pooled", "reuse"}
     assert made.evidence is not None and made.evidence.measured == made.created
+    assert made.evidence.of("psnr") == example().evidence.of("psnr")
+    assert made.evidence.of("ms_ssim") == schema.Measured(0.99, None, None)
     assert made.evidence.weights_sha256 == made.workload.weights_sha256 and all(row.binary is None for row in made.rows)
     assert schema.from_json(schema.to_json(made), "f") == made
 

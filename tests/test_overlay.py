@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import tiny
+from examples import metrics
 from test_profiles import HUGE, paths_of
 from test_runtime import GRIDS, profile
 
@@ -313,7 +314,7 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
         return good, runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
 
     proof = dataclasses.replace(profile().evidence, weights_sha256=None)
-    required = dataclasses.replace(proof, psnr_lower_db=1.0, required_psnr_db=1.0)
+    required = dataclasses.replace(proof, metrics=metrics(36.0, 35.0, 1.0))
     tuned, _ = loaded(tmp_path, workload=weights, evidence=required)
     good, after = check(tuned)
     assert good and not after.demoted and "verified on" in after.explain() and "PSNR" in after.explain()
@@ -322,7 +323,7 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
     _, after = check(tuned, budget=1e-9)
     assert "2 of 6 pairs" in "\n".join(said) and "rows are left as they are" in "\n".join(said)
     assert not after.demoted and after.overlay.rows == ()
-    strict = dataclasses.replace(proof, psnr_mean_db=150.0, psnr_lower_db=140.0, required_psnr_db=140.0)
+    strict = dataclasses.replace(proof, metrics=metrics(150.0, 140.0, 140.0))
     tuned, _ = loaded(tmp_path, workload=weights, evidence=strict)
     good, after = check(tuned)
     assert not good and after.policy().rules == () and "demoted by verify" in after.explain() and "pictures:" in after.explain()

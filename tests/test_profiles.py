@@ -91,7 +91,7 @@ def test_every_field_is_needed_and_typed(path):
             continue
         # a field of an object is never dispensable; a shorter list of notes or windows may still make a sound profile, and so
         # may one without the meaning of what it does not use
-        assert wrong is not drop or isinstance(path[-1], int) or "meaning" in path
+        assert wrong is not drop or isinstance(path[-1], int) or "meaning" in path or path[:-1] == ("evidence", "metrics")
         assert values(schema.to_json(loaded)) == values(text)
 
 
@@ -104,7 +104,7 @@ def test_every_field_is_needed_and_typed(path):
     (("rows", 0, "mode"), "lazy", "want one of eager, graph"),
     (("policy", "rules", 0, "variant", "kind"), "magic", "kind"), (("policy", "heads"), ["ABC"], "class letters"),
     (("policy", "rules", 0, "variant", "tile"), "8x", "tile"), (("policy", "rules", 0, "variant", "top_k"), 2.0, "top_k"),
-    (("evidence", "psnr_lower_db"), 30.0, "do not reach"), (("evidence",), None, "exactly when"),
+    (("evidence", "metrics", "psnr", "bound"), 30.0, "does not reach"), (("evidence",), None, "exactly when"),
     (("generation",), None, "exactly when"), (("workload", "grids"), [[0, 1]], "grids"),
     (("state",), "predicted", "exactly when"),
     (("workload", "heads"), 4, "class letters"), (("preset",), "best", "preset"),
@@ -112,12 +112,17 @@ def test_every_field_is_needed_and_typed(path):
     (("notes", 0), "x" * 501, "notes[0]"), (("rows", 0, "tuned", "n"), 0, "want >= 1"), (("seed",), 1 << 70, "seed"),
     (("created",), "20261123", "want a date"), (("kernel_hash",), "EF" * 32, "64 hexadecimal"), (("trials",), -1, "trials"),
     (("workload", "weights_sha256"), "cd", "64 hexadecimal"), (("evidence", "data_hash"), "", "64 hexadecimal"),
-    (("evidence", "yardsticks", 0, "ssim"), 1.5, "evidence.yardsticks[0]"), (("evidence", "ms_ssim_mean"), 2.0, "ms_ssim_mean"),
+    (("evidence", "yardsticks", 0, "ssim"), 1.5, "evidence.yardsticks[0]"),
+    (("evidence", "metrics", "ms_ssim", "mean"), 2.0, "metrics.ms_ssim: mean"),
     (("silicon", "threads"), 0, "silicon: threads"), (("silicon", "family"), "ada", "want 'cpu' for cpu"),
     (("silicon", "capability"), [9], "want 2"), (("policy", "rules", 0, "variant", "sample"), 1 << 40, "rules[0].variant"),
     (("policy", "rules", 0, "variant", "tile"), "8x99999999999", "rules[0].variant"),
     (("workload", "head_dim"), 1025, "head_dim"),
-    (("evidence", "required_psnr_db"), -1.0, "required_psnr_db"), (("workload", "layers"), "2", "want an integer"),
+    (("evidence", "metrics", "psnr", "required"), -1.0, "metrics.psnr: required"),
+    (("evidence", "metrics", "ssim", "bound"), 0.98, "closer to dense than the mean"),
+    (("evidence", "metrics"), {}, "at least"),
+    (("evidence", "metrics", "ssim", "bound"), None, "does not reach"), (("evidence", "metrics", "psnr"), 35.0, "want an object"),
+    (("workload", "layers"), "2", "want an integer"),
 ])  # fmt: skip
 def test_wrong_values_are_named(path, value, said):
     with pytest.raises(ProfileError) as caught:

@@ -16,8 +16,8 @@ from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import schema
 from sparvar_tune.ways import search_here
 
-WANTED = Constraint(34.57, 0.93)
-NEEDED_DB = WANTED.psnr_db + 0.45  # of a trial's mean: the judge's margin and what the confidence bound takes
+WANTED = Constraint({"psnr": 34.57, "ssim": 0.93})
+NEEDED_DB = WANTED.bounds["psnr"] + 0.45  # of a trial's mean: the judge's margin and what the confidence bound takes
 TRIALS, BUDGET_S = 20, 400.0
 
 
@@ -55,8 +55,8 @@ def test_the_profile_says_what_the_recording_says(tmp_path):
     launches = {row.scale_index: search_here.Launch(row.kernel, kernel.config(**dict(row.config))) for row in profile.rows}
     spent = sum(adapter.layer_ms(profile.policy, launches).values()) + adapter.other_ms(profile.policy)
     assert profile.generation.tuned.p50_ms == pytest.approx(raw["dense"]["start_ms"] + spent)
-    assert abs(profile.evidence.psnr_mean_db - adapter.psnr(profile.policy)) < 0.4
-    assert profile.evidence.psnr_lower_db >= WANTED.psnr_db
+    assert abs(profile.evidence.of("psnr").mean - adapter.psnr(profile.policy)) < 0.4
+    assert profile.evidence.of("psnr").bound >= WANTED.bounds["psnr"]
 
 
 def factor(kernel: str, values: dict[str, int]) -> float:
@@ -101,9 +101,9 @@ class World:
     def judge(self, knobs: search.Knobs) -> search.Verdict:
         if knobs.form != "priced":
             row = replayed.recording()[knobs.form]
-            return search.Verdict(row["rest_ms"], NEEDED_DB - row["psnr_db"], row["psnr_db"], 0.92, True)
+            return search.Verdict(row["rest_ms"], NEEDED_DB - row["psnr_db"], {"psnr": row["psnr_db"], "ssim": 0.92}, True)
         ms, psnr = self.outcome(knobs.prices, knobs.tilt)
-        return search.Verdict(ms, NEEDED_DB - psnr, psnr, 0.97, True)
+        return search.Verdict(ms, NEEDED_DB - psnr, {"psnr": psnr, "ssim": 0.97}, True)
 
     def best_ms(self) -> float:
         """Of 3000 random settings of the knobs and 3000 steps around the best of them."""

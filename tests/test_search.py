@@ -19,10 +19,10 @@ LATENCY = {"paper": 60.0, "drop last scale": 40.0}
 def judge(knobs: s.Knobs) -> s.Verdict:
     """Cheaper prices are faster and worse; the bound is met from a price of 60 on, so 60 is the best common price."""
     if knobs.form != "priced":
-        return s.Verdict(LATENCY[knobs.form], 5.0, 29.0, 0.9, True)
+        return s.Verdict(LATENCY[knobs.form], 5.0, {"psnr": 29.0, "ssim": 0.9}, True)
     price = math.sqrt(knobs.price_last * knobs.price_second / 1.65)
     latency = 50 + 10 * math.log10(price)
-    return s.Verdict(latency, 60.0 / price - 1.0, 35.0, 0.97, True)
+    return s.Verdict(latency, 60.0 / price - 1.0, {"psnr": 35.0, "ssim": 0.97}, True)
 
 
 def run(folder, trials: int, judge=judge, resume=False, seed=0):
@@ -42,12 +42,12 @@ def test_seeds_come_first_and_the_best_is_found(tmp_path):
 
 
 def test_what_misses_the_bound_or_was_given_up_is_no_candidate():
-    good = s.Verdict(10.0, -1.0, 36.0, 0.97, True)
+    good = s.Verdict(10.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True)
     found = [
-        s.FinishedTrial(0, s.Knobs(price_last=1.0), s.Verdict(1.0, 0.1, 36.0, 0.97, True)),
-        s.FinishedTrial(1, s.Knobs(price_last=2.0), s.Verdict(2.0, -1.0, 36.0, 0.97, False)),
+        s.FinishedTrial(0, s.Knobs(price_last=1.0), s.Verdict(1.0, 0.1, {"psnr": 36.0, "ssim": 0.97}, True)),
+        s.FinishedTrial(1, s.Knobs(price_last=2.0), s.Verdict(2.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, False)),
         s.FinishedTrial(2, s.Knobs(price_last=3.0), good),
-        s.FinishedTrial(3, s.Knobs(price_last=4.0), s.Verdict(9.0, 0.0, 36.0, 0.97, True)),
+        s.FinishedTrial(3, s.Knobs(price_last=4.0), s.Verdict(9.0, 0.0, {"psnr": 36.0, "ssim": 0.97}, True)),
     ]
     assert [f.number for f in s.candidates(found)] == [3, 2]
 
@@ -62,7 +62,7 @@ def test_the_front_is_what_nothing_beats_in_both():
         (20.0, 35.0, True),
     ]
     found = [
-        s.FinishedTrial(i, s.Knobs(price_last=i + 1.0), s.Verdict(ms, 0.0, db, 0.9, done))
+        s.FinishedTrial(i, s.Knobs(price_last=i + 1.0), s.Verdict(ms, 0.0, {"psnr": db, "ssim": 0.9}, done))
         for i, (ms, db, done) in enumerate(made)
     ]
     assert [f.number for f in s.front(found)] == [0, 2, 4]

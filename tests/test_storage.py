@@ -121,7 +121,7 @@ def test_what_is_taken_for_dead_and_lives_loses_no_trial(url):
         if not told:
             for trial in storage._running(study):
                 storage._fail(study, trial)
-        return search.Verdict(10.0, -1.0, 36.0, 0.97, True)
+        return search.Verdict(10.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True)
 
     search.search(study, judge, lambda: len(told) >= 2, told.append, shared)
     assert [f.number for f in search.finished(study)] == [f.number for f in told] == [1, 2]
@@ -164,11 +164,11 @@ def test_two_lies_look_to_both_sides():
     first = search.next_planned(SEEDS, ())
     second = search.next_planned(SEEDS, {first})
     assert first == search._common(search.FIRST_PRICE) and second.price_last > first.price_last
-    met = search.FinishedTrial(2, first, search.Verdict(1.0, -1.0, 36.0, 0.97, True))
+    met = search.FinishedTrial(2, first, search.Verdict(1.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True))
     assert search.next_planned([*SEEDS, met], ()).price_last < first.price_last
 
 
-SEEDS = [search.FinishedTrial(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, 29.0, 0.9, True)) for i, form in
+SEEDS = [search.FinishedTrial(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, {"psnr": 29.0, "ssim": 0.9}, True)) for i, form in
          enumerate(("paper", "drop last scale"))]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def taken_over(monkeypatch, tmp_path):
 
         monkeypatch.setattr(take_over, "compare_on", compare)
         monkeypatch.setattr(take_over, "time_launches", lambda *_: ChosenLaunches((row,), 16, ("a note",)))
-        bound = Constraint(psnr_db, 0.0)
+        bound = Constraint({"psnr": psnr_db, "ssim": 0.0})
         request = Request(model, "256", "1.000", GPUS["h100-sxm"], "near-lossless", bound, 60.0, 12, 0, False, tmp_path)
         source = dataclasses.replace(store.load(SHIPPED / "cpu" / "pocketvar.json"), policy=policy)
         return take_over.transfer(request, adapter, source, Shop(tmp_path), lambda text: None, lambda text: None)
@@ -90,14 +90,24 @@ def test_trials_of_another_processor_schedule_or_bound_are_of_another_space(monk
     tiny.install(monkeypatch.setattr)
     adapter, here = load_adapter(find_model("pocketvar"), "cpu"), machine.silicon(GPUS["cpu"], True)
     request = Request(
-        adapter.model, "256", "1.000", GPUS["cpu"], "near-lossless", Constraint(30.0, 0.9), 60.0, 12, 0, True, tmp_path
+        adapter.model,
+        "256",
+        "1.000",
+        GPUS["cpu"],
+        "near-lossless",
+        Constraint({"psnr": 30.0, "ssim": 0.9}),
+        60.0,
+        12,
+        0,
+        True,
+        tmp_path,
     )
     spaces = set()
     for silicon in (here, dataclasses.replace(here, name="Another"), dataclasses.replace(here, threads=64)):
         monkeypatch.setattr(search_here, "silicon", lambda gpu, there, s=silicon: s)
         for other in (
             request,
-            dataclasses.replace(request, constraint=Constraint(31.0, 0.9)),
+            dataclasses.replace(request, constraint=Constraint({"psnr": 31.0, "ssim": 0.9})),
             dataclasses.replace(request, pairs=8),
         ):
             spaces.add(search_here._space(other, adapter))

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from sparvar_tune.adapters.pocketvar import DROP, REDRAW, YARDSTICKS, PocketAdapter
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.measure.fidelity import PictureFidelity, compare_pictures, lower_bound
+from sparvar_tune.measure.fidelity import Fidelity, compare_pictures, lower_bound
 from sparvar_tune.measure.pairs import yardstick_pairs
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     adapter = PocketAdapter(find_model("pocketvar"), "cpu")
     last = len(adapter.schedule) - 1
-    found: dict[str, list[PictureFidelity]] = {REDRAW: [], DROP: []}
+    found: dict[str, list[Fidelity]] = {REDRAW: [], DROP: []}
     pairs = yardstick_pairs(adapter.num_classes, args.pairs)
     for i, pair in enumerate(pairs):
         state = adapter.start(pair, last - 1)
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{i + 1}/{args.pairs}  {found[REDRAW][-1]}  {found[DROP][-1]}", flush=True)
     rows = []
     for name, values in found.items():
-        psnr, ssim = [v.psnr_db for v in values], [v.ssim for v in values]
+        psnr, ssim = [v["psnr"] for v in values], [v["ssim"] for v in values]
         by_class = [
             round(fmean(x for x, (k, _) in zip(psnr, pairs, strict=True) if k == c), 2) for c in range(adapter.num_classes)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,11 +63,11 @@ class PocketAdapter(Adapter):
     def classes(self) -> Sequence[str]:
         return CLASSES
 
-    def required(self, preset: str) -> tuple[float, float]:
+    def required(self, preset: str) -> Mapping[str, float]:
         if preset == "near-lossless":
             for name, psnr_db, _ssim in self.yardsticks():
                 if name == REDRAW:
-                    return psnr_db, 0.93
+                    return {"psnr": psnr_db, "ssim": 0.93}
             raise ValueError(f"{YARDSTICKS.name}: not of these weights; run python -m lab.pocketvar.yardsticks")
         return super().required(preset)
 

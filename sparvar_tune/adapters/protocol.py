@@ -7,7 +7,7 @@ functions of `Family`; `registry.py` lists them, and the entry points `sparvar_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +18,8 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.catalog.models import Model
 
 BOUNDS = {
-    "paper": (29.48, 0.92),  # its CS4A + CSLA on Infinity-8B, its table 1
-    "fast": (27.0, 0.88),  # a draft: what is where stays, fine texture does not
+    "paper": {"psnr": 29.48, "ssim": 0.92},  # its CS4A + CSLA on Infinity-8B, its table 1
+    "fast": {"psnr": 27.0, "ssim": 0.88},  # a draft: what is where stays, fine texture does not
 }
 
 Pair = tuple[int, int]  # (class or prompt index, noise seed): everything that names one picture
@@ -50,8 +50,8 @@ class Adapter(Protocol):
 
     # What a model may know of its own quality; these answers do where nothing was measured.
 
-    def required(self, preset: str) -> tuple[float, float]:
-        """(PSNR dB, SSIM) a preset asks of this model; raises ValueError for one it has no bounds of."""
+    def required(self, preset: str) -> Mapping[str, float]:
+        """What a preset asks of this model, by metric; raises ValueError for one it has no bounds of."""
         if preset not in BOUNDS:
             raise ValueError(f"{self.model.slug}: no yardstick says what {preset} is; want one of {', '.join(BOUNDS)}")
         return BOUNDS[preset]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sparvar_tune.profile import schema
-from sparvar_tune.profile.describe import describe
+from sparvar_tune.profile.describe import describe, describe_evidence
 from sparvar_tune.ways.subject import Subject
 
 
@@ -35,9 +35,7 @@ def print_profile(profile: schema.Profile, path: Path) -> None:
          f"{profile.state}, policy {profile.policy_state}")  # fmt: skip
     say(f"  policy: {describe(profile.policy)}")
     if e is not None:
-        say(f"  pictures: PSNR {e.psnr_mean_db:.2f} dB, lower {e.confidence:.1%} bound {e.psnr_lower_db:.2f} (wanted "
-             f"{e.required_psnr_db:.2f}); SSIM {e.ssim_mean:.4f}, lower bound {e.ssim_lower:.4f} (wanted {e.required_ssim:g}); "
-             f"MS-SSIM {e.ms_ssim_mean:.4f}; {e.n} held-out pairs")  # fmt: skip
+        say(f"  pictures: {describe_evidence(e)}")
         for y in e.yardsticks:
             say(f"  yardstick: {y.name}: {y.psnr_db:.2f} dB, SSIM {y.ssim:.4f}")
     if g is not None:

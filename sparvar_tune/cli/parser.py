@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparvar_tune import __version__
+from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS
-from sparvar_tune.measure.metrics import METRICS
 from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
 
 if TYPE_CHECKING:

@@ -1,68 +1,35 @@
 """How close a sparse picture or attention output is to the dense one, and what a tuned policy must reach.
 
-Pictures are compared with the same noise on both sides, so the only difference is the attention. Metrics come from
-torchmetrics; the constraint is the lower end of a one-sided confidence interval of the mean over held-out pairs.
+Pictures are compared with the same noise on both sides, so the only difference is the attention. Metrics are those of
+catalog/metrics.py; the constraint is on the worse end of a one-sided confidence interval of the mean over held-out pairs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+
+from sparvar_tune.catalog.metrics import METRICS, Metric
 
 CONFIDENCE = 0.95
-WINDOW = 11  # pixels, of SSIM's Gaussian
-MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al., "Multiscale structural similarity", 2003
-PSNR_CAP = 100.0  # identical pictures: a finite number keeps means and files finite
+Fidelity = Mapping[str, float]  # of one sparse picture against its dense twin: value by metric
 
 
-@dataclass(frozen=True)
-class PictureFidelity:
-    """One sparse picture against its dense twin: PSNR in dB (data range 0..1), SSIM and MS-SSIM in 0..1.
-
-    MS-SSIM takes fewer levels where a side is under 176 pixels; under 11 both are SSIM with a uniform window that fits.
+def compare_pictures(sparse: Tensor, dense: Tensor, more: Sequence[Metric] = ()) -> dict[str, float]:
+    """Every metric, and those of `more`, of sparse [1, 3, H, W] against dense, both in 0..1. Raises ValueError on other
+    shapes or NaN.
     """
-
-    psnr_db: float
-    ssim: float
-    ms_ssim: float
-
-
-def compare_pictures(sparse: Tensor, dense: Tensor) -> PictureFidelity:
-    """Fidelity of sparse [1, 3, H, W] against dense, both in 0..1. Raises ValueError on other shapes or NaN."""
     if sparse.shape != dense.shape or sparse.ndim != 4 or sparse.shape[0] != 1:
         raise ValueError(f"pictures: got {tuple(sparse.shape)} and {tuple(dense.shape)}, want the same [1, 3, H, W]")
     if not bool(torch.isfinite(sparse).all() and torch.isfinite(dense).all()):
         raise ValueError("pictures: got NaN or infinity; the attention of one of them is broken")
-    psnr = float(peak_signal_noise_ratio(sparse, dense, data_range=1.0))
-    side = min(sparse.shape[-2:])
-    if side < WINDOW:
-        window = side - 1 + side % 2  # the largest odd one, and no Gaussian: there is no room for its tails
-        ssim = structural_similarity_index_measure(sparse, dense, gaussian_kernel=False, kernel_size=window, data_range=1.0)
-        ms_ssim: object = ssim
-    else:
-        ssim = structural_similarity_index_measure(sparse, dense, data_range=1.0)
-        betas = MS_SSIM_BETAS[: ms_ssim_levels(side)]
-        ms_ssim = multiscale_structural_similarity_index_measure(sparse, dense, data_range=1.0, betas=betas)
-    return PictureFidelity(min(psnr, PSNR_CAP), float(ssim), float(ms_ssim))  # type: ignore[arg-type]
-
-
-def ms_ssim_levels(side: int) -> int:
-    """How many of MS-SSIM's five levels a picture's shorter side (pixels, >= WINDOW) has room for.
-
-    torchmetrics wants side // max(1, levels - 1)**2 to be WINDOW at least: 176 pixels for five, 99, 44 and 11 for fewer.
-    """
-    return max(n for n in range(1, len(MS_SSIM_BETAS) + 1) if n == 1 or (side // (n - 1) ** 2 >= WINDOW and side >> (n - 1) > 5))
+    return {metric.name: metric.compare(sparse, dense) for metric in (*METRICS.values(), *more)}
 
 
 def relative_l2(sparse: Tensor, dense: Tensor) -> float:
@@ -121,16 +88,30 @@ def lower_bound(values: Sequence[float], strata: Sequence[int], confidence: floa
     return fmean(map(fmean, members)) - t_quantile(confidence, degrees) * math.sqrt(total)
 
 
+def worst_mean(metric: Metric, values: Sequence[float], strata: Sequence[int], confidence: float = CONFIDENCE) -> float:
+    """One-sided confidence bound of the mean on the side away from dense; see `lower_bound`."""
+    return metric.sign * lower_bound([metric.sign * value for value in values], strata, confidence)
+
+
 @dataclass(frozen=True)
 class Constraint:
-    """What a policy must reach: the lower bound of mean PSNR (dB) and of mean SSIM, over held-out pairs."""
+    """What a policy must reach: by metric, what the confidence bound of the mean over held-out pairs may not miss."""
 
-    psnr_db: float
-    ssim: float
+    bounds: Mapping[str, float]
 
-    def shortfall(self, psnr_lower_db: float, ssim_lower: float) -> float:
-        """<= 0 when both lower bounds reach the constraint; else dB missing (SSIM counted as 0.01 = 1 dB)."""
-        return max(self.psnr_db - psnr_lower_db, 100 * (self.ssim - ssim_lower))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", {name: self.bounds[name] for name in METRICS if name in self.bounds})
+
+    def shortfall(self, reached: Mapping[str, float]) -> float:
+        """<= 0 when every bound is reached; else what is missing, in dB of PSNR (0.01 of SSIM counts as one)."""
+        return max(METRICS[name].missing(reached[name], wanted) for name, wanted in self.bounds.items())
+
+    def __str__(self) -> str:
+        return " and ".join(METRICS[name].say_bound(wanted) for name, wanted in self.bounds.items())
+
+    def say(self, reached: Mapping[str, float]) -> str:
+        """The metrics it is about, such as "PSNR 35.10 dB, SSIM 0.9601"."""
+        return ", ".join(f"{METRICS[name].title} {METRICS[name].say(reached[name])}" for name in self.bounds)
 
 
 def hash_pairs(pairs: Sequence[tuple[int, int]], weights_sha256: str, temperature: float) -> str:

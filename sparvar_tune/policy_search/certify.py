@@ -19,20 +19,20 @@ from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.registry import kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
+from sparvar_tune.catalog.metrics import LEAD, METRICS, Metric
 from sparvar_tune.measure.fidelity import (
     CONFIDENCE,
     Constraint,
-    PictureFidelity,
+    Fidelity,
     class_mean,
     compare_pictures,
     hash_pairs,
-    lower_bound,
+    worst_mean,
 )
-from sparvar_tune.measure.lpips import Lpips
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, timing
 from sparvar_tune.policy_search.judge import first_touched, make_attention
 from sparvar_tune.profile.identity import meaning_of
-from sparvar_tune.profile.schema import Evidence, Generation, Row, Yardstick
+from sparvar_tune.profile.schema import Evidence, Generation, Measured, Row, Yardstick
 
 SHARES = (0.7, 0.2, 0.1)  # of the error probability, by attempt: together all of it
 
@@ -67,17 +67,16 @@ class Outcome:
 
     ms: float
     scales_ms: dict[int, float]
-    fidelity: PictureFidelity
-    lpips: float | None = None
+    fidelity: Fidelity
 
 
 def run_pairs(
-    adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None], lpips: Lpips | None = None,
+    adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None], more: Sequence[Metric] = (),
     give_up: Callable[[dict[str, list[Outcome]]], bool] = lambda outcomes: False, clock: Clock = CLOCK,
 ) -> dict[str, list[Outcome]]:  # fmt: skip
     """Every pair's picture every way (attention callables by name; "dense" must be one), in rotating order.
 
-    Ends early once `give_up` says so after a pair.
+    more: metrics beside those of the table. Ends early once `give_up` says so after a pair.
     """
     stopwatch, begun = Stopwatch(adapter.device, clock), clock()
     outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
@@ -94,7 +93,7 @@ def run_pairs(
             made[name] = (pictures[0], shared + ms, attend.spent_ms)
         for name, (picture, ms, spent) in made.items():
             dense = made["dense"][0]
-            outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense), lpips(picture, dense) if lpips else None))
+            outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense, more)))
         if give_up(outcomes):
             break
         left = (clock() - begun) / (i + 1) * (len(pairs) - i - 1)
@@ -105,7 +104,7 @@ def run_pairs(
 def _so_far(outcomes: dict[str, list[Outcome]]) -> str:
     dense = sum(o.ms for o in outcomes["dense"])
     return ", ".join(
-        f"{name} {fmean(o.fidelity.psnr_db for o in found):.2f} dB at {dense / sum(o.ms for o in found):.2f}x"
+        f"{name} {LEAD.say(fmean(o.fidelity[LEAD.name] for o in found))} at {dense / sum(o.ms for o in found):.2f}x"
         for name, found in outcomes.items() if name != "dense"
     )  # fmt: skip
 
@@ -115,7 +114,7 @@ class Comparison:
     """Everything measured on the held-out pairs; lists run over pairs, times are in ms."""
 
     pairs: list[Pair]
-    found: list[PictureFidelity]
+    found: list[Fidelity]
     dense_ms: list[float]
     tuned_ms: list[float]
     dense_scales: list[dict[int, float]]
@@ -124,7 +123,7 @@ class Comparison:
 
 def compare_on(
     adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None],
-    doomed: Callable[[Sequence[PictureFidelity], Sequence[Pair]], bool] = lambda found, pairs: False, clock: Clock = CLOCK,
+    doomed: Callable[[Sequence[Fidelity], Sequence[Pair]], bool] = lambda found, pairs: False, clock: Clock = CLOCK,
 ) -> Comparison:  # fmt: skip
     """Dense and tuned pictures of every pair, timed side by side; of the first pairs only once `doomed` says so."""
     ways = {"dense": adapter.dense, "tuned": make_attention(adapter, policy, launches)}
@@ -141,23 +140,19 @@ def evidence(
     seen: Comparison, adapter: Adapter, policy: Policy, constraint: Constraint, confidence: float
 ) -> tuple[Evidence, float]:
     """The evidence a profile carries, and the shortfall (<= 0: certified)."""
-    psnr, ssim, classes = (
-        [f.psnr_db for f in seen.found],
-        [f.ssim for f in seen.found],
-        [label for label, _ in seen.pairs],
-    )
-    low_psnr, low_ssim = (lower_bound(values, classes, confidence) for values in (psnr, ssim))
+    classes, metrics, reached = [label for label, _ in seen.pairs], dict[str, Measured](), dict[str, float]()
+    for name, metric in METRICS.items():
+        values = [f[name] for f in seen.found]
+        reached[name] = worst_mean(metric, values, classes, confidence)
+        metrics[name] = Measured(class_mean(values, classes), reached[name], constraint.bounds.get(name))
     made = Evidence(
-        n=len(psnr), confidence=confidence,
-        psnr_mean_db=class_mean(psnr, classes), psnr_lower_db=low_psnr, required_psnr_db=constraint.psnr_db,
-        ssim_mean=class_mean(ssim, classes), ssim_lower=low_ssim, required_ssim=constraint.ssim,
-        ms_ssim_mean=class_mean([f.ms_ssim for f in seen.found], classes),
+        n=len(seen.found), confidence=confidence, metrics=tuple(sorted(metrics.items())),
         data_hash=hash_pairs(seen.pairs, adapter.weights_sha256, adapter.temperature),
         yardsticks=tuple(Yardstick(*y) for y in adapter.yardsticks()),
         measured=datetime.date.today().isoformat(), weights_sha256=adapter.weights_sha256,
         meaning=meaning_of(policy, [kernel_for(adapter.device.split(":")[0])]),
     )  # fmt: skip
-    return made, constraint.shortfall(low_psnr, low_ssim)
+    return made, constraint.shortfall(reached)
 
 
 def generation(seen: Comparison, adapter: Adapter) -> Generation:

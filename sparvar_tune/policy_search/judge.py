@@ -18,7 +18,8 @@ import torch
 from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
-from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, PictureFidelity, class_mean, compare_pictures, t_quantile
+from sparvar_tune.catalog.metrics import LEAD, METRICS
+from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
 from sparvar_tune.policy_search.menu import Table, assign, decision_scale, fixed_points
 from sparvar_tune.policy_search.study import Knobs, Verdict
@@ -108,30 +109,41 @@ class Judge:
         middle = class_mean(values, classes) if seen_all else fmean(levels) + fmean(above)
         return middle - t_quantile(CONFIDENCE, degrees) * spread / math.sqrt(self.held_out)
 
-    def shortfall(self, psnr: Sequence[float], ssim: Sequence[float]) -> float:
-        flat = (0.0,) * self.adapter.num_classes
-        missing = (
-            self.constraint.psnr_db - self.predicted(psnr, self.adapter.class_levels(), self.pairs),
-            100 * (self.constraint.ssim - self.predicted(ssim, flat, self.pairs)),
-        )
-        return max(missing) + MARGIN_DB
+    def shortfall(self, found: Sequence[Fidelity]) -> float:
+        """Of the search pairs seen so far, in dB of PSNR, with a margin."""
+        return max(self._missing(name, found, self.pairs) for name in self.constraint.bounds) + MARGIN_DB
 
-    def doomed(self, found: Sequence[PictureFidelity], pairs: Sequence[Pair]) -> bool:
-        """True if held-out pairs seen so far leave little hope for PSNR. Giving up early can only refuse, never certify."""
+    def doomed(self, found: Sequence[Fidelity], pairs: Sequence[Pair]) -> bool:
+        """True if held-out pairs seen so far leave little hope. Giving up early can only refuse, never certify."""
         if len(found) < RACE_AFTER:
             return False
-        psnr = [f.psnr_db for f in found]
-        return self.predicted(psnr, self.adapter.class_levels(), pairs) + self._doubt(psnr, pairs) < self.constraint.psnr_db
+        return self._missing(self.lead, found, pairs) > self._doubt(found, pairs)
 
-    def _doubt(self, psnr: Sequence[float], pairs: Sequence[Pair]) -> float:
+    @property
+    def lead(self) -> str:
+        """The metric that is looked at before a trial is given up: PSNR, if it is bound at all."""
+        return LEAD.name if LEAD.name in self.constraint.bounds else next(iter(self.constraint.bounds))
+
+    def _missing(self, name: str, found: Sequence[Fidelity], pairs: Sequence[Pair]) -> float:
+        """By how much the predicted bound of a metric misses what is wanted, in dB of PSNR."""
+        metric = METRICS[name]
+        levels = [metric.sign * level for level in self._levels(name)]
+        reached = metric.sign * self.predicted([metric.sign * f[name] for f in found], levels, pairs)
+        return metric.missing(reached, self.constraint.bounds[name])
+
+    def _levels(self, name: str) -> Sequence[float]:
+        return self.adapter.class_levels() if name == LEAD.name else (0.0,) * self.adapter.num_classes
+
+    def _doubt(self, found: Sequence[Fidelity], pairs: Sequence[Pair]) -> float:
         """How far (dB) a mean over so few pairs may yet move."""
-        return 1.5 * stdev(_above(psnr, self.adapter.class_levels(), pairs)) / math.sqrt(len(psnr))
+        above = _above([f[self.lead] for f in found], self._levels(self.lead), pairs)
+        return 1.5 * stdev(above) / METRICS[self.lead].step / math.sqrt(len(found))
 
     def __call__(self, knobs: Knobs) -> Verdict:
         attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.table, self.points))
         tuned: list[float] = []
         twins: dict[int, float] = {}
-        found: list[PictureFidelity] = []
+        found: list[Fidelity] = []
         self.turn += 1
         for i, reference in enumerate(self.references):
             ways = [True, False] if i % TWIN_EVERY == self.turn % RACE_AFTER else [False]
@@ -147,17 +159,15 @@ class Judge:
                     found.append(compare_pictures(made[0], reference.picture))
             if RACE_AFTER <= len(found) < len(self.references) and self._hopeless(time_ratio(tuned, twins), found):
                 break
-        psnr, ssim, ratio = [f.psnr_db for f in found], [f.ssim for f in found], time_ratio(tuned, twins)
-        shortfall, complete = self.shortfall(psnr, ssim), len(found) == len(self.references)
+        ratio, shortfall, complete = time_ratio(tuned, twins), self.shortfall(found), len(found) == len(self.references)
         if complete and shortfall <= 0 and (self.best_ratio is None or ratio < self.best_ratio):
             self.best_ratio = ratio
-        return Verdict(ratio, shortfall, fmean(psnr), fmean(ssim), complete)
+        return Verdict(ratio, shortfall, {name: fmean(f[name] for f in found) for name in METRICS}, complete)
 
-    def _hopeless(self, ratio: float, found: Sequence[PictureFidelity]) -> bool:
+    def _hopeless(self, ratio: float, found: Sequence[Fidelity]) -> bool:
         """True if the trial is clearly slower than the best that meets the constraint, or clearly short of it."""
         slower = self.best_ratio is not None and ratio > SLOWER * self.best_ratio
-        psnr = [f.psnr_db for f in found]
-        return slower or self.shortfall(psnr, [f.ssim for f in found]) > 0.3 + self._doubt(psnr, self.pairs)
+        return slower or self.shortfall(found) > 0.3 + self._doubt(found, self.pairs)
 
 
 def _above(values: Sequence[float], levels: Sequence[float], pairs: Sequence[Pair]) -> list[float]:

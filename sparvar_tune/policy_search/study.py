@@ -26,6 +26,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.policy_search.storage import Shared, cut_torn_tail
 from sparvar_tune.profile.files import set_aside
 from sparvar_tune.profile.schema import one_line
@@ -66,24 +67,28 @@ FIXED_POINTS = ("paper", "drop last scale")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge found: time over dense time measured beside it, predicted shortfall (dB, <= 0 is good), and whether
-    every search pair was looked at.
+    """What the judge found: time over dense time measured beside it, predicted shortfall (dB, <= 0 is good), the mean of every
+    metric, and whether every search pair was looked at.
     """
 
     time_ratio: float
     shortfall_db: float
-    psnr_db: float
-    ssim: float
+    means: dict[str, float]
     complete: bool
 
     @property
     def speedup(self) -> float:
         return 1 / self.time_ratio
 
+    @property
+    def lead(self) -> float:
+        """The mean that fronts are drawn by (PSNR, dB)."""
+        return self.means[LEAD.name]
+
     def why_not(self) -> str | None:
-        numbers = (self.time_ratio, self.shortfall_db, self.psnr_db, self.ssim)
+        numbers = (self.time_ratio, self.shortfall_db, *self.means.values())
         if not all(map(math.isfinite, numbers)) or self.time_ratio <= 0:
-            return f"verdict: got time ratio, shortfall, PSNR, SSIM {numbers}, want finite numbers and a ratio > 0"
+            return f"verdict: got time ratio, shortfall, means {numbers}, want finite numbers and a ratio > 0"
         return None
 
 
@@ -245,6 +250,9 @@ def _from_json(kind: type[T], text: str) -> T:
     if set(values) != set(types):
         raise ValueError(f"{kind.__name__.lower()}: got {sorted(values)}, want {sorted(types)}")
     for name, value in values.items():
+        if types[name] == "dict[str, float]" and isinstance(value, dict) and LEAD.name in value:
+            if all(type(v) in (int, float) and math.isfinite(v) for v in value.values()):
+                continue
         number = types[name] == "float" and type(value) in (int, float) and math.isfinite(value)
         if not number and (types[name] == "float" or type(value).__name__ != types[name]):
             raise ValueError(f"{kind.__name__.lower()}.{name}: got {value!r}, want a {types[name]}")
@@ -439,8 +447,8 @@ def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict:
 def front(found: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     """The Pareto front of fully judged trials: faster first, every next one closer to dense than all before (PSNR)."""
     out: list[FinishedTrial] = []
-    for f in sorted(found, key=lambda f: (f.verdict.time_ratio, -f.verdict.psnr_db)):
-        if f.verdict.complete and (not out or f.verdict.psnr_db > out[-1].verdict.psnr_db):
+    for f in sorted(found, key=lambda f: (f.verdict.time_ratio, -f.verdict.lead)):
+        if f.verdict.complete and (not out or f.verdict.lead > out[-1].verdict.lead):
             out.append(f)
     return out
 

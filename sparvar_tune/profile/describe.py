@@ -1,9 +1,15 @@
-"""A policy in words."""
+"""A policy and its evidence in words."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Cs4a, Csla, Pooled, Variant
+from sparvar_tune.catalog.metrics import METRICS
+
+if TYPE_CHECKING:
+    from sparvar_tune.profile.schema import Evidence
 
 
 def describe(policy: Policy) -> str:
@@ -19,6 +25,18 @@ def describe(policy: Policy) -> str:
     if policy.skip_scales:
         parts.append(f"scales {policy.skip_scales} left out")
     return "; ".join(parts) or "dense everywhere"
+
+
+def describe_evidence(evidence: Evidence) -> str:
+    """One line: every metric's mean and, where there is one, its bound and what that had to reach."""
+    parts = []
+    for name, m in sorted(evidence.metrics, key=lambda found: list(METRICS).index(found[0]) if found[0] in METRICS else 99):
+        metric = METRICS.get(name)
+        say = metric.say if metric else "{:.4g}".format
+        text = f"{metric.title if metric else name} {say(m.mean)}"
+        text += f", bound {say(m.bound)}" if m.bound is not None else ""
+        parts.append(text + (f" (wanted {say(m.required)})" if m.required is not None else ""))
+    return f"{'; '.join(parts)}; {evidence.n} held-out pairs, bounds at {evidence.confidence:.1%}"
 
 
 def short_name(variant: Variant) -> str:

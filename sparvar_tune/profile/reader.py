@@ -14,6 +14,7 @@ import json
 import math
 import types
 import typing
+from functools import lru_cache
 from typing import Any
 
 from sparvar_kernels.policy import Policy, Rule
@@ -88,10 +89,11 @@ class Reader:
             if data is None:
                 return None
             return self.value(next(a for a in arguments if a is not type(None)), data, where)
-        if kind == tuple[tuple[str, int], ...]:  # a small mapping, kept sorted
+        if origin is tuple and _is_mapping(arguments):
             if not isinstance(data, dict) or len(data) > 32:
-                raise ReadError(f"{where}: got {_short(data)}, want an object of at most 32 numbers")
-            return tuple((self.value(str, k, where), self.value(int, data[k], _join(where, k))) for k in sorted(data))
+                raise ReadError(f"{where}: got {_short(data)}, want an object of at most 32 values")
+            of = typing.get_args(arguments[0])[1]
+            return tuple((self.value(str, k, where), self.value(of, data[k], _join(where, k))) for k in sorted(data))
         if origin is tuple:
             if not isinstance(data, list) or len(data) > MAX_ITEMS:
                 raise ReadError(f"{where}: got {_short(data)}, want a list")
@@ -160,14 +162,26 @@ def to_plain(value: Any) -> Any:
         return {"scale_index": value.scale_index, "head_class": value.head_class, "variant": variant}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            f.name: dict(getattr(value, f.name)) if f.type == "tuple[tuple[str, int], ...]" else to_plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
+            f.name: to_plain(dict(getattr(value, f.name)) if _is_mapping(typing.get_args(hint)) else getattr(value, f.name))
+            for f, hint in zip(dataclasses.fields(value), _hints(type(value)), strict=True)
         }
     if isinstance(value, dict):
         return {k: to_plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [to_plain(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _is_mapping(arguments: tuple[Any, ...]) -> bool:
+    """Whether a tuple is a small mapping kept sorted: tuple[tuple[str, T], ...], an object in the file."""
+    return len(arguments) == 2 and arguments[1] is Ellipsis and typing.get_args(arguments[0])[:1] == (str,)
+
+
+@lru_cache(maxsize=64)
+def _hints(cls: type) -> tuple[Any, ...]:
+    """The types of a dataclass's fields, in their order."""
+    hints = typing.get_type_hints(cls)
+    return tuple(hints[f.name] for f in dataclasses.fields(cls))
 
 
 def _join(where: str, name: str) -> str:

@@ -21,6 +21,7 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Variant, variant_to_dict
 from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import CUSTOM, PRESETS
 from sparvar_tune.profile.identity import first_meaning
@@ -84,44 +85,68 @@ class Yardstick:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One metric over the pairs: its mean, the one-sided confidence bound of the mean on the side away from dense (None: not
+    taken), and what that bound had to reach (None: nothing).
+    """
+
+    mean: float
+    bound: float | None
+    required: float | None
+
+
+def _why_not_measured(name: str, m: Measured) -> str | None:
+    """Why these numbers are none of the metric, or None; of a metric that only its tuner knows, the order must fit."""
+    known = METRICS.get(name)
+    sign = known.sign if known else 1 if m.bound is None or m.bound <= m.mean else -1
+    if known and not known.least <= m.mean <= known.high:
+        return f"mean: got {m.mean}, want {known.least:g}..{known.high:g}"
+    if m.bound is not None and sign * (m.mean - m.bound) < 0:
+        return f"bound: got {m.bound}, which is closer to dense than the mean, {m.mean}"
+    if m.required is None:
+        return None
+    if known and (reason := known.why_not_bound(m.required)):
+        return f"required: {reason}"
+    if m.bound is None or sign * (m.bound - m.required) < 0:
+        return f"required: the bound, {m.bound}, does not reach {m.required}"
+    return None
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Fidelity of the tuned pictures against dense ones over n held-out (class, seed) pairs the search never saw.
 
-    psnr_lower_db and ssim_lower are one-sided `confidence` bounds of the means; `required_*` is what they had to reach.
+    metrics: by name, those of `catalog/metrics.py`; bounds hold with `confidence`.
     measured: the date; weights_sha256, meaning: of the model and of the variants the pictures were drawn with. Evidence that
     is carried on keeps all three.
     """
 
     n: int
     confidence: float
-    psnr_mean_db: float
-    psnr_lower_db: float
-    required_psnr_db: float
-    ssim_mean: float
-    ssim_lower: float
-    required_ssim: float
-    ms_ssim_mean: float
+    metrics: tuple[tuple[str, Measured], ...]
     data_hash: str
     yardsticks: tuple[Yardstick, ...]
     measured: str
     weights_sha256: str | None
     meaning: tuple[tuple[str, int], ...]
 
+    def of(self, metric: str) -> Measured:
+        """What was measured of it; raises ValueError where nothing was."""
+        for name, measured in self.metrics:
+            if name == metric:
+                return measured
+        raise ValueError(f"{metric}: the evidence has {', '.join(name for name, _ in self.metrics) or 'nothing'}")
+
     def why_not(self) -> str | None:
         if self.n < 2:
             return f"n: got {self.n}, want >= 2"
         if not 0.5 <= self.confidence < 1:
             return f"confidence: got {self.confidence}, want 0.5..1"
-        if self.psnr_lower_db > self.psnr_mean_db or self.ssim_lower > self.ssim_mean:
-            return "a lower bound is above its mean"
-        if self.psnr_lower_db < self.required_psnr_db or self.ssim_lower < self.required_ssim:
-            return "the lower bounds do not reach what was required"
-        for name, low, high in (
-            ("psnr_mean_db", 0, 200), ("required_psnr_db", 0, 200),
-            ("ssim_mean", -1, 1), ("required_ssim", -1, 1), ("ms_ssim_mean", -1, 1),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                return f"{name}: got {getattr(self, name)}, want {low}..{high}"
+        for name, measured in self.metrics:
+            if reason := _why_not_measured(name, measured):
+                return f"metrics.{name}: {reason}"
+        if all(measured.required is None for _, measured in self.metrics):
+            return "metrics: want one at least that had to reach something"
         if not is_date(self.measured):
             return f'measured: got {self.measured!r}, want a date such as "2026-11-23"'
         if self.weights_sha256 is not None and (reason := why_not_sha256("weights_sha256", self.weights_sha256)):
@@ -418,7 +443,7 @@ def from_json(text: str, where: str, *, check_seal: bool = True) -> Profile:
     try:
         # fields first: what is wrong with one says more than that the sum is off
         fields = {k: v for k, v in data.items() if k != "checksum"} if isinstance(data, dict) else data
-        profile = read(from_schema_2(fields) if schema == 2 else fields)
+        profile = read(_with_metrics(from_schema_2(fields) if schema == 2 else fields))
     except ReadError as error:
         raise ProfileError(f"{where}: {one_line(str(error))}; tune again or restore the file") from None
     edited = why_not_sealed(data) if check_seal else None
@@ -446,6 +471,20 @@ def from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
         evidence = {"measured": data.get("created"), "weights_sha256": weights, "meaning": since} | evidence
     rows = [{"binary": None} | row if isinstance(row, dict) else row for row in rows]
     return data | {"schema": SCHEMA, "meaning": meaning, "rows": rows, "evidence": evidence}
+
+
+def _with_metrics(data: Any) -> Any:
+    """The values of a file from before evidence had its metrics by name, as today's have them."""
+    flat = data.get("evidence") if isinstance(data, dict) else None
+    if not isinstance(flat, dict) or "metrics" in flat:
+        return data
+    psnr, ssim = ("psnr_mean_db", "psnr_lower_db", "required_psnr_db"), ("ssim_mean", "ssim_lower", "required_ssim")
+    columns = {"psnr": psnr, "ssim": ssim, "ms_ssim": ("ms_ssim_mean", "", "")}
+    metrics = {
+        metric: dict(zip(("mean", "bound", "required"), map(flat.get, names), strict=True)) for metric, names in columns.items()
+    }
+    kept = {name: value for name, value in flat.items() if not any(name in names for names in columns.values())}
+    return data | {"evidence": kept | {"metrics": metrics}}
 
 
 def read(data: Any) -> Profile:

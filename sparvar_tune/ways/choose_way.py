@@ -106,21 +106,18 @@ class SearchHere(Way):
     @cached_property
     def request(self) -> search_here.Request:
         subject, s = self.subject, self.settings
-        psnr_db, ssim = self.adapter.required(subject.quality)
-        if other := sorted(set(s.bounds) - {"psnr", "ssim"}):
-            raise ValueError(f"bounds: a search is bound by psnr and ssim alone, got {', '.join(other)}")
+        wanted = Constraint({**self.adapter.required(subject.quality), **s.bounds})
         return search_here.Request(
             subject.model, subject.resolution, subject.aspect, subject.gpu, self.preset,
-            Constraint(s.bounds.get("psnr", psnr_db), s.bounds.get("ssim", ssim)), s.budget_s, s.pairs, s.seed, s.resume,
-            subject.run_folder(self.preset), s.storage,
+            wanted, s.budget_s, s.pairs, s.seed, s.resume, subject.run_folder(self.preset), s.storage,
         )  # fmt: skip
 
     def announce(self, say: Say) -> None:
-        gpu, wanted = self.subject.gpu, self.request.constraint
+        gpu = self.subject.gpu
         if gpu.slug == "cpu":
             self._unused(say, "no GPU is timed here", "workers", "merge", "log")
         say(f"tuning {self.subject.model.slug} on {gpu.slug} ({silicon(gpu, True).name}, {torch.get_num_threads()} threads)")
-        say(f"  wanted: lower 95 % bound of PSNR >= {wanted.psnr_db:g} dB and of SSIM >= {wanted.ssim:g}, over "
+        say(f"  wanted: {self.request.constraint}, of the 95 % bounds of the means over "
             f"{self.settings.pairs} held-out (class, seed) pairs")  # fmt: skip
         for name, db, similarity in self.adapter.yardsticks():
             say(f"  yardstick: {name}: {db:.2f} dB, SSIM {similarity:.4f}")

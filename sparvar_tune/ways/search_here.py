@@ -18,6 +18,7 @@ from sparvar_kernels.backends.registry import KERNELS, kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter
 from sparvar_tune.catalog.gpus import GPUS, Gpu, nearest_first
+from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.launch_search.choose import ChosenLaunches, combinations
@@ -51,7 +52,7 @@ from sparvar_tune.policy_search.study import (
     search,
 )
 from sparvar_tune.profile import schema, store
-from sparvar_tune.profile.describe import describe
+from sparvar_tune.profile.describe import describe, describe_evidence
 from sparvar_tune.profile.files import exclusive
 from sparvar_tune.profile.identity import every_meaning, stamp
 from sparvar_tune.profile.machine import silicon, versions
@@ -143,8 +144,8 @@ def tune(
         if not busy and (load := judge.stopwatch.load()):
             note(load)
         done = finished(study)
-        shown = ", ".join(f"{f.verdict.speedup:.2f}x {f.verdict.psnr_db:.1f} dB" for f in front(done))
-        note(f"time against PSNR, the front of {len(done)} trials: {shown or 'none complete'}")
+        shown = ", ".join(f"{f.verdict.speedup:.2f}x {f.verdict.lead:.1f} {LEAD.unit}" for f in front(done))
+        note(f"time against {LEAD.title}, the front of {len(done)} trials: {shown or 'none complete'}")
         attempt, needed = attempts, 0.0
         looked_at = set[Policy]()
         for candidate in candidates(done):
@@ -164,16 +165,13 @@ def tune(
             attempt += 1
             seen = compare_on(adapter, policy, launches, drawn, status, judge.doomed, clock)
             if len(seen.pairs) < request.pairs:
-                mean = fmean(f.psnr_db for f in seen.found)
-                note(f"given up after {len(seen.pairs)} held-out pairs: PSNR {mean:.2f} dB")
+                means = {name: fmean(f[name] for f in seen.found) for name in request.constraint.bounds}
+                note(f"given up after {len(seen.pairs)} held-out pairs: {request.constraint.say(means)}")
                 needed = max(needed, 0.2) - min(0.0, candidate.verdict.shortfall_db)
                 continue
             proof, shortfall = evidence(seen, adapter, policy, request.constraint, confidence)
             gain = generation(seen, adapter).speedup
-            note(f"{request.pairs} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower {confidence:.1%} bound "
-                 f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); SSIM {proof.ssim_mean:.4f}, lower bound "
-                 f"{proof.ssim_lower:.4f} (wanted {request.constraint.ssim:g}); {gain.median:.2f}x "
-                 f"({gain.low:.2f}..{gain.high:.2f})")  # fmt: skip
+            note(f"{describe_evidence(proof)}; {gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f})")
             if shortfall <= 0 and gain.low > 1:
                 return make_profile(request, adapter, policy, SEARCHED, seen, proof, launches, found, len(done))
             if shortfall > 0:
@@ -214,7 +212,7 @@ def trial_line(found: FinishedTrial, judge: Judge, search_left: float) -> str:
     mark += "" if v.complete else ", given up early"
     best = f"best {1 / judge.best_ratio:.2f}x" if judge.best_ratio else "none meets it yet"
     return (
-        f"trial {found.number:3d}  {v.speedup:5.2f}x  {v.psnr_db:5.2f} dB  {v.ssim:.4f}  {mark} ({knobs_line(found.knobs)});"
+        f"trial {found.number:3d}  {v.speedup:5.2f}x  {judge.constraint.say(v.means)}  {mark} ({knobs_line(found.knobs)});"
         f" {best}; {max(0, search_left):.0f} s of search left"
     )
 
@@ -270,19 +268,19 @@ def _space(request: Request, adapter: Adapter, points: Mapping[str, Policy] | No
 
 
 def _best_reachable(study: Any, request: Request, certified: bool) -> str:
-    wanted = f"PSNR >= {request.constraint.psnr_db:g} dB and SSIM >= {request.constraint.ssim:g}"
     done, broken = finished(study), failed(study)
     if not done:
         why = f"all {len(broken)} trials failed, the last with: {broken[-1].reason}" if broken else "no trial finished"
         return f"{why}; nothing written"
     faster = [f for f in done if f.verdict.speedup > 1.05] or done
-    best = max(faster, key=lambda f: (-f.verdict.shortfall_db, f.verdict.psnr_db))
+    best = max(faster, key=lambda f: (-f.verdict.shortfall_db, f.verdict.lead))
     v = best.verdict
-    held_out = "but not so on the held-out pairs" if certified else "no faster than dense"
+    short = "but not so on the held-out pairs" if certified else "no faster than dense"
+    if v.shortfall_db > 0:
+        short = f"{v.shortfall_db:.2f} dB short"
     return (
-        f"no configuration faster than dense certifies {wanted}; the best reached {v.psnr_db:.2f} dB and SSIM {v.ssim:.4f} "
-        f"at {v.speedup:.2f}x ({f'{v.shortfall_db:.2f} dB short' if v.shortfall_db > 0 else held_out}); nothing written. "
-        "Ask for less with --min-psnr / --min-ssim, or give more --budget"
+        f"no configuration faster than dense certifies {request.constraint}; the best reached {request.constraint.say(v.means)} "
+        f"at {v.speedup:.2f}x ({short}); nothing written. Ask for less with --min NAME=VALUE, or give more --budget"
     )
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparvar_tune.catalog.metrics import find_metric
 from sparvar_tune.catalog.names import unknown_name
-from sparvar_tune.measure.metrics import find_metric
 from sparvar_tune.measure.pairs import MOST_PAIRS
 
 BUDGET_S, VERIFY_BUDGET_S, PAIRS, VERIFY_PAIRS = 290.0, 55.0, 32, 8
@@ -38,7 +38,7 @@ def whole(name: str, got: Any, least: int, most: int) -> int:
 class Settings:
     """How to tune; what is not used on a way says so there. Raises ValueError for a value out of range.
 
-    bounds: by metric ("psnr" in dB, "ssim"; `measure/metrics.py`), what the confidence bound of the mean must reach instead of
+    bounds: by metric ("psnr" in dB, "ssim"; `catalog/metrics.py`), what the confidence bound of the mean must reach instead of
     the quality's own value.
     budget_s: wall time; only the search is cut to meet it. pairs: held-out (class, seed) pairs. out: folder that gets
     <gpu>/<model>.json, None for this user's.

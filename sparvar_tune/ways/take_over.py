@@ -15,7 +15,7 @@ from sparvar_tune.catalog.gpus import GPUS, Gpu, nearest_first
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search.certify import compare_on, confidence_of, evidence, generation
 from sparvar_tune.profile import schema, store
-from sparvar_tune.profile.describe import describe
+from sparvar_tune.profile.describe import describe, describe_evidence
 from sparvar_tune.runtime.tuned import launch_of
 from sparvar_tune.ways.search_here import SEARCHED, NothingMeetsTheBound, Request, make_profile, workload
 from sparvar_tune.ways.time_only import Shop, time_launches
@@ -58,8 +58,7 @@ def transfer(
     seen = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs, ATTEMPT), status)
     proof, shortfall = evidence(seen, adapter, policy, request.constraint, confidence_of(ATTEMPT))
     gain = generation(seen, adapter)
-    say(f"[{time.monotonic() - begun:4.0f} s] {request.pairs} held-out pairs: PSNR {proof.psnr_mean_db:.2f} dB, lower bound "
-        f"{proof.psnr_lower_db:.2f} (wanted {request.constraint.psnr_db:.2f}); {gain.speedup.median:.2f}x")  # fmt: skip
+    say(f"[{time.monotonic() - begun:4.0f} s] {describe_evidence(proof)}; {gain.speedup.median:.2f}x")
     if shortfall > 0 or gain.speedup.low <= 1:
         what = f"{shortfall:.2f} dB short" if shortfall > 0 else f"{gain.speedup.low:.2f}x at the low end, no gain"
         raise NothingMeetsTheBound(f"the policy searched on {source.silicon.gpu} does not do here ({what}): give --search")

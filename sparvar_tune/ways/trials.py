@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparvar_tune.policy_search.storage import one_line, open_existing, place
-from sparvar_tune.policy_search.study import FinishedTrial, front, read_trials, shared_trials
+from sparvar_tune.policy_search.study import FinishedTrial, Verdict, front, read_trials, shared_trials
 from sparvar_tune.ways.subject import Subject
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ def trials_of(subject: Subject, storage: str | None = None) -> pandas.DataFrame:
     return trials_frame(studies)
 
 
+def flat(verdict: Verdict) -> dict[str, Any]:
+    """A verdict's values, its means by metric."""
+    return {name: value for name, value in vars(verdict).items() if name != "means"} | verdict.means
+
+
 def trials_frame(studies: Mapping[str, Sequence[FinishedTrial]]) -> pandas.DataFrame:
     """One row a trial, by study where it has a name."""
     import pandas
@@ -38,5 +43,5 @@ def trials_frame(studies: Mapping[str, Sequence[FinishedTrial]]) -> pandas.DataF
     rows: list[dict[str, Any]] = []
     for name, found in studies.items():
         best, study = front(found), {"study": name} if name else {}
-        rows += [study | {"trial": f.number, **vars(f.knobs), **vars(f.verdict), "front": f in best} for f in found]
+        rows += [study | {"trial": f.number, **vars(f.knobs), **flat(f.verdict), "front": f in best} for f in found]
     return pandas.DataFrame(rows)

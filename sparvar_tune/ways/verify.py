@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,13 +18,14 @@ from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import load_adapter
 from sparvar_tune.catalog.gpus import Gpu
+from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.launch_search.choose import DENSE_NAME
 from sparvar_tune.launch_search.compiling import machine_code, row_binaries
 from sparvar_tune.launch_search.layer_call import distinct_layers
 from sparvar_tune.launch_search.log import Workshop
 from sparvar_tune.launch_search.timing_task import Task
-from sparvar_tune.measure.fidelity import class_mean, lower_bound
+from sparvar_tune.measure.fidelity import class_mean, worst_mean
 from sparvar_tune.measure.pairs import verify_pairs
 from sparvar_tune.measure.timing import paired_speedup, timing
 from sparvar_tune.policy_search.certify import Comparison, compare_on, decision_cost, generation, measured_rows
@@ -33,7 +34,7 @@ from sparvar_tune.profile import overlay, store
 from sparvar_tune.profile.identity import meaning_of, stamp
 from sparvar_tune.profile.machine import device_name, silicon, versions
 from sparvar_tune.profile.overlay import DEMOTED, LEAST, OK, Overlay, Verified
-from sparvar_tune.profile.schema import MachineCode, Profile, Row, Speedup, Workload, one_line
+from sparvar_tune.profile.schema import Evidence, MachineCode, Profile, Row, Speedup, Workload, one_line
 from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.runtime.demote import deciding
 from sparvar_tune.ways import time_only
@@ -110,7 +111,7 @@ def compare_pictures(
 
     seen = compare_on(adapter, profile.policy, launches, verify_pairs(adapter.num_classes, pairs), status, late)
     gain = generation(seen, adapter)
-    looks = look_at_pictures(seen, (proof.psnr_lower_db, proof.ssim_lower) if proof else adapter.required(profile.preset))
+    looks = look_at_pictures(seen, certified(proof) if proof else adapter.required(profile.preset))
     n, faithful, faster = len(seen.found), all(look.good for look in looks), gain.speedup.low > 1
     pictures = f"{', '.join(look.text for look in looks)}, over {n} pairs the certificate did not use"
     say(f"pictures: {_said(faithful)}: {pictures}")
@@ -145,20 +146,26 @@ class Look:
     text: str
 
 
-def look_at_pictures(seen: Comparison, bounds: tuple[float, float]) -> tuple[Look, ...]:
-    """PSNR (dB) and SSIM against the lower bounds that a certificate says their means have, or that were asked for.
+def certified(proof: Evidence) -> dict[str, float]:
+    """The bounds a certificate says the means have, by metric: of those that were asked for."""
+    return {name: m.bound for name, m in proof.metrics if m.bound is not None and m.required is not None}
+
+
+def look_at_pictures(seen: Comparison, bounds: Mapping[str, float]) -> tuple[Look, ...]:
+    """Every metric against the bound that a certificate says its mean has, or that was asked for.
 
     Refuted is a bound above all of the mean's two-sided 90 % interval: of true ones that are just met, one in twenty is by
     chance. Few pictures seldom refute, and none here proves anything: evidence is left as it was measured.
     """
     classes = [label for label, _ in seen.pairs]
     looks = []
-    for name, unit, digits, bound in (("PSNR", " dB", 2, bounds[0]), ("SSIM", "", 4, bounds[1])):
-        values = [f.psnr_db if name == "PSNR" else f.ssim for f in seen.found]
-        mean, low = class_mean(values, classes), lower_bound(values, classes)
-        high = mean + (mean - low)
-        looks.append(Look(high >= bound, f"{name} {mean:.{digits}f}{unit} (90 % interval {low:.{digits}f}..{high:.{digits}f}, "
-                                         f"to bear out {bound:.{digits}f})"))  # fmt: skip
+    for name, bound in bounds.items():
+        metric, values = METRICS[name], [f[name] for f in seen.found]
+        mean, worst = class_mean(values, classes), worst_mean(metric, values, classes)
+        best, digits = mean + (mean - worst), metric.digits
+        low, high = sorted((worst, best))
+        looks.append(Look(metric.missing(best, bound) <= 0, f"{metric.title} {metric.say(mean)} (90 % interval "
+                          f"{low:.{digits}f}..{high:.{digits}f}, to bear out {bound:.{digits}f})"))  # fmt: skip
     return tuple(looks)
 
 

@@ -30,10 +30,10 @@ def run(options: CompareOptions) -> int:
             say(f"left out {quality}: {'; '.join(tuned.reasons)}")
         else:
             ways[f"tuned, {quality}"] = tuned.sparse_attention()
-    lpips = Lpips(options.lpips) if options.lpips else None
+    more = (Lpips(options.lpips).metric(),) if options.lpips else ()
     pairs = held_out_pairs(adapter.num_classes, options.pairs)
-    outcomes = run_pairs(adapter, ways, pairs, status, lpips)
-    text, raw = comparison(outcomes, pairs, adapter, silicon(subject.gpu, True), versions())
+    outcomes = run_pairs(adapter, ways, pairs, status, more)
+    text, raw = comparison(outcomes, pairs, adapter, more, silicon(subject.gpu, True), versions())
     say(text)
     if options.out:
         store.write_atomic(options.out, text.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparvar_tune.adapters import Adapter, load_adapter
+from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.cli.console import require_here, say
 from sparvar_tune.cli.options import GenerateOptions
 from sparvar_tune.cli.picture_sheet import save_png, side_by_side
@@ -27,18 +28,19 @@ def run(options: GenerateOptions) -> int:
         made: list[torch.Tensor] = []
         times[name] = stopwatch(lambda: made.append(adapter.finish(adapter.start((label, seed), 0), way)))  # noqa: B023
         pictures[name] = made[0]
-    f = compare_pictures(pictures["tuned"], pictures["dense"])
+    found = compare_pictures(pictures["tuned"], pictures["dense"])
+    close = ", ".join(f"{m.title} {m.say(found[m.name])}" for m in (METRICS["psnr"], METRICS["ssim"]))  # room for two
     difference = (pictures["tuned"] - pictures["dense"]).abs() * 8
     ratio = times["dense"] / times["tuned"]
     image = side_by_side([
         (pictures["dense"][0], f"dense: {times['dense'] / 1e3:.2f} s", f"{adapter.classes()[label]}, seed {seed}"),
         (pictures["tuned"][0], f"tuned: {times['tuned'] / 1e3:.2f} s, {ratio:.2f}x",
-         f"PSNR {f.psnr_db:.2f} dB, SSIM {f.ssim:.4f} against dense, same noise"),
+         f"{close} against dense, same noise"),
         (difference[0], "difference x 8", "black: identical"),
     ])  # fmt: skip
     save_png(image, options.out)
     say(f"dense {times['dense'] / 1e3:.2f} s, tuned {times['tuned'] / 1e3:.2f} s ({ratio:.2f}x, one run each); "
-        f"PSNR {f.psnr_db:.2f} dB, SSIM {f.ssim:.4f}; wrote {options.out}")  # fmt: skip
+        f"{close}; wrote {options.out}")  # fmt: skip
     return 0
 
 

@@ -16,6 +16,8 @@ from sparvar_tune.catalog.names import unknown_name
 if TYPE_CHECKING:
     from torch import Tensor
 
+WINDOW = 11  # pixels, of SSIM's Gaussian
+MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al., "Multiscale structural similarity", 2003
 PSNR_CAP = 100.0  # identical pictures: a finite number keeps means and files finite
 
 
@@ -24,8 +26,8 @@ class Metric:
     """One way to compare two pictures.
 
     name: in options, files and columns. unit: "dB" or "". direction: which way is closer to dense, "higher" or "lower".
-    low, high: what a bound may be. step: the difference that counts as much as 1 dB of PSNR, so that what is missing in
-    several metrics can be weighed. digits: behind the point, for people.
+    least: the worst value there is. low, high: what may be asked for; no value is above high. step: the difference that
+    counts as much as 1 dB of PSNR, so that what is missing in several metrics can be weighed. digits: behind the point.
     compare: (sparse, dense), both [1, 3, H, W] float in 0..1 -> a finite number.
     """
 
@@ -33,6 +35,7 @@ class Metric:
     title: str
     unit: str
     direction: str
+    least: float
     low: float
     high: float
     step: float
@@ -52,6 +55,11 @@ class Metric:
         """Such as "34.57 dB"."""
         return f"{value:.{self.digits}f}{' ' + self.unit if self.unit else ''}"
 
+    def say_bound(self, value: float) -> str:
+        """Such as "PSNR >= 34.57 dB"."""
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.title} {'>=' if self.direction == 'higher' else '<='} {value:g}{unit}"
+
     def why_not_bound(self, value: float) -> str | None:
         """Why nobody can ask for this value, or None."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -69,24 +77,38 @@ def _psnr(sparse: Tensor, dense: Tensor) -> float:
 def _ssim(sparse: Tensor, dense: Tensor) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return float(structural_similarity_index_measure(sparse, dense, data_range=1.0))  # type: ignore[arg-type]
+    side, options = min(sparse.shape[-2:]), {}
+    if side < WINDOW:  # the largest odd window, and no Gaussian: there is no room for its tails
+        options = {"gaussian_kernel": False, "kernel_size": side - 1 + side % 2}
+    return float(structural_similarity_index_measure(sparse, dense, data_range=1.0, **options))  # type: ignore[arg-type]
 
 
 def _ms_ssim(sparse: Tensor, dense: Tensor) -> float:
+    """Fewer levels where a side is under 176 pixels; SSIM under 11."""
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-    # five halvings with an 11-pixel window need more than 160 pixels; smaller pictures use fewer levels
-    levels = max(1, min(5, int(math.log2(min(sparse.shape[-2:]) / 11)) + 1))
-    betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:levels]
+    side = min(sparse.shape[-2:])
+    if side < WINDOW:
+        return _ssim(sparse, dense)
+    betas = MS_SSIM_BETAS[: ms_ssim_levels(side)]
     return float(multiscale_structural_similarity_index_measure(sparse, dense, data_range=1.0, betas=betas))
 
 
+def ms_ssim_levels(side: int) -> int:
+    """How many of MS-SSIM's five levels a picture's shorter side (pixels, >= WINDOW) has room for.
+
+    torchmetrics wants side // max(1, levels - 1)**2 to be WINDOW at least: 176 pixels for five, 99, 44 and 11 for fewer.
+    """
+    return max(n for n in range(1, len(MS_SSIM_BETAS) + 1) if n == 1 or (side // (n - 1) ** 2 >= WINDOW and side >> (n - 1) > 5))
+
+
 _ROWS = (
-    Metric("psnr", "PSNR", "dB", "higher", 0.0, 200.0, 1.0, 2, _psnr),
-    Metric("ssim", "SSIM", "", "higher", 0.0, 1.0, 0.01, 4, _ssim),
-    Metric("ms_ssim", "MS-SSIM", "", "higher", 0.0, 1.0, 0.01, 4, _ms_ssim),
+    Metric("psnr", "PSNR", "dB", "higher", 0.0, 0.0, 200.0, 1.0, 2, _psnr),
+    Metric("ssim", "SSIM", "", "higher", -1.0, 0.0, 1.0, 0.01, 4, _ssim),
+    Metric("ms_ssim", "MS-SSIM", "", "higher", -1.0, 0.0, 1.0, 0.01, 4, _ms_ssim),
 )
 METRICS = {metric.name: metric for metric in _ROWS}
+LEAD = METRICS["psnr"]  # of fronts, and of what a model's classes are known to differ in beforehand
 
 
 def find_metric(name: str) -> Metric:
