@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 import sparvar_tune
 from sparvar_tune.adapters.pocketvar import YARDSTICKS, PocketAdapter
+from sparvar_tune.catalog import gpus
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.cli import parser
@@ -22,8 +24,9 @@ from sparvar_tune.launch_search.log import read_log, to_frame
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search
-from sparvar_tune.profile import schema, store
-from sparvar_tune.ways import search_here
+from sparvar_tune.profile import machine, schema, store
+from sparvar_tune.ways import search_here, subject
+from sparvar_tune.ways.choose_way import choose_way
 from sparvar_tune.ways.settings import Settings, seconds
 from sparvar_tune.ways.subject import Subject
 
@@ -149,6 +152,18 @@ def test_the_shipped_comparison_comes_out_of_its_raw_numbers():
     assert json.loads(kept)["pairs"] == [list(pair) for pair in pairs]
     frame = pair_frame(outcomes, pairs, 8, 12)
     assert len(frame) == 5 * 24 and frame[frame.way == "dense"].psnr.eq(100).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*unverified")
+def test_a_gpu_in_no_row_is_lent_profiles_and_gets_none(home, monkeypatch):
+    """As `load_profile` does; there is no name its own profile could have."""
+    own = dataclasses.replace(gpus.GPUS["h100-sxm"], slug=gpus.UNLISTED, name="NVIDIA H100 NVL", sms=130)
+    for module in (gpus, machine, subject):
+        monkeypatch.setattr(module, "device_row", lambda device=None: own)
+    assert Subject.of("hart").gpu == own
+    for call in (lambda: sparvar_tune.tune("hart"), lambda: choose_way(Subject.of("hart"), Settings())):
+        with pytest.raises(ValueError, match=r"Add a row there"):
+            call()
 
 
 def test_what_runs_here_is_said_as_the_command_says_it(home, capsys):

@@ -23,8 +23,8 @@ assert gpus.distance(gpus.find_gpu("rtx4080"), gpus.find_gpu("rtx4090")) < 1
 assert models.find_model("tiny").schedule().grids == own_model.SCHEDULE.grids
 assert (1, 6) in sparvar_tune.capture("tiny")
 picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-assert abs(METRICS["vif"].compare(picture, picture) - 1) < 1e-3
-sys_exit = parser.main(["--gpu", "cpu", "--model", "pocketvar", "--min", "vif=2", "--dry-run"])
+assert abs(METRICS["uqi"].compare(picture, picture) - 1) < 1e-3
+sys_exit = parser.main(["--gpu", "cpu", "--model", "pocketvar", "--min", "uqi=2", "--dry-run"])
 assert sys_exit == 2
 """
 

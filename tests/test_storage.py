@@ -168,8 +168,10 @@ def test_two_lies_look_to_both_sides():
     assert search.next_planned([*SEEDS, met], ()).price_last < first.price_last
 
 
-SEEDS = [search.FinishedTrial(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, {"psnr": 29.0, "ssim": 0.9}, True)) for i, form in
-         enumerate(("paper", "drop last scale"))]  # fmt: skip
+SEEDS = [
+    search.FinishedTrial(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, {"psnr": 29.0, "ssim": 0.9}, True))
+    for i, form in enumerate(("paper", "drop last scale"))
+]
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -270,6 +270,7 @@ class Predict(Way):
 
 def choose_way(subject: Subject, settings: Settings) -> Way:
     """The way there is here. Raises ValueError for more images at once than the model's adapter draws."""
+    subject.require_row()
     reason = subject.why_not_images()
     if reason:
         raise ValueError(reason)

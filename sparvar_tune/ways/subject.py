@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparvar_tune.catalog.gpus import Gpu
+from sparvar_tune.catalog.gpus import GPUS, Gpu, device_row, find_gpu
 from sparvar_tune.catalog.models import MAX_IMAGES, Model, find_model
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, unknown_name
 from sparvar_tune.profile import store
@@ -16,9 +16,10 @@ from sparvar_tune.ways.settings import whole
 
 @dataclass(frozen=True)
 class Subject:
-    """A model at a size, so many images at once, at one quality, on one GPU."""
+    """A model at a size, so many images at once, at one quality, on one GPU. asked: for which GPU, "auto" or a name."""
 
     model: Model
+    asked: str
     gpu: Gpu
     quality: str
     resolution: str
@@ -31,17 +32,21 @@ class Subject:
         aspect: str | None = None, images: int = 1,
     ) -> Subject:  # fmt: skip
         """By names; gpu "auto": this machine; resolution and aspect None: the model's own. Raises ValueError for unknown ones."""
-        silicon, row = choose_gpu(gpu), find_model(model)
+        silicon, row = device_row() or GPUS["cpu"] if gpu == "auto" else find_gpu(gpu), find_model(model)
         if quality not in PRESETS:
             raise unknown_name("quality", quality, PRESETS)
         resolution, aspect = resolution or row.default_resolution, aspect or row.default_aspect
         row.schedule(resolution, aspect)
-        return cls(row, silicon, quality, resolution, aspect, whole("images", images, 1, MAX_IMAGES))
+        return cls(row, gpu, silicon, quality, resolution, aspect, whole("images", images, 1, MAX_IMAGES))
 
     @property
     def is_here(self) -> bool:
         """Whether this machine would run on the GPU."""
         return is_here(self.gpu)
+
+    def require_row(self) -> None:
+        """Raises ValueError for this machine's GPU where it is in no row: it is lent profiles, and none is made for it."""
+        choose_gpu(self.asked)
 
     def why_not_images(self) -> str | None:
         """Why so many images at once cannot be drawn here, or None."""
@@ -67,6 +72,6 @@ class Subject:
     def load(self, path: Path | None = None, quality: str | None = None) -> Tuned:
         """What `load_profile` finds for it, or makes of the file `path`. Raises as that does."""
         return load_profile(
-            self.model.slug, gpu=self.gpu.slug, preset=quality or self.quality, resolution=self.resolution, aspect=self.aspect,
+            self.model.slug, gpu=self.asked, preset=quality or self.quality, resolution=self.resolution, aspect=self.aspect,
             images=self.images, path=path,
         )  # fmt: skip

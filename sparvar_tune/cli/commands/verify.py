@@ -10,6 +10,7 @@ from sparvar_tune.ways import verify
 
 def run(options: VerifyOptions) -> int:
     subject = options.subject
+    subject.require_row()
     reason = subject.why_not_images()
     if reason:
         raise ValueError(reason)
