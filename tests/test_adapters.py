@@ -38,6 +38,11 @@ def driven(request):
     return KINDS[request.param]()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # the tensors are tiny: threads only wait for each other
+
+
 def hold(found: dict[str, bool]) -> None:
     assert all(found.values()), [check for check, holds in found.items() if not holds]
 
@@ -149,7 +154,12 @@ def test_parts(driven):
     if driven.name == "hart":
         assert parts.schedule == ScaleSchedule.square(lookalikes.SIDES[1:], lookalikes.CONTEXT) and parts.logit_bound is None
     else:
-        assert parts.logit_bound == pytest.approx(100.0)
+        factors = [a.scale_mul_1H11.clamp_max(a.max_scale_mul).exp().max().item() for a in parts.attentions]
+        assert parts.logit_bound == max(factors) > 4
+        parts.attentions[3].scale_mul_1H11.fill_(7.0)
+        assert family.parts(driven.model).logit_bound == pytest.approx(100.0)
+        parts.attentions[3].bfloat16()
+        assert family.parts(driven.model).logit_bound == 99.0
 
 
 def test_a_missing_attribute_is_named():
@@ -186,6 +196,18 @@ def test_what_is_compiled_is_refused_and_a_compiled_whole_is_looked_into():
     assert adapters.recognise(torch.compile(driven.model))[1].model is driven.model
     driven.blocks[2].compile()
     assert "block 2 is compiled already; apply first, compile after" in refusal(driven.model)
+
+
+@pytest.mark.parametrize("kind", ["infinity", "var"])
+def test_blocks_compiled_after_apply(kind):
+    driven = KINDS[kind]()
+    with applied(driven, "reuse"):
+        want = checks.draw(driven)
+        for block in driven.blocks:
+            block.compile(backend="eager")
+        got = checks.draw(driven)
+        assert checks.near(got, want, "fp32") and checks.same(checks.draw(driven), got)
+    assert checks.near(checks.draw(driven), checks.draw(KINDS[kind]()), "fp32")
 
 
 def test_a_foreign_forward_is_refused_and_nothing_changed(driven):
@@ -309,7 +331,7 @@ def test_one_image_at_a_time(driven):
     "changes, words",
     [
         ({"softmax_scale": 0.125}, "softmax_scale is .*, the profile is for 0.125"),
-        ({"logit_bound": 20.0}, "logits, the profile needs |logit| <= 20"),
+        ({"logit_bound": 2.0}, "logits, the profile needs |logit| <= 2"),
         ({"layers": 3}, "want 4 rows of 2"),
         ({"sides": (1, 2, 3, 4, 5, 8)}, "with other grids between"),
     ],

@@ -17,6 +17,7 @@ import adapter_checks as checks
 import lookalikes
 
 from public_models import tiny_hart, tiny_infinity, tiny_var
+from sparvar_tune import adapters
 
 
 def say(driven, found: dict[str, bool], **given) -> None:
@@ -31,6 +32,30 @@ def common(driven, options: str = "", **given) -> None:
     say(driven, checks.dense_and_undo(driven, **given), **shown)
     for policy in ("windows", "reuse"):
         say(driven, checks.sparse_is_the_oracle(driven, policy, **given), **shown)
+
+
+def accelerate_hooks(driven) -> dict[str, bool]:
+    """accelerate's hooks on every attention, put on before or after ours and taken off again."""
+    try:
+        from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+    except ImportError:
+        return {}
+    plain, attentions = checks.draw(driven), adapters.recognise(driven.model)[1].attentions
+    attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), len(driven.grids()))["reuse"])
+    with adapters.apply(driven.model, attend):
+        sparse = checks.draw(driven)
+        for module in attentions:
+            add_hook_to_module(module, ModelHook())
+        after = checks.draw(driven)
+    undone = checks.draw(driven)
+    with adapters.apply(driven.model, attend):
+        before = checks.draw(driven)
+        for module in attentions:
+            remove_hook_from_module(module)
+        off = checks.draw(driven)
+    found = (after, sparse), (undone, plain), (before, sparse), (off, sparse), (checks.draw(driven), plain)
+    names = ("hook put over ours", "ours undone under it", "ours put under it", "hook taken off", "all off = untouched")
+    return {f"accelerate: {name}": checks.same(*pair) for name, pair in zip(names, found, strict=True)}
 
 
 def cross_attention(driven, batch: int) -> dict[str, bool]:
@@ -53,6 +78,7 @@ def run_infinity(checkout: str) -> None:
         say(tiny, cross_attention(tiny, batch), batch=batch)
     say(tiny, checks.exception_mid_image(tiny))
     say(tiny, checks.undo_in_any_order(tiny))
+    say(tiny, accelerate_hooks(tiny))
     say(tiny, checks.dense_and_undo(tiny, aspect=0.667, batch=2), aspect=0.667, batch=2)
     scales = len(tiny.grids())
     tail = [3.0] * (scales - 2) + [1.0] * 2
@@ -82,6 +108,7 @@ def run_hart(checkout: str) -> None:
         if not flash:
             say(tiny, checks.exception_mid_image(tiny))
             say(tiny, checks.undo_in_any_order(tiny))
+            say(tiny, accelerate_hooks(tiny))
 
 
 def run_var(checkout: str) -> None:
@@ -95,6 +122,7 @@ def run_var(checkout: str) -> None:
         if kernel == "slow":
             say(tiny, checks.exception_mid_image(tiny), options=options)
             say(tiny, checks.undo_in_any_order(tiny), options=options)
+            say(tiny, accelerate_hooks(tiny), options=options)
 
 
 if __name__ == "__main__":
