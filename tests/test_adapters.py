@@ -19,6 +19,7 @@ from sparvar_kernels import Csla, Policy, Rule, SparseAttention, Tile
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune import adapters
 from sparvar_tune.adapters import registry
+from sparvar_tune.adapters.attention_names import attention_names
 from sparvar_tune.adapters.cross_attention import flash_attn_stand_in, varlen_cross_attention
 from sparvar_tune.adapters.instance_forward import replace_method
 
@@ -137,6 +138,22 @@ def test_flex_attention_of_infinity_is_left_out_where_the_policy_is_sparse():
     plain.undo()
 
 
+@pytest.mark.parametrize("name", checks.NAMES)
+def test_inside_attention_all_is_in_the_dtype_of_v_and_autocast_is_off(name):
+    seen = []
+
+    def attend(q, k, v):
+        seen.append((q.dtype, k.dtype, v.dtype, torch.is_autocast_enabled("cpu"), q.shape))
+        return q
+
+    q, v = torch.randn(1, 3, 3, 8), torch.randn(1, 3, 3, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention_names(attend)[name](q[:, :2], q, v)
+    assert out.dtype == torch.bfloat16 and out.is_contiguous()
+    shape = (1, 2, 3, 8) if name == "slow_attn" else (1, 3, 2, 8)
+    assert seen == [(torch.bfloat16, torch.bfloat16, torch.bfloat16, False, shape)]
+
+
 # Recognition and refusals
 
 
@@ -198,16 +215,15 @@ def test_what_is_compiled_is_refused_and_a_compiled_whole_is_looked_into():
     assert "block 2 is compiled already; apply first, compile after" in refusal(driven.model)
 
 
-@pytest.mark.parametrize("kind", ["infinity", "var"])
-def test_blocks_compiled_after_apply(kind):
-    driven = KINDS[kind]()
+def test_blocks_compiled_after_apply():
+    driven = lookalikes.Var()
     with applied(driven, "reuse"):
         want = checks.draw(driven)
         for block in driven.blocks:
             block.compile(backend="eager")
         got = checks.draw(driven)
         assert checks.near(got, want, "fp32") and checks.same(checks.draw(driven), got)
-    assert checks.near(checks.draw(driven), checks.draw(KINDS[kind]()), "fp32")
+    assert checks.near(checks.draw(driven), checks.draw(lookalikes.Var()), "fp32")
 
 
 def test_a_foreign_forward_is_refused_and_nothing_changed(driven):
