@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import threading
 import types
@@ -14,7 +15,9 @@ import lookalikes
 import pytest
 import tiny
 import torch
+from examples import example
 
+import sparvar_tune
 from sparvar_kernels import Csla, Policy, Rule, SparseAttention, Tile
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune import adapters
@@ -22,6 +25,8 @@ from sparvar_tune.adapters import registry
 from sparvar_tune.adapters.attention_names import attention_names
 from sparvar_tune.adapters.cross_attention import flash_attn_stand_in, varlen_cross_attention
 from sparvar_tune.adapters.instance_forward import replace_method
+from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.runtime.tuned import Tuned
 
 KINDS = {
     "infinity": lookalikes.Infinity,
@@ -385,6 +390,42 @@ def test_scales_that_cannot_be_skipped(from_scale):
         adapters.drop_unconditional(driven.model, 2)
     with pytest.raises(ValueError, match="its adapter has no skip_scales"):
         adapters.skip_scales(tiny.make_model(), 3)
+
+
+# Through a profile
+
+
+def tuned_for(driven, model: str, policy: Policy, **workload) -> Tuned:
+    _, parts = adapters.recognise(driven.model)
+    schedule = parts.schedule or ScaleSchedule(tuple(driven.grids()))
+    base = example()
+    w = dataclasses.replace(
+        base.workload, model=model, grids=schedule.grids, prefix=schedule.prefix, layers=4, heads=2, head_dim=16,
+        softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound and 100.0, **workload,
+    )  # fmt: skip
+    return Tuned(find_gpu("cpu"), dataclasses.replace(base, policy=policy, rows=(), workload=w), None, ())
+
+
+@pytest.mark.parametrize("kind, model", [("infinity", "infinity-2b"), ("hart", "hart"), ("var", "var-d16")])
+def test_a_profile_is_applied_and_undone(kind, model):
+    driven = KINDS[kind]()
+    policy = checks.policies(4, len(driven.grids()))["windows"]
+    plain, before = checks.draw(driven), checks.everything(driven)
+    with applied(driven):
+        want = checks.draw(driven)
+    with sparvar_tune.apply(driven.model, tuned_for(driven, model, policy)) as on:
+        assert checks.same(checks.draw(driven), want) and on.why_dense is None and on.reasons == ()
+        if kind == "infinity":
+            with pytest.warns(UserWarning, match="own attention"):
+                driven.sample(aspect=1.5)
+            assert "the profile is for 6 scales up to 8x8" in on.why_dense
+    assert checks.same(checks.draw(driven), plain) and checks.everything(driven) == before
+
+
+def test_a_profile_of_another_family_is_refused():
+    driven = lookalikes.Var()
+    with pytest.raises(ValueError, match="family is var, the profile is for infinity"):
+        sparvar_tune.apply(driven.model, tuned_for(driven, "infinity-2b", checks.policies(4, 6)["windows"]))
 
 
 # Other packages' adapters

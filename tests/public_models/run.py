@@ -18,6 +18,7 @@ import lookalikes
 
 from public_models import tiny_hart, tiny_infinity, tiny_var
 from sparvar_tune import adapters
+from sparvar_tune.adapters.cross_attention import varlen_cross_attention
 
 
 def say(driven, found: dict[str, bool], **given) -> None:
@@ -59,15 +60,26 @@ def accelerate_hooks(driven) -> dict[str, bool]:
 
 
 def cross_attention(driven, batch: int) -> dict[str, bool]:
-    """The tiny model was imported where flash-attn is not installed, so its cross-attention is ours; against rows in fp64."""
-    got, name = checks.draw(driven, batch=batch), "flash_attn_varlen_kvpacked_func"
+    """The tiny model was imported where flash-attn is not installed, so its cross-attention is ours: each call against fp64.
+
+    The public code casts to bf16 for it, so that is the precision asked for.
+    """
+    name, errors = "flash_attn_varlen_kvpacked_func", []
     ours = driven.globals[name]
-    driven.globals[name] = lookalikes.flash_attn_varlen_kvpacked_func
+
+    def both(*args, **kwargs):
+        got, want = ours(*args, **kwargs).double(), lookalikes.flash_attn_varlen_kvpacked_func(*args, **kwargs).double()
+        errors.append(float((got - want).norm() / want.norm()))
+        return ours(*args, **kwargs)
+
+    driven.globals[name] = both
     try:
-        want = checks.draw(driven, batch=batch)
+        driven.sample(batch=batch)
     finally:
         driven.globals[name] = ours
-    return {"cross-attention without flash-attn = rows in fp64": checks.near(got, want, driven.dtype)}
+    calls = len(driven.blocks) * len(driven.grids()) + 1  # and the pooling of the text
+    return {"cross-attention without flash-attn = fp64": ours is varlen_cross_attention and len(errors) == calls
+            and max(errors) < 2**-7}  # fmt: skip
 
 
 def run_infinity(checkout: str) -> None:
