@@ -218,3 +218,110 @@ def undo_in_any_order(driven, **given) -> dict[str, bool]:
         "last applied rules": same(one, back), "all undone = untouched": same(plain, draw(driven, **given)),
         "all undone, nothing left": everything(driven) == before,
     }  # fmt: skip
+
+
+def guidance_drop(driven, tail, batch: int, alike=same) -> dict[str, bool]:
+    """The untouched model with guidance 1 from that scale on is the oracle, bit for bit; with a sparse policy too.
+
+    alike: for sizes at which this CPU's products round differently by the number of rows.
+    """
+    begin = len(tail) - 2
+    reuse = policies(len(driven.blocks), len(tail))["reuse"]
+    plain, want = draw(driven, batch=batch), draw(driven, batch=batch, cfg=tail)
+    half = adapters.drop_unconditional(driven.model, begin)
+    got = draw(driven, batch=batch)
+    attend, schedule = attention_of(driven, reuse)
+    with no_warnings(), adapters.apply(driven.model, attend):
+        sparse = draw(driven, batch=batch)
+    half.undo()
+    with Reference(driven, reuse, schedule):
+        oracle = draw(driven, batch=batch, cfg=tail)
+    return {
+        "half dropped = guidance 1": alike(got, want), "half dropped changes the picture": not same(got, plain),
+        "half dropped and reuse = oracle": near(sparse, oracle, driven.dtype),
+        "after the drop = untouched": same(plain, draw(driven, batch=batch)),
+    }  # fmt: skip
+
+
+def scales_skipped(driven, **own) -> dict[str, bool]:
+    plain, want = draw(driven), draw(driven, **own)
+    skipped = adapters.skip_scales(driven.model, own["trunk_scale"])
+    got = draw(driven)
+    skipped.undo()
+    return {
+        "scales skipped = trunk_scale": same(got, want),
+        "after skipping = untouched": same(plain, draw(driven)),
+    }
+
+
+def other_schedule(driven) -> dict[str, bool]:
+    plain = draw(driven, aspect=1.5)
+    attend, _ = attention_of(driven, policies(len(driven.blocks), len(driven.grids()))["windows"])
+    with adapters.apply(driven.model, attend) as live, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = draw(driven, aspect=1.5)
+        said_why = [str(w.message) for w in said if "own attention" in str(w.message)]
+    return {
+        "other aspect = untouched": same(plain, got),
+        "and says why": len(said_why) == 1 and "profile is for" in live.reason,
+    }
+
+
+def rows_replaced(driven, begin: int, prefix: int, **given):
+    """Pictures of the untouched model whose unconditional rows are the conditional ones from scale `begin` on."""
+    hooks, layers = [], len(driven.blocks)
+    calls = [0]
+
+    def twice(t):
+        return torch.cat((t[: t.shape[0] // 2],) * 2)
+
+    def pre(module, args, kwargs):
+        layer, place = calls[0] % layers, calls[0] // layers
+        calls[0] += 1
+        if place - bool(prefix) < begin:
+            return None
+        a = module.attn
+        if a.cached_k is not None:
+            a.cached_k, a.cached_v = twice(a.cached_k), twice(a.cached_v)
+        names = ("x", "cond_BD", "context_position_ids", "context_mask")
+        return args, {**kwargs, **{n: twice(kwargs[n]) for n in names if kwargs.get(n) is not None and (n != "x" or layer == 0)}}
+
+    for block in driven.blocks:
+        hooks.append(block.register_forward_pre_hook(pre, with_kwargs=True))
+
+    def logits(inner, x, cond_BD):
+        return inner(x, twice(cond_BD) if calls[0] > (begin + bool(prefix)) * layers else cond_BD)
+
+    own = driven.model.get_logits
+    driven.model.get_logits = lambda x, cond_BD: logits(own, x, cond_BD)
+    try:
+        return draw(driven, **given)
+    finally:
+        del driven.model.get_logits
+        for hook in hooks:
+            hook.remove()
+
+
+def half_and_skip(driven, batch: int = 1) -> dict[str, bool]:
+    _, parts = adapters.recognise(driven.model)
+    prefix, scales = parts.schedule.prefix, len(parts.schedule)
+    plain = draw(driven, batch=batch)
+    want = rows_replaced(driven, scales - 2, prefix, batch=batch)
+    with adapters.drop_unconditional(driven.model, scales - 2):
+        got = draw(driven, batch=batch)
+    sums = []
+    quantiser = driven.model.vae_quant_proxy[0]
+    own = quantiser.get_next_autoregressive_input
+    quantiser.get_next_autoregressive_input = lambda *a, **kw: (lambda r: (sums.append(r[0].clone()), r)[1])(own(*a, **kw))
+    draw(driven, batch=batch)
+    del quantiser.get_next_autoregressive_input
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=driven.dtype == "bf16"):
+        earlier = driven.model.vae_proxy[0].fhat_to_img(sums[scales - 3 + bool(prefix)]).add_(1).mul_(0.5)
+    with adapters.skip_scales(driven.model, scales - 2):
+        skipped = draw(driven, batch=batch)
+    return {
+        "half dropped = conditional rows twice": near(got, want, driven.dtype),
+        "half dropped changes the picture": not near(got, plain, "fp32"),
+        "scales skipped = the sum before them": torch.equal(skipped.pictures, earlier),
+        "after half and skip = untouched": same(plain, draw(driven, batch=batch)),
+    }  # fmt: skip

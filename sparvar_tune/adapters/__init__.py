@@ -12,12 +12,13 @@ from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters.cross_attention import flash_attn_stand_in
+from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Adapter, Family, Pair, Parts, Undoable
-from sparvar_tune.adapters.registry import families, recognise
+from sparvar_tune.adapters.registry import FAMILIES, families, recognise
 from sparvar_tune.catalog.models import Model
 
 __all__ = [
-    "ADAPTERS", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "drop_unconditional", "families",
+    "ADAPTERS", "FAMILIES", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "drop_unconditional", "families",
     "flash_attn_stand_in", "load_adapter", "recognise", "skip_scales",
 ]  # fmt: skip
 
@@ -38,14 +39,14 @@ def apply(model: Any, attend: SparseAttention) -> Undoable:
     return family.attach(parts, attend)
 
 
-def drop_unconditional(model: Any, from_scale: int) -> Undoable:
+def drop_unconditional(model: Any, from_scale: int) -> Undos:
     """Runs only the conditional half of guidance from scale `from_scale` on; `undo()` takes it back.
 
     Guidance is then 1 at those scales. Raises ValueError for a model that no adapter knows or whose adapter cannot."""
     return _of(model, "drop_unconditional")(from_scale)
 
 
-def skip_scales(model: Any, from_scale: int) -> Undoable:
+def skip_scales(model: Any, from_scale: int) -> Undos:
     """Leaves out the scales from `from_scale` on; `undo()` takes it back. Raises ValueError as `drop_unconditional`."""
     return _of(model, "skip_scales")(from_scale)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
@@ -13,7 +12,7 @@ from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.adapters.structure import Shape, uncompiled, why_not_alike, why_not_open
+from sparvar_tune.adapters.structure import Shape, cosine_bound, uncompiled, why_not_alike, why_not_open
 
 ATTENTION = Shape(
     "the attention of a block",
@@ -57,7 +56,7 @@ def parts(model: Any) -> Parts:
     model = uncompiled(model)
     blocks = tuple(model.unregistered_blocks)
     first = blocks[0].sa
-    bound = math.exp(first.max_scale_mul) * first.scale if first.cos_attn else None
+    bound = cosine_bound([b.sa for b in blocks]) if first.cos_attn else None
     return Parts(
         "infinity", model, blocks, tuple(b.sa for b in blocks), first.num_heads, first.head_dim, float(first.scale), bound, None
     )

@@ -42,8 +42,10 @@ class Replaced:
             while isinstance(top := vars(self.owner).get(slot), Replaced) and not top.active:
                 if top.had:
                     vars(self.owner)[slot] = top.before
-                else:
+                elif slot == top.slot:
                     del vars(self.owner)[slot]
+                else:  # what accelerate would have found without ours
+                    vars(self.owner)[slot] = getattr(type(self.owner), self.name).__get__(self.owner)
 
     def __deepcopy__(self, memo: Any) -> Replaced:
         raise ValueError(f"{type(self.owner).__name__}.{self.name} is replaced; undo it before copying the model")

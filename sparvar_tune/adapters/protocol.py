@@ -70,7 +70,7 @@ class Parts:
     """A live model, taken apart: what of it attention needs. The modules are the model's own, not copies.
 
     blocks, attentions: one per layer, in the order in which they run.
-    logit_bound: no |logit| is above it, by the code (a capped learned factor); None when nothing bounds them.
+    logit_bound: no |logit| is above it, by the code and the weights at hand (a learned factor); None when nothing bounds them.
     schedule: the grids of every image; None where each call brings its own (Infinity: `scale_schedule`).
     """
 

@@ -60,3 +60,11 @@ def why_not_open(layers: Iterable[Any], what: str) -> str | None:
         if uncompiled(module) is not module or getattr(module, "_compiled_call_impl", None) is not None:
             return f"{what} {i} is compiled already; apply first, compile after"
     return None
+
+
+def cosine_bound(attentions: Iterable[Any]) -> float:
+    """The largest |logit| of cosine attention: unit vectors times the learned factor, as the models' code computes it.
+
+    Its own dtype matters: the cap of 100 is 99 in bf16.
+    """
+    return max(float((a.scale_mul_1H11.detach().clamp_max(a.max_scale_mul).exp() * a.scale).max()) for a in attentions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
@@ -12,7 +11,7 @@ from sparvar_tune.adapters.guidance import run_half, stop_before
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.adapters.structure import Shape, uncompiled, why_not_alike, why_not_open
+from sparvar_tune.adapters.structure import Shape, cosine_bound, uncompiled, why_not_alike, why_not_open
 
 ATTENTION = Shape(
     "the attention of a block",
@@ -48,7 +47,7 @@ def parts(model: Any) -> Parts:
     model = uncompiled(model)
     blocks = tuple(model.blocks)
     first = blocks[0].attn
-    bound = math.exp(first.max_scale_mul) * first.scale if first.attn_l2_norm else None
+    bound = cosine_bound([b.attn for b in blocks]) if first.attn_l2_norm else None
     schedule = ScaleSchedule.square(tuple(model.patch_nums))
     return Parts(
         "var", model, blocks, tuple(b.attn for b in blocks), first.num_heads, first.head_dim, float(first.scale), bound, schedule

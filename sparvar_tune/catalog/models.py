@@ -28,7 +28,8 @@ class Model:
     guidance_batch: batch rows of one image; 2 where classifier-free guidance runs both halves together.
     layout: of q, k, v at the attention call; "BHND" is [B, heads, N, dim], "BNHD" is [B, N, heads, dim].
     resolutions: resolution name -> aspect name (height / width, three decimals) -> schedule.
-    adapter: name of the adapter that runs the model, None until it has one.
+    adapter: name of the adapter that opens the model with nothing else given, None where it needs its authors' code and weights.
+    family: the adapter that knows a live model of this row, built by its authors' code, in `sparvar_tune.apply`.
     """
 
     slug: str
@@ -47,6 +48,7 @@ class Model:
     default_resolution: str
     default_aspect: str
     adapter: str | None
+    family: str
     source: str
 
     def schedule(self, resolution: str | None = None, aspect: str | None = None) -> ScaleSchedule:
@@ -116,6 +118,7 @@ def _infinity(size: str, layers: int, heads: int) -> Model:
         default_resolution="1M",
         default_aspect="1.000",
         adapter=None,
+        family="infinity",
         source="github.com/FoundationVision/Infinity",
     )
 
@@ -138,6 +141,7 @@ def _var(depth: int, schedules: Schedules) -> Model:
         default_resolution=next(iter(schedules)),
         default_aspect="1.000",
         adapter=None,
+        family="var",
         source="github.com/FoundationVision/VAR",
     )
 
@@ -164,6 +168,7 @@ _ROWS = (
         default_resolution="1024",
         default_aspect="1.000",
         adapter=None,
+        family="hart",
         source="github.com/mit-han-lab/hart",
     ),
     _var(16, _VAR_256),
@@ -189,6 +194,7 @@ _ROWS = (
         default_resolution="256",
         default_aspect="1.000",
         adapter="pocketvar",
+        family="pocketvar",
         source="sparvar_tune/pocketvar",
     ),
 )

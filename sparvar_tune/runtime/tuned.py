@@ -18,6 +18,7 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune import adapters
 from sparvar_tune.adapters import Undoable
 from sparvar_tune.catalog.gpus import Gpu
+from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.profile.overlay import DEMOTED, Overlay
 from sparvar_tune.profile.schema import Profile, Row
@@ -143,6 +144,11 @@ class Applied:
     def __init__(self, tuned: Tuned, change: Undoable | None, reasons: tuple[str, ...] = ()) -> None:
         self.tuned, self.reasons, self._change = tuned, reasons, change
 
+    @property
+    def why_dense(self) -> str | None:
+        """Why the last image, from some call on, ran the model's own attention, such as another aspect; None if it did not."""
+        return getattr(self._change, "reason", None)
+
     def undo(self) -> None:
         """The model attends as before; a second time it does nothing."""
         change, self._change = self._change, None
@@ -165,7 +171,9 @@ def apply(model: Any, tuned: Tuned) -> Applied:
     if tuned.profile is None:
         return Applied(tuned, None, tuned.reasons)
     w, reasons = tuned.profile.workload, []
+    row = MODELS.get(w.model) if parts.family in adapters.FAMILIES else None  # other packages' families are in no row
     pairs = (
+        ("family", parts.family, row.family if row else parts.family),
         ("layers", parts.layers, w.layers), ("heads", parts.heads, w.heads), ("head_dim", parts.head_dim, w.head_dim),
         ("softmax_scale", parts.softmax_scale, w.softmax_scale), ("schedule", parts.schedule or w.schedule, w.schedule),
     )  # fmt: skip

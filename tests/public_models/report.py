@@ -1,0 +1,72 @@
+"""Writes reports/adapters-cpu.md: what ran on which commit of the public code, and whether it held.
+
+    python tests/public_models/report.py infinity=CHECKOUT[@COMMIT] hart=CHECKOUT[@COMMIT] var=CHECKOUT[@COMMIT]
+
+Without @COMMIT git is asked for the checkout's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+OUT = HERE.parents[1] / "reports" / "adapters-cpu.md"
+SOURCES = {
+    "infinity": "github.com/FoundationVision/Infinity", "hart": "github.com/mit-han-lab/hart",
+    "var": "github.com/FoundationVision/VAR",
+}  # fmt: skip
+HEAD = """# Adapters on the public code, on a CPU
+
+Tiny models with random weights, built from unmodified checkouts; the sizes are in tests/public_models. Written by
+`python tests/public_models/report.py infinity=CHECKOUT hart=CHECKOUT var=CHECKOUT`. "Untouched" and "bit for bit" compare the
+picture and the logits of every scale with `torch.equal`; "= oracle" compares the logits with the fp64 oracle put into the
+public module's globals (relative error 1e-4 in fp32; in bf16 3e-2, the last scale left out, since a token may differ by then).
+"windows" is CSLA and Pooled at the last two scales, "reuse" is Reuse and Pooled there with a decision scale before them.
+"""
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def commit_of(checkout: str) -> str:
+    return subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def rows_of(model: str, checkout: str) -> list[dict]:
+    done = subprocess.run([sys.executable, str(HERE / "run.py"), model, checkout], stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def table(rows: list[dict]) -> list[str]:
+    """A line for each setting and check; settings that share a verdict are not merged, so that nothing hides."""
+    lines = ["| dtype | batch | aspect | setting | check | holds |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = (row["dtype"], row.get("batch", 1), row.get("aspect", 1.0), row.get("options", ""), row["check"],
+                 "yes" if row["holds"] else "**no**")  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def main() -> None:
+    packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "timm", "accelerate", "flash-attn"))
+    lines = [HEAD, f"Python {sys.version.split()[0]}, {packages}.", ""]
+    for argument in sys.argv[1:]:
+        model, _, place = argument.partition("=")
+        checkout, _, commit = place.partition("@")
+        rows = rows_of(model, checkout)
+        held = sum(row["holds"] for row in rows)
+        lines += [f"## {model}", "", f"{SOURCES[model]} at {commit or commit_of(checkout)}: {held} of {len(rows)} hold.", ""]
+        lines += [*table(rows), ""]
+    OUT.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
