@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import types
 import warnings
 
 import pytest
@@ -19,6 +20,7 @@ from sparvar_kernels import Policy, Pooled, Reuse, Rule
 from sparvar_tune import runtime
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.launch_search.compiling import Compiled
 from sparvar_tune.launch_search.timing_task import Times
 from sparvar_tune.profile import identity, machine, overlay, schema, store
 from sparvar_tune.profile.identity import meaning_of
@@ -191,6 +193,11 @@ def gpu(monkeypatch, home):
     noise = random.Random(0)
 
     class Shop:
+        identity = types.SimpleNamespace(triton="3.9")
+
+        def compile(self, wanted, status):
+            return {b: Compiled(32, 1024, 0, "ab" * 32) for b in wanted}
+
         def time(self, tasks, workload, policy, status):
             found = {}
             for task in tasks:

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import load_adapter
@@ -191,7 +189,7 @@ def time_rows(profile: Profile, gpu: Gpu, every: bool, deadline: float, say: Say
                 judged.append(_judge(s, speedup, profile.policy))
                 rows.append(replace(
                     row, state="measured", dense_name=DENSE_NAME, tuned=timing(tuned), dense=timing(dense), speedup=speedup,
-                    tuned_predicted_ms=None, dense_predicted_ms=None, binary=binary_of(made, profile, row),
+                    tuned_predicted_ms=None, dense_predicted_ms=None, binary=binary_of(made, profile, gpu, row),
                 ))  # fmt: skip
                 if row.binary and rows[-1].binary and row.binary.code != rows[-1].binary.code:
                     say(f"scale {s}: its machine code is another than was timed (Triton {row.binary.triton})")
@@ -217,13 +215,13 @@ def time_rows(profile: Profile, gpu: Gpu, every: bool, deadline: float, say: Say
     return Finding(OK, reason, tuple(judged), good, renewed)
 
 
-def binary_of(made: Workshop, profile: Profile, row: Row) -> MachineCode | None:
-    """What a row's launch compiles to on this machine."""
-    problems, gpu = profile.workload.problems(), torch.cuda.get_device_capability()
+def binary_of(made: Workshop, profile: Profile, gpu: Gpu, row: Row) -> MachineCode | None:
+    """What a row's launch compiles to on this machine's GPU."""
+    problems, capability = profile.workload.problems(), silicon(gpu, True).capability
     config = runtime.launch_of(row).config
-    assert isinstance(config, TritonConfig), "a GPU's row has a GPU kernel's configuration"
+    assert isinstance(config, TritonConfig) and capability, "a GPU's row has a GPU kernel's configuration"
     kinds = distinct_layers(profile.policy, row.scale_index)
-    wanted = row_binaries(profile.policy, problems, kinds, row.scale_index, config, gpu)
+    wanted = row_binaries(profile.policy, problems, kinds, row.scale_index, config, capability)
     return machine_code(made.compile(wanted, lambda text: None), wanted, made.identity.triton)
 
 
