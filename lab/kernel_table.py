@@ -28,6 +28,7 @@ from lab.recorded_spaces import File, TriedConfig, write_space
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.backends.triton.layer import Layer
+from sparvar_kernels.backends.triton.table import Column
 from sparvar_kernels.backends.triton.work import shared_stage
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
@@ -150,13 +151,15 @@ def work_of(case: Case, attend: SparseAttention, problem: AttentionProblem) -> t
         if scale != case.scale_index:
             continue
         table = stage.table.cpu().long()
-        flops += 4.0 * problem.head_dim * float(((table[:, 4] - table[:, 3]) * table[:, 7]).sum()) * problem.batch
-        moved += 2.0 * float((table[:, 4] - table[:, 3]).sum()) * problem.batch * row
+        count, rows = table[:, Column.COUNT], table[:, Column.END_ROW] - table[:, Column.FIRST_ROW]
+        flops += 4.0 * problem.head_dim * float((rows * count).sum()) * problem.batch
+        moved += 2.0 * float(rows.sum()) * problem.batch * row
         keys, known = stage.keys.cpu().long(), dict[tuple[tuple[int, int], ...], int]()
         for b in range(problem.batch):
-            for head in table[:, 0].unique().tolist():
-                mine = table[table[:, 0] == head]
-                lists = tuple(sorted(set(zip((mine[:, 5] + b * mine[:, 6]).tolist(), mine[:, 7].tolist(), strict=True))))
+            for head in table[:, Column.HEAD].unique().tolist():
+                mine = table[table[:, Column.HEAD] == head]
+                at = mine[:, Column.LIST_AT] + b * mine[:, Column.LIST_STEP]
+                lists = tuple(sorted(set(zip(at.tolist(), mine[:, Column.COUNT].tolist(), strict=True))))
                 if lists not in known:  # heads that share lists share the count
                     known[lists] = len(torch.cat([keys[at : at + count] for at, count in lists]).unique())
                 moved += 2.0 * known[lists] * row
@@ -344,7 +347,7 @@ def case_space(case: Case, problem: AttentionProblem) -> list[TritonConfig]:
     capability = torch.cuda.get_device_capability()
     if case.decision:  # of its sparse pass
         return [c for c in legal(problem, capability) if c.fetchers or c == TritonConfig()]
-    rows = max(getattr(v, "tile", Tile(0, 128)).rows for v in variants_of(case.policy, 0, case.scale_index))
+    rows = max((v.tile or Tile(0, 128)).rows for v in variants_of(case.policy, 0, case.scale_index))
     return [c for c in space(problem, capability) if c.block_m <= max(64, rows)]
 
 

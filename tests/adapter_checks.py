@@ -71,7 +71,7 @@ class Reference:
             return self.before[name](*args, **kwargs)
         out = torch.full(q.shape, float("nan"), dtype=torch.float64)
         for head, variant in enumerate(variants):
-            decision = self.kept.get((layer, getattr(variant, "decision_scale", None)))
+            decision = self.kept.get((layer, variant.decision_scale))
             if decision is not None:
                 decision = (decision[0], *(t[: q.shape[0]] for t in decision[1:]))
             out[:, head] = reference_attention(variant, *wide, problem, decision)[:, head]

@@ -32,7 +32,7 @@ from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.backends.dense import SAFE_LOGIT, column_mass
 from sparvar_kernels.backends.registry import default_config
-from sparvar_kernels.variants import at_decision
+from sparvar_kernels.backends.triton.table import Column
 from sparvar_kernels.variants.csla.planner import csla_lists, tile_mask
 from sparvar_kernels.variants.pooled.planner import pool_keys
 
@@ -99,7 +99,7 @@ def test_masses_of_other_samples_are_not_shared():
     attend(*before, 0, 3)
     got = attend(*now, 0, 4)
     for h, variant in enumerate(variants.values()):
-        want = oracle.reference_attention(variant, *now, p[1], (p[0], *before), at_decision(variant, ODD, 4).tile)
+        want = oracle.reference_attention(variant, *now, p[1], (p[0], *before), variant.at_decision(ODD, 4).tile)
         assert_close(got[:, h], want[:, h], "fp32", 2)
 
 
@@ -145,7 +145,7 @@ def nan_in_a_query() -> list[list[object]]:
     from sparvar_kernels.backends.triton.work import Lists
 
     schedule, front, width, canary = ScaleSchedule(((1, 1), (2, 3), (4, 5), (12, 12), (17, 18))), 4096, 64, -7
-    there = at_decision(Cs4a(3, 0.3, Tile(4, 4)), schedule, 4)
+    there = Cs4a(3, 0.3, Tile(4, 4)).at_decision(schedule, 4)
 
     def lists_of(dtype, query, value):
         p = AttentionProblem(schedule, 3, 1, 1, 32, dtype)
@@ -306,7 +306,7 @@ def errors_of_small_decisions(kernel: str) -> list[float]:
         attend = attention(kernel, variant, schedule, 1)
         got = [attend(*x[s], 0, s) for s in range(3)][2]
         out.append(
-            error(got, oracle.reference_attention(variant, *x[2], p[2], (p[0], *x[0]), at_decision(variant, schedule, 2).tile))
+            error(got, oracle.reference_attention(variant, *x[2], p[2], (p[0], *x[0]), variant.at_decision(schedule, 2).tile))
         )
     return out
 
@@ -377,7 +377,7 @@ def test_the_work_table_is_sorted_by_length_of_list(window):
     schedule = ScaleSchedule(((1, 1), (4, 4), (16, 16), (32, 24)))
     variants = [(Csla((0, 1, 3, 5), 1, Tile(8, 8)), (0, 2)), (Csla((0, 1, 3, 9 + window), 1, Tile(8, 8)), (1,))]
     p = AttentionProblem(schedule, 3, 1, 3, 64)
-    lengths = build_stage(variants, p, TritonConfig(), "cpu", [None, None], [None, None]).table[:, 7]
+    lengths = build_stage(variants, p, TritonConfig(), "cpu", [None, None], [None, None]).table[:, Column.COUNT]
     blocks = [-(-n // 256) for n in lengths.tolist()]  # about one length: those stay head by head
     assert len(set(blocks)) > 1 and blocks == sorted(blocks, reverse=True)
 

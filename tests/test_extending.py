@@ -26,6 +26,17 @@ picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 assert abs(METRICS["uqi"].compare(picture, picture) - 1) < 1e-3
 sys_exit = parser.main(["--gpu", "cpu", "--model", "pocketvar", "--min", "uqi=2", "--dry-run"])
 assert sys_exit == 2
+from sparvar_kernels import AttentionProblem, Policy, ScaleSchedule, SparseAttention, Tile
+from sparvar_kernels.attention import Launch
+from sparvar_kernels.variants import VARIANTS, variant_from_dict, variant_to_dict
+schedule = ScaleSchedule(((1, 1), (4, 4), (7, 9)))
+variant = VARIANTS["strided"](3, Tile(4, 4))
+assert variant_from_dict(variant_to_dict(variant), "") == variant
+p = AttentionProblem(schedule, 2, 1, 2, 16)
+q, k, v = p.make_inputs(0)
+for backend in ("cpu", "eager"):
+    attend = SparseAttention(Policy.uniform(1, 2, {2: variant}), schedule, launches={s: Launch(backend) for s in range(3)})
+    assert (attend(q, k, v, 0, 2) - variant.oracle(q, k, v, p, None)).abs().max() < 1e-5
 """
 
 
@@ -54,6 +65,7 @@ def test_what_the_diffs_add_works(tmp_path):
     shutil.copy(ROOT / "examples" / "own_model.py", tmp_path)
     for file, before, after in hunks():
         path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
         text = path.read_text("utf-8") if path.exists() else ""
         path.write_text(text.replace(before, after, 1) if before else after + "\n", "utf-8")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(tmp_path / "kernels")])}

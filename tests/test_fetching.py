@@ -15,7 +15,8 @@ from tolerances import TOLERANCES
 
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Reuse, Rule, ScaleSchedule, Tile, why_not
 from sparvar_kernels.backends.configs import SHARED_LIMIT, TritonConfig
-from sparvar_kernels.backends.triton.work import FIELDS, Part, tiles_of, work_table
+from sparvar_kernels.backends.triton.table import FIELDS, Column
+from sparvar_kernels.backends.triton.work import Part, tiles_of, work_table
 from sparvar_tune.launch_search.choose import space
 from sparvar_tune.launch_search.compiling import Binary, compile_all, compilers
 
@@ -172,7 +173,7 @@ def test_gpu_lists_of_several_whole_lengths(dim, dtype, bound):
         bench.call(attend)
         layer = next(iter(attend._layers.values()))[0]
         ((stage, gather),) = layer.stages.values()
-        assert not stage.masked and len(stage.table[:, 7].unique()) > 1, "this is what the test is for"
+        assert not stage.masked and len(stage.table[:, Column.COUNT].unique()) > 1, "this is what the test is for"
         ((_, grid, _),) = gather.ready.values()
         assert len(stage.table) * 2 > grid[0]
         assert error_of(case, attend, bench, 10**9) < TOLERANCES[dtype], config

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparvar_kernels import oracle
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile, nearest_cell, partition
-from sparvar_kernels.variants import Cs4a, Csla, at_decision
+from sparvar_kernels.variants import Cs4a, Csla
 from sparvar_kernels.variants.cs4a.planner import children, cs4a_lists, expand, keys_kept, rank_keys, ranks_needed, source_tiles
 from sparvar_kernels.variants.csla.planner import csla_lists
 
@@ -75,7 +75,7 @@ def test_cs4a_lists_equal_brute_force(schedule, tile, data):
     scale = data.draw(st.integers(1, len(schedule) - 1))
     decision = data.draw(st.integers(0, scale - 1))
     variant = Cs4a(decision, data.draw(st.floats(0.01, 1.0)), tile, window=data.draw(st.sampled_from((0, 1, 3))))
-    there = at_decision(variant, schedule, scale)
+    there = variant.at_decision(schedule, scale)
     num_tiles = len(partition(schedule.grids[decision], there.tile).counts)
     seed = data.draw(st.integers(0, 2**32))
     mass = torch.rand(2, 3, num_tiles, schedule.num_keys(decision), generator=torch.Generator().manual_seed(seed))

@@ -131,7 +131,7 @@ def table() -> Table:
         s: {n: tuple((0.0 if n in free else 0.5, 0.5 * (s == 4 and n != "dense")) for _ in range(2)) for n in names}
         for s, names in menus.items()
     }
-    deciding = {n for n, variant in menu(SCHEDULE, 6).items() if getattr(variant, "decision_scale", None) is not None}
+    deciding = {n for n, variant in menu(SCHEDULE, 6).items() if variant.decision_scale is not None}
     return Table(error, time, dict.fromkeys(deciding, 0.01))
 
 

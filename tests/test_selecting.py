@@ -14,7 +14,6 @@ from sparvar_kernels.backends.triton.work import place_lists
 from sparvar_kernels.geometry.problem import DTYPES
 from sparvar_kernels.geometry.scales import partition
 from sparvar_kernels.oracle import tile_lists
-from sparvar_kernels.variants import at_decision
 from sparvar_kernels.variants.cs4a.planner import children, window_first
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -35,7 +34,7 @@ def wrong_lists(schedule, decision_scale, scale, tile, window, mass_dtype, short
     variant = Cs4a(decision_scale, 0.4 if schedule is ODD else 0.3, Tile.parse(tile), window=window)
     heads = (0, 2)
     lists, _ = place_lists(variant, heads, problems[scale], 0)
-    there = variant if scale == decision_scale else at_decision(variant, schedule, scale)
+    there = variant if scale == decision_scale else variant.at_decision(schedule, scale)
     keys, tiles = schedule.num_keys(decision_scale), len(partition(schedule.grids[decision_scale], there.tile).counts)
     mass = torch.rand(2, 2, tiles, -(-keys // 16) * 16, generator=torch.Generator().manual_seed(scale)).pow(9)
     mass[..., 3:9] = mass[..., 3:4]  # equals

@@ -31,7 +31,7 @@ from sparvar_kernels import (
 )
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.configs import SHARED_LIMIT, TritonConfig
-from sparvar_kernels.variants import at_decision
+from sparvar_kernels.backends.triton.table import Column
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.launch_search.compiling import Binary, compile_all, compilers
@@ -76,7 +76,7 @@ def check(
         return given_error(
             attend._layers[batch, heads, dim, q.dtype, torch.device(q.to(device).device)][0], inputs, pair, got.cpu()
         )
-    tile = getattr(at_decision(variant, schedule, last), "tile", None)
+    tile = getattr(variant.at_decision(schedule, last), "tile", None)
     want = oracle.reference_attention(variant, *inputs[1], pair[1], (pair[0], *inputs[0]), tile)[:, ::2]
     return float((got.cpu().double()[:, ::2] - want).norm() / want.norm())
 
@@ -85,7 +85,7 @@ def check_three_targets(device: str, heads: int = 3) -> float:
     """One ranking fills the lists of the decision scale and of two finer ones; the largest relative error of the latter."""
     schedule = ScaleSchedule(((1, 1), (3, 4), (6, 5), (7, 9), (11, 10)))
     variants = {3: Cs4a(2, 0.6, Tile(4, 3), window=1), 4: Cs4a(2, 0.6, Tile(6, 3), window=1)}
-    there = {s: at_decision(v, schedule, s).tile for s, v in variants.items()}
+    there = {s: v.at_decision(schedule, s).tile for s, v in variants.items()}
     assert there[3] == there[4], "two rankings: not what is to be tested"
     problems = {s: AttentionProblem(schedule, s, 2, heads, 32, "fp32", 1.0, 12.0) for s in (2, 3, 4)}
     launches = {s: Launch("triton", TritonConfig(16, 32, 4, 1 if device == "cpu" else 2)) for s in range(len(schedule))}
@@ -223,7 +223,7 @@ def test_the_papers_policy_can_be_planned_on_every_model(name):
             if isinstance(variant, Dense):
                 continue
             stage = build_stage([(variant, (0, 1))], problem, TritonConfig(), "cpu", [None], [None])
-            used = stage.table[:, 5] + stage.table[:, 7]
+            used = stage.table[:, Column.LIST_AT] + stage.table[:, Column.COUNT]
             assert int(used.max()) <= len(stage.keys) and int(stage.keys.max()) < problem.num_keys
 
 
@@ -303,7 +303,7 @@ def ranking_builds() -> list[Binary]:
     schedule = MODELS["infinity-8b"].schedule()
     here, later = (AttentionProblem(schedule, s, 2, 28, 128, "bf16", 1.0, 20.0) for s in (10, 12))
     variant = Cs4a(10, 0.1, Tile(8, 16), sample=4, window=3)
-    tile = at_decision(variant, schedule, 12).tile
+    tile = variant.at_decision(schedule, 12).tile
     builds = (mass_build(here, sampled_rows(here, tile, 4), True), select_build(variant, later, torch.bfloat16))
     return [Binary(build, capability) for build in builds for capability in TARGETS]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparvar_kernels.backends.configs import LaunchConfig
 from sparvar_kernels.backends.dense import out_like
+from sparvar_kernels.backends.layer import Layer
 from sparvar_kernels.backends.registry import KERNELS, default_config, kernel_for, why_not
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
@@ -57,7 +58,7 @@ class SparseAttention:
         self.plans = plan_layers(policy, schedule)
         self.launches = dict(launches or {})
         self._ready: dict[tuple[object, ...], Any] = {}  # the layer that runs a kind of input
-        self._layers: dict[tuple[object, ...], list[Any]] = {}
+        self._layers: dict[tuple[object, ...], list[Layer]] = {}
         self.handle = next(_HANDLES)
         _LIVE[self.handle] = self
 
@@ -119,7 +120,7 @@ class SparseAttention:
         ready = self._layers[kind][layer]
         return _OnDevice(ready, q.device) if q.is_cuda and torch.cuda.device_count() > 1 else ready
 
-    def _build(self, problems: list[AttentionProblem], device: torch.device) -> list[Any]:
+    def _build(self, problems: list[AttentionProblem], device: torch.device) -> list[Layer]:
         launches = [self.launches.get(s) for s in range(len(self.schedule))]
         named = {launch.kernel for launch in launches if launch is not None}
         if len(named) > 1:

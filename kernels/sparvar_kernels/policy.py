@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.variants import Cs4a, Csla, Dense, Reuse, Variant, at_decision, why_not_variant
-from sparvar_kernels.variants.cs4a.planner import ranks_needed
+from sparvar_kernels.variants import Dense, Variant, why_not_variant
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Policy:
             if reason:
                 return f"{where}: {reason}"
         for i, rule in enumerate(self.rules):
-            decision = getattr(rule.variant, "decision_scale", None)
+            decision = rule.variant.decision_scale
             if decision is not None and (decision, rule.head_class) in seen:
                 return f"rules[{i}]: decision scale {decision} must be dense for class {rule.head_class!r}, but has a rule"
         expected = tuple(range(len(schedule) - len(self.skip_scales), len(schedule)))
@@ -102,7 +101,7 @@ class Record:
 
     @property
     def wants_residual(self) -> bool:
-        return isinstance(self.variant, Reuse | Csla) or (isinstance(self.variant, Cs4a) and self.variant.residual)
+        return self.variant.residual
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,10 @@ def plan_layers(policy: Policy, schedule: ScaleSchedule) -> tuple[tuple[LayerPla
         records: list[dict[RecordKey, Record]] = [{} for _ in schedule.grids]
         for s, found in enumerate(groups):
             for variant, heads in found:
-                decision = getattr(variant, "decision_scale", None)
+                decision = variant.decision_scale
                 if decision is None:
                     continue
-                there = at_decision(variant, schedule, s)
-                ranks = ranks_needed(variant, schedule, s) if isinstance(variant, Cs4a) else 0
+                there, ranks = variant.at_decision(schedule, s), variant.ranks(schedule, s)
                 record = records[decision].get((there, heads), Record(there, heads, 0))
                 records[decision][there, heads] = replace(record, ranks=max(record.ranks, ranks))
         out.append(tuple(LayerPlan(g, tuple(r.values())) for g, r in zip(groups, records, strict=True)))

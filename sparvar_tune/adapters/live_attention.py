@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.variants import Dense
 from sparvar_tune.adapters.attention_names import attention_names, forward_with
 from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.protocol import Parts
@@ -118,7 +117,7 @@ class LiveAttention(Undos):
 
     def _takes(self, layer: int, s: int) -> bool:
         """Whether a scale takes something from a decision scale."""
-        return any(getattr(variant, "decision_scale", None) is not None for variant, _ in self.attend.plans[layer][s].groups)
+        return any(variant.decision_scale is not None for variant, _ in self.attend.plans[layer][s].groups)
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -149,7 +148,7 @@ class LiveAttention(Undos):
 
 
 def _is_sparse(plan: Any) -> bool:
-    return bool(plan.records) or any(not isinstance(variant, Dense) for variant, _ in plan.groups)
+    return bool(plan.records) or any(variant.reads != "everything" for variant, _ in plan.groups)
 
 
 def close_caches(found: Parts) -> None:

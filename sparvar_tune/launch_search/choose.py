@@ -254,7 +254,7 @@ class LaunchSearch:
         if doubt := self._doubt(scale, dense, tuned[won]):
             self.doubts[scale.index] = doubt
         return Row(
-            scale.index, "triton", tuple(sorted(vars(configs[won]).items())), "measured", self.dense_name,
+            scale.index, "triton", configs[won].to_row(), "measured", self.dense_name,
             timing(tuned[won]), timing(dense), paired_speedup(dense, tuned[won]), mode=self.workshop.identity.mode,
             binary=self._machine_code(scale, configs[won]),
         )  # fmt: skip

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from sparvar_kernels.backends.configs import TritonConfig
+from sparvar_kernels.backends.triton.table import Column
 from sparvar_kernels.backends.triton.work import build_stage, launch_groups
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import LayerPlan, Policy, plan_layers
-from sparvar_kernels.variants import Dense, Pooled
+from sparvar_kernels.variants import Pooled
 from sparvar_kernels.variants.pooled.planner import num_keys
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.profile.reader import Reader, unique_keys
@@ -117,9 +118,11 @@ def works(
     found = []
     for groups in launch_groups(plan.groups).values():
         stage = build_stage(groups, problem, config, "cpu", [None] * len(groups), [None] * len(groups))
-        residual = any(getattr(v, "residual", True) and getattr(v, "decision_scale", None) is not None for v, _ in groups)
-        rows = int((stage.table[:, 4] - stage.table[:, 3]).sum())
-        found.append(Work(problem.head_dim, problem.dtype, stage.table[:, 7], rows, problem.batch, stage.masked, residual))
+        residual = any(v.residual and v.decision_scale is not None for v, _ in groups)
+        rows = int((stage.table[:, Column.END_ROW] - stage.table[:, Column.FIRST_ROW]).sum())
+        found.append(
+            Work(problem.head_dim, problem.dtype, stage.table[:, Column.COUNT], rows, problem.batch, stage.masked, residual)
+        )
     return found + [_pooled(problem, v, len(heads), config) for v, heads in plan.groups if isinstance(v, Pooled)]
 
 
@@ -196,7 +199,7 @@ def dense_ms(problem: AttentionProblem, gpu: Gpu, heads: int) -> float:
 
 
 def dense_heads(plan: LayerPlan) -> int:
-    return sum(len(heads) for variant, heads in plan.groups if isinstance(variant, Dense))
+    return sum(len(heads) for variant, heads in plan.groups if variant.reads == "everything")
 
 
 def layer_ms(

@@ -98,7 +98,7 @@ def variants_of(policy: Policy, layer: int, scale_index: int) -> set[Variant]:
 
 def decision_scales(policy: Policy, layer: int, scale_index: int) -> list[int]:
     """Scales that must run before `scale_index` in this layer."""
-    decisions = (getattr(v, "decision_scale", None) for v in variants_of(policy, layer, scale_index))
+    decisions = (v.decision_scale for v in variants_of(policy, layer, scale_index))
     return sorted({s for s in decisions if s is not None})
 
 
@@ -120,4 +120,4 @@ def distinct_layers(policy: Policy, scale_index: int) -> dict[int, int]:
 def _seen_from(policy: Policy, layer: int, head: int, scale: int, here: int) -> Variant | None:
     """What a head's rule at `scale` is to the scale `here`: its own, or one that was decided here; else nothing."""
     variant = policy.variant(layer, head, scale)
-    return variant if scale == here or getattr(variant, "decision_scale", None) == here else None
+    return variant if scale == here or variant.decision_scale == here else None

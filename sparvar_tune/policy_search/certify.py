@@ -170,8 +170,10 @@ def measured_rows(seen: Comparison, adapter: Adapter, policy: Policy, launches: 
     for s in sorted({r.scale_index for r in policy.rules}):
         dense = [spent[s] / layers for spent in seen.dense_scales]
         tuned = [spent[s] / layers for spent in seen.tuned_scales]
+        config = launches[s].config
+        assert config is not None, "a launch that was chosen"
         rows.append(Row(
-            s, launches[s].kernel, tuple(sorted(vars(launches[s].config).items())), "measured", adapter.dense_name,
+            s, launches[s].kernel, config.to_row(), "measured", adapter.dense_name,
             timing(tuned), timing(dense), paired_speedup(dense, tuned),
         ))  # fmt: skip
     return tuple(rows)
@@ -179,7 +181,7 @@ def measured_rows(seen: Comparison, adapter: Adapter, policy: Policy, launches: 
 
 def decision_cost(seen: Comparison, adapter: Adapter, policy: Policy) -> tuple[str, ...]:
     """Notes on what decision scales pay for ranking keys and keeping residuals; the whole-picture time includes it."""
-    decisions = [getattr(r.variant, "decision_scale", None) for r in policy.rules]
+    decisions = [r.variant.decision_scale for r in policy.rules]
     scales = {s for s in decisions if s is not None}
     notes = []
     for s in sorted(scales - {r.scale_index for r in policy.rules}):

@@ -50,7 +50,7 @@ def measure_table(
         for s in rules:
             time_ms[s][name] = spent[s] / heads
             error[s][name] = tuple(errors[s])
-        if any(getattr(variant, "decision_scale", None) is not None for variant in rules.values()):
+        if any(variant.decision_scale is not None for variant in rules.values()):
             decision_ms[name] = max(0.0, spent[scales[0]] - dense_ms[scales[0]]) / heads
         progress(name)
     return Table(error, time_ms, decision_ms)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparvar_kernels.policy import Policy
-from sparvar_kernels.variants import Cs4a, Csla, Pooled, Variant
 from sparvar_tune.catalog.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ def describe(policy: Policy) -> str:
         counts: dict[str, int] = {}
         for layer, letters in enumerate(policy.heads):
             for head in range(len(letters)):
-                name = short_name(policy.variant(layer, head, s))
+                name = policy.variant(layer, head, s).describe()
                 counts[name] = counts.get(name, 0) + 1
         parts.append(f"scale {s}: " + ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda x: -x[1])))
     if policy.skip_scales:
@@ -37,15 +36,3 @@ def describe_evidence(evidence: Evidence) -> str:
         text += f", bound {say(m.bound)}" if m.bound is not None else ""
         parts.append(text + (f" (wanted {say(m.required)})" if m.required is not None else ""))
     return f"{'; '.join(parts)}; {evidence.n} held-out pairs, bounds at {evidence.confidence:.1%}"
-
-
-def short_name(variant: Variant) -> str:
-    """Such as "cs4a 5% 8x8" or "csla 1,1,3,5,7 8x16"."""
-    if isinstance(variant, Cs4a):
-        return f"cs4a {variant.top_k:.0%} {variant.tile}" + (" paper" if variant.keys == "index" else "")
-    if isinstance(variant, Csla):
-        sides = ",".join(str(w) for w in variant.windows if w >= 0)
-        return f"csla {sides} {variant.tile}" + (" block128" if variant.form == "block128" else "")
-    if isinstance(variant, Pooled):
-        return f"pooled {variant.factor}x{variant.factor}"
-    return variant.kind

@@ -386,7 +386,7 @@ class Profile:
         for i, row in enumerate(self.rows):
             reason = row.why_not()
             if not reason:
-                config = KERNELS[row.kernel].config(**dict(row.config))
+                config = KERNELS[row.kernel].config.from_row(row.config)
                 reason = why_not_launch(w.problem(row.scale_index), row.kernel, config, self.silicon.capability)
             if reason:
                 return f"rows[{i}]: {reason}"

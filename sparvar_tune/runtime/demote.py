@@ -22,7 +22,7 @@ def deciding(policy: Policy, demoted: Container[int] = ()) -> set[int]:
 
     The time of such a scale holds the ranking that later ones live on: no reason to make its other heads dense.
     """
-    decisions = {getattr(r.variant, "decision_scale", None) for r in policy.rules if r.scale_index not in demoted}
+    decisions = {r.variant.decision_scale for r in policy.rules if r.scale_index not in demoted}
     return {s for s in decisions if s is not None}
 
 
@@ -66,7 +66,7 @@ def demotions(profile: Profile, local: Overlay | None, capability: Capability) -
 def _lives_on(policy: Policy, scale: int, decision: int) -> bool:
     """Whether a scale is the decision scale or takes something from it."""
     rules = (r.variant for r in policy.rules if r.scale_index == scale)
-    return scale == decision or any(getattr(variant, "decision_scale", None) == decision for variant in rules)
+    return scale == decision or any(variant.decision_scale == decision for variant in rules)
 
 
 def _saved_ms(row: Row, found: Verified | None) -> float:

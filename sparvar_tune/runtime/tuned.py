@@ -127,7 +127,7 @@ class Tuned:
 
 def launch_of(row: Row) -> Launch:
     """The row's kernel and configuration as the kernels take it."""
-    return Launch(row.kernel, KERNELS[row.kernel].config(**dict(row.config)))
+    return Launch(row.kernel, KERNELS[row.kernel].config.from_row(row.config))
 
 
 def _larger(a: float | None, b: float | None) -> float | None:

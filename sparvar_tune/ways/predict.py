@@ -36,7 +36,7 @@ def predict_profile(
         config = min(times, key=lambda c: times[c])
         tried += len(times)
         rows.append(schema.Row(
-            s, "triton", tuple(sorted(vars(config).items())), "predicted", DENSE_NAME,
+            s, "triton", config.to_row(), "predicted", DENSE_NAME,
             tuned_predicted_ms=times[config], dense_predicted_ms=dense_ms(workload.problem(s), gpu, model.heads),
         ))  # fmt: skip
     return schema.Profile(

@@ -14,7 +14,6 @@ import torch
 from lab.kernel_table import Case, cases, error_of
 from sparvar_kernels import Policy, Pooled, ScaleSchedule, SparseAttention, oracle
 from sparvar_kernels.backends.configs import TritonConfig
-from sparvar_kernels.variants import at_decision
 from sparvar_tune.launch_search.layer_call import Bench, decision_scales
 
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # fourteen grids like HART's; Infinity's schedules have thirteen
@@ -34,12 +33,12 @@ def reference_error(case: Case, made: torch.Tensor, inputs: dict[int, tuple[torc
     problem, worst = case.problem(case.scale_index), 0.0
     for h in range(case.heads):
         variant = case.policy.variant(0, h, case.scale_index)
-        decision = getattr(variant, "decision_scale", None)
+        decision = variant.decision_scale
         one = replace(problem, heads=1)
         source = None
         if decision is not None:
             source = (replace(case.problem(decision), heads=1), *(t[:, h : h + 1] for t in inputs[decision]))
-        tile = getattr(at_decision(variant, case.schedule, case.scale_index), "tile", None)
+        tile = getattr(variant.at_decision(case.schedule, case.scale_index), "tile", None)
         want = oracle.reference_attention(variant, *(t[:, h : h + 1] for t in inputs[case.scale_index]), one, source, tile)
         worst = max(worst, float((made[:, h : h + 1].double() - want).norm() / want.norm()))
     return worst

@@ -14,6 +14,7 @@ LEAST_SHARED = 101376  # of a newer one that is not listed
 REGISTERS = 65536  # of a Hopper multiprocessor
 FETCHERS = 4  # warps
 
+Row = tuple[tuple[str, int], ...]  # (parameter, value), by name
 Capability = tuple[int, int] | None  # of an NVIDIA GPU; None where there is none (plain CPU, Triton's interpreter)
 
 
@@ -22,6 +23,15 @@ class CpuConfig:
     """score_elements: fp32 scores worked on at once, a share of the cache; one query tile at least."""
 
     score_elements: int = 1 << 20
+
+    def to_row(self) -> Row:
+        """As a profile's row keeps it."""
+        return tuple(sorted(vars(self).items()))
+
+    @classmethod
+    def from_row(cls, row: Row) -> CpuConfig:
+        """The inverse of `to_row`. Raises TypeError for a field that is none of its."""
+        return cls(**dict(row))
 
     def why_not(self, problem: AttentionProblem, capability: Capability) -> str | None:
         """Why the CPU kernel cannot run `problem` like this, or None. It runs every shape and dtype."""
@@ -56,6 +66,15 @@ class TritonConfig:
     num_stages: int = 5
     maxnreg: int = 0
     fetchers: int = 0
+
+    def to_row(self) -> Row:
+        """As a profile's row keeps it."""
+        return tuple(sorted(vars(self).items()))
+
+    @classmethod
+    def from_row(cls, row: Row) -> TritonConfig:
+        """The inverse of `to_row`. Raises TypeError for a field that is none of its."""
+        return cls(**dict(row))
 
     def why_not(self, problem: AttentionProblem, capability: Capability) -> str | None:
         """Why the Triton kernel cannot run `problem` like this on a GPU of `capability`, or None."""

@@ -1,152 +1,49 @@
 """The ways one head may do its attention, as plain frozen values: what a policy is made of.
 
-`Dense`; `Csla` (windows and sinks, paper section 3.3 and the public code's masks); `Cs4a` (keys chosen at a decision
-scale, paper section 3.2); `Reuse` (the enlarged dense output of the decision scale: CS4A at zero keys with its
-residual); `Pooled` (diffuse heads read block means of keys). None of them says how it is run: that is a kernel's launch
-configuration.
-
-`meaning` is raised when the same fields come to stand for other keys or other arithmetic: a profile of an earlier meaning is
-then refused.
+Each has a folder: rule.py (the value and what may be said with it), planner.py where it has lists to plan, oracle.py (the
+definition in fp64). protocol.py says what a variant is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
+from sparvar_kernels.variants.cs4a.rule import Cs4a
+from sparvar_kernels.variants.csla.rule import Csla
+from sparvar_kernels.variants.dense.rule import Dense
+from sparvar_kernels.variants.pooled.rule import Pooled
+from sparvar_kernels.variants.protocol import Variant
+from sparvar_kernels.variants.reuse.rule import Reuse
 
-KEY_MULTIPLE = 64  # CS4A keeps a multiple of this many keys: no kernel then needs a masked tail
-PAPER_MULTIPLE = 112  # the same in the paper's code (its key tile)
-BLOCK = 128  # side of the paper's CSLA block mask
+__all__ = ["VARIANTS", "Cs4a", "Csla", "Dense", "Pooled", "Reuse", "Variant", "register", "variant_from_dict", "variant_to_dict",
+           "why_not_variant"]  # fmt: skip
+
+VARIANTS: dict[str, type[Variant]] = {v.kind: v for v in (Dense, Csla, Cs4a, Reuse, Pooled)}
 
 
-@dataclass(frozen=True)
-class Dense:
-    """Every key."""
+def register(cls: type[Variant]) -> type[Variant]:
+    """Adds a variant of one's own; a decorator.
 
-    kind: ClassVar[str] = "dense"
-    meaning: ClassVar[int] = 1
-
-
-@dataclass(frozen=True)
-class Csla:
-    """Each query tile sees the first `sinks` scales (and the prefix) whole and the union of its queries' windows.
-
-    windows[h] is the window's side on key scale h, radius windows[h] // 2; negative: scale h unseen.
-    form "exact": that union; "block128": the paper's mask, where any 128 x 128 block (raster order, keys counted from
-    key 0) with one visible pair is attended whole (needs tile raster128).
-    decision_scale: where dense minus sparse is taken and added, enlarged, to later scales; None: no residual.
+    Raises ValueError where it is not what protocol.py asks for, or its kind is taken.
     """
-
-    windows: tuple[int, ...]
-    sinks: int
-    tile: Tile
-    form: str = "exact"
-    decision_scale: int | None = None
-    kind: ClassVar[str] = "csla"
-    meaning: ClassVar[int] = 1
-
-
-@dataclass(frozen=True)
-class Cs4a:
-    """Each query tile sees the keys with the most softmax mass at the decision scale.
-
-    keys "place" (ours): keys map by 2-D place (a cell of the decision grid stands for itself and for every cell of the
-    finer grids whose centre falls into it), best first, until `top_k` of *this* scale's keys are kept.
-    keys "index" (paper's code): `top_k` of the *decision* scale's keys, indices unchanged, plus one contiguous band of
-    rows per scale after it; needs raster tiles.
-    window (place): side of the own-scale window on the decision grid whose cells rank ahead of all others; 0: none.
-    bands (index): side of the own-scale window for each scale after the decision scale.
-    residual: add the enlarged dense minus sparse of the decision scale.
-    sample: the mass is measured on every `sample`-th query of a tile.
-    """
-
-    decision_scale: int
-    top_k: float
-    tile: Tile
-    keys: str = "place"
-    window: int = 0
-    bands: tuple[int, ...] = ()
-    residual: bool = True
-    sample: int = 1
-    kind: ClassVar[str] = "cs4a"
-    meaning: ClassVar[int] = 2  # 1: a tile shorter than the others counted its first query several times
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """The decision scale's dense output, bilinearly enlarged: no attention at all."""
-
-    decision_scale: int
-    kind: ClassVar[str] = "reuse"
-    meaning: ClassVar[int] = 1
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Grids from `first_scale` on are read as means over factor x factor blocks of keys (ours; see pooled.py)."""
-
-    first_scale: int
-    factor: int
-    kind: ClassVar[str] = "pooled"
-    meaning: ClassVar[int] = 1
-
-
-Variant = Dense | Csla | Cs4a | Reuse | Pooled
-VARIANTS: dict[str, type] = {v.kind: v for v in (Dense, Csla, Cs4a, Reuse, Pooled)}
+    missing = [name for name in ("kind", "meaning", "reads", "why_not", "at_decision", "ranks", "lists", "describe", "oracle",
+                                 "residual") if not hasattr(cls, name)]  # fmt: skip
+    if missing or not dataclasses.is_dataclass(cls):
+        what = f"has no {missing[0]}" if missing else "is no dataclass"
+        raise ValueError(f"{cls.__name__}: {what}; sparvar_kernels/variants/protocol.py says what a variant is")
+    if VARIANTS.setdefault(cls.kind, cls) is not cls:
+        raise ValueError(f"{cls.__name__}: kind {cls.kind!r} is taken by {VARIANTS[cls.kind].__name__}; choose another")
+    return cls
 
 
 def why_not_variant(variant: Variant, schedule: ScaleSchedule, scale_index: int) -> str | None:
     """Why `variant` cannot be used at `scale_index`, or None. The one statement of what a policy may say."""
-    decision = getattr(variant, "decision_scale", None)
+    decision = variant.decision_scale
     if decision is not None and not 0 <= decision < scale_index:
         return f"{variant.kind}: decision_scale={decision}, want 0..{scale_index - 1} (before scale_index={scale_index})"
-    if isinstance(variant, Csla):
-        if len(variant.windows) != len(schedule):
-            return f"csla: {len(variant.windows)} windows, want one per scale ({len(schedule)})"
-        if not 0 <= variant.sinks <= len(schedule):
-            return f"csla: sinks={variant.sinks}, want 0..{len(schedule)}"
-        if variant.form not in ("exact", "block128"):
-            return f'csla: form={variant.form!r}, want "exact" or "block128"'
-        if variant.form == "block128" and variant.tile != Tile(0, BLOCK):
-            return f"csla: form block128 with tile {variant.tile}, want raster{BLOCK}"
-        if max(variant.windows) < 0 and variant.sinks == 0 and schedule.prefix == 0:
-            return "csla: no window and no sinks, so no key is visible; want at least one"
-        own = variant.windows[scale_index]
-        if variant.sinks == 0 and schedule.prefix == 0 and own < 0:
-            return f"csla: windows[{scale_index}]={own} without sinks can leave a query without keys; want >= 0"
-    if isinstance(variant, Pooled):
-        if not 0 <= variant.first_scale <= scale_index:
-            return f"pooled: first_scale={variant.first_scale}, want 0..{scale_index}"
-        if variant.factor < 2:
-            return f"pooled: factor={variant.factor}, want >= 2"
-    if isinstance(variant, Cs4a):
-        if not 0 < variant.top_k <= 1:
-            return f"cs4a: top_k={variant.top_k}, want 0 < top_k <= 1"
-        if variant.keys not in ("place", "index"):
-            return f'cs4a: keys={variant.keys!r}, want "place" or "index"'
-        if variant.sample < 1:
-            return f"cs4a: sample={variant.sample}, want >= 1"
-        later = len(schedule) - 1 - variant.decision_scale
-        if variant.keys == "place" and (variant.bands or variant.window < 0):
-            return f"cs4a: keys place with window={variant.window}, bands={variant.bands}; want window >= 0 and no bands"
-        if variant.keys == "index" and (variant.tile.height or variant.window or len(variant.bands) != later):
-            return f"cs4a: keys index is the paper's form; want a raster tile, no window and {later} bands"
-        if variant.bands and min(variant.bands) < 0:
-            return f"cs4a: bands={variant.bands}, want every side >= 0"
-    return None
-
-
-def at_decision(variant: Variant, schedule: ScaleSchedule, scale_index: int) -> Variant:
-    """The same rule with its tile carried to the decision grid: what is run there to make the residual."""
-    if isinstance(variant, Dense | Reuse | Pooled) or variant.decision_scale is None:
-        return variant
-    if (isinstance(variant, Cs4a) and variant.keys == "index") or (isinstance(variant, Csla) and variant.form == "block128"):
-        return variant  # the paper keeps its raster groups at every scale
-    tile = variant.tile.scaled(schedule.grids[scale_index], schedule.grids[variant.decision_scale])
-    return dataclasses.replace(variant, tile=tile)
+    return variant.why_not(schedule, scale_index)
 
 
 def variant_to_dict(variant: Variant) -> dict[str, Any]:

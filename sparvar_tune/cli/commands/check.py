@@ -33,14 +33,15 @@ def run(options: CheckOptions) -> int:
 
 
 def _oracle_error(variant: Variant, schedule: ScaleSchedule, device: str) -> float:
-    from sparvar_kernels.variants import at_decision
 
     decision, last = (AttentionProblem(schedule, s, 1, 2, 32, logit_bound=8.0) for s in (3, 4))
     before, now = decision.make_inputs(0), last.make_inputs(1)
-    attend = SparseAttention(Policy.uniform(1, 2, {} if isinstance(variant, Dense) else {4: variant}), schedule, logit_bound=8.0)
+    attend = SparseAttention(
+        Policy.uniform(1, 2, {} if variant.reads == "everything" else {4: variant}), schedule, logit_bound=8.0
+    )
     for problem, inputs in ((decision, before), (last, now)):
         q, k, v = (t.to(device) for t in inputs)
         got = attend(q, k, v, 0, problem.scale_index).cpu()
-    tile = getattr(at_decision(variant, schedule, 4), "tile", None)
+    tile = getattr(variant.at_decision(schedule, 4), "tile", None)
     want = oracle.reference_attention(variant, *now, last, (decision, *before), tile)
     return relative_l2(got, want)

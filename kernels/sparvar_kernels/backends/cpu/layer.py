@@ -14,10 +14,8 @@ from sparvar_kernels.backends.cpu.pooled import pooled_attention
 from sparvar_kernels.backends.dense import column_mass, dense_heads, out_like
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import LayerPlan, Record, RecordKey, why_not_live
-from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant, at_decision
-from sparvar_kernels.variants.cs4a.planner import cs4a_lists, rank_keys, window_first
-from sparvar_kernels.variants.csla.planner import csla_lists
-from sparvar_kernels.variants.lists import KeyLists
+from sparvar_kernels.variants import Cs4a, Pooled, Variant
+from sparvar_kernels.variants.cs4a.planner import rank_keys, window_first
 from sparvar_kernels.variants.residual import enlarge
 
 
@@ -55,20 +53,22 @@ def attend(
     """[B, H, Nq, D] of one layer at one scale; writes what later scales need into `memory`."""
     out = out_like(q)
     for variant, heads in plan.groups:
-        if isinstance(variant, Dense):
+        if variant.reads == "everything":
             dense_heads(q, k, v, problem, heads, out)
             continue
-        if isinstance(variant, Pooled):
+        if variant.reads == "means":
+            assert isinstance(variant, Pooled), "the one way to read means so far"
             pooled_attention(q, k, v, problem, heads, variant, out)
             continue
         record = _record_of(variant, heads, problem, memory)
-        if not isinstance(variant, Reuse):
-            lists = key_lists(variant, problem, memory.ranked.get(record) if record else None, str(q.device))
+        if variant.reads != "decision":
+            ranked = memory.ranked.get(record) if record else None
+            lists = variant.lists(problem.schedule, problem.scale_index, str(q.device), ranked)
             gathered_attention(q, k, v, lists, heads, out, problem, config)
         if record in memory.residual:
             grown = enlarge(memory.residual[record], problem.schedule.grids[memory.scale[record]], problem.grid)
             for i, h in enumerate(heads):
-                if isinstance(variant, Reuse):
+                if variant.reads == "decision":
                     out[:, h] = grown[:, i]
                 else:
                     out[:, h] += grown[:, i]
@@ -76,19 +76,11 @@ def attend(
     return out
 
 
-def key_lists(variant: Variant, problem: AttentionProblem, ranked: Tensor | None, device: str) -> KeyLists:
-    """The key lists of a sparse variant; `ranked` [B, h, T, R] is what its decision scale found (Cs4a)."""
-    if isinstance(variant, Csla):
-        return csla_lists(problem.schedule, problem.scale_index, variant, device)
-    assert isinstance(variant, Cs4a) and ranked is not None
-    return cs4a_lists(ranked, problem.schedule, problem.scale_index, variant)
-
-
 def _record_of(variant: Variant, heads: tuple[int, ...], problem: AttentionProblem, memory: Memory) -> RecordKey | None:
-    decision = getattr(variant, "decision_scale", None)
+    decision = variant.decision_scale
     if decision is None:
         return None
-    record = (at_decision(variant, problem.schedule, problem.scale_index), heads)
+    record = (variant.at_decision(problem.schedule, problem.scale_index), heads)
     if reason := why_not_live(problem.scale_index, decision, memory.runs.get(decision, 0)):
         raise ValueError(reason)
     return record
@@ -105,7 +97,8 @@ def _record(
     for record in records:
         variant, heads = record.key
         memory.scale[record.key] = problem.scale_index
-        if isinstance(variant, Cs4a):
+        if variant.reads == "ranked lists":
+            assert isinstance(variant, Cs4a), "the one way to rank keys so far"
             shared = (heads, variant.tile, variant.sample)
             if shared not in masses:
                 masses[shared] = column_mass(q, k, problem, heads, variant.tile, variant.sample)
@@ -115,8 +108,8 @@ def _record(
         if not record.wants_residual:
             continue
         dense = out[:, list(heads)]
-        if not isinstance(variant, Reuse):
-            lists = key_lists(variant, problem, memory.ranked.get(record.key), str(q.device))
+        if variant.reads != "decision":
+            lists = variant.lists(problem.schedule, problem.scale_index, str(q.device), memory.ranked.get(record.key))
             sparse = torch.empty_like(out)
             gathered_attention(q, k, v, lists, heads, sparse, problem, config)
             dense = dense - sparse[:, list(heads)]

@@ -18,8 +18,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparvar_kernels.backends.triton.table import Column
+
 _copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # renamed after Triton 3.6
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # likewise
+# Columns of the launch table, as kernels take them
+HEAD = gl.constexpr(int(Column.HEAD))
+ORIGIN = gl.constexpr(int(Column.ORIGIN))
+WIDTH = gl.constexpr(int(Column.WIDTH))
+FIRST_ROW = gl.constexpr(int(Column.FIRST_ROW))
+END_ROW = gl.constexpr(int(Column.END_ROW))
+LIST_AT = gl.constexpr(int(Column.LIST_AT))
+LIST_STEP = gl.constexpr(int(Column.LIST_STEP))
+COUNT = gl.constexpr(int(Column.COUNT))
+SLOT = gl.constexpr(int(Column.SLOT))
+OUT = gl.constexpr(int(Column.OUT))
+LOW_Y = gl.constexpr(int(Column.LOW_Y))
+LOW_X = gl.constexpr(int(Column.LOW_X))
+HIGH_Y = gl.constexpr(int(Column.HIGH_Y))
+HIGH_X = gl.constexpr(int(Column.HIGH_X))
 ROWS = gl.constexpr(64)  # query rows of one group of warps
 FETCHERS = gl.constexpr(128)  # threads that fetch
 CELLS = gl.constexpr(16)  # columns of a residual's cells in one step; a power of two, so that most of their weights coincide
@@ -35,7 +52,7 @@ def _after(slot, phase, SLOTS: gl.constexpr):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _cells(entry):  # type: ignore[no-untyped-def]
     """(first row, first column, last row, last column) of the residual's grid that bear on the block of a table entry."""
-    return gl.load(entry + 10), gl.load(entry + 11), gl.load(entry + 12), gl.load(entry + 13)
+    return gl.load(entry + LOW_Y), gl.load(entry + LOW_X), gl.load(entry + HIGH_Y), gl.load(entry + HIGH_X)
 
 
 @gluon.jit
@@ -85,10 +102,10 @@ def _fetch(  # type: ignore[no-untyped-def]
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         entry = table_ptr + item % num_entries * FIELDS
         i_b = (item // num_entries).to(gl.int64)
-        i_head = gl.load(entry).to(gl.int64)
-        origin, tile_width = gl.load(entry + 1), gl.load(entry + 2)
-        first_row, end_row = gl.load(entry + 3), gl.load(entry + 4)
-        list_at, list_step, count = gl.load(entry + 5), gl.load(entry + 6), gl.load(entry + 7)
+        i_head = gl.load(entry + HEAD).to(gl.int64)
+        origin, tile_width = gl.load(entry + ORIGIN), gl.load(entry + WIDTH)
+        first_row, end_row = gl.load(entry + FIRST_ROW), gl.load(entry + END_ROW)
+        list_at, list_step, count = gl.load(entry + LIST_AT), gl.load(entry + LIST_STEP), gl.load(entry + COUNT)
         list_base = keys_ptr + i_b * list_step + list_at
         listed = gl.load(list_base + offs_n)
         q_base = q_ptr + i_b * stride_qb + i_head * stride_qh
@@ -126,7 +143,7 @@ def _fetch(  # type: ignore[no-untyped-def]
         slot, phase = _after(slot, phase, SLOTS)
 
         if EPILOGUE == 1:
-            i_slot = gl.load(entry + 8)
+            i_slot = gl.load(entry + SLOT)
             if i_slot >= 0:
                 low_y, low_x, high_y, high_x = _cells(entry)
                 e_base = extra_ptr + i_b * stride_eb + i_slot.to(gl.int64) * stride_eh
@@ -176,9 +193,9 @@ def _multiply(  # type: ignore[no-untyped-def]
         # Not read a turn ahead: Triton 3.6 takes what a loop carries for dead where only another loop's length depends on it
         entry = table_ptr + item % num_entries * FIELDS
         i_b = (item // num_entries).to(gl.int64)
-        origin, tile_width = gl.load(entry + 1), gl.load(entry + 2)
-        first_row, end_row, count = gl.load(entry + 3), gl.load(entry + 4), gl.load(entry + 7)
-        i_out = gl.load(entry + 9).to(gl.int64)
+        origin, tile_width = gl.load(entry + ORIGIN), gl.load(entry + WIDTH)
+        first_row, end_row, count = gl.load(entry + FIRST_ROW), gl.load(entry + END_ROW), gl.load(entry + COUNT)
+        i_out = gl.load(entry + OUT).to(gl.int64)
         blocks = gl.maximum((count + BLOCK_N - 1) // BLOCK_N, 1)
         q = queries.index(q_slot * GROUPS + WHICH)
         top = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, s_layout))  # finite: no keys must come out as 0
@@ -229,7 +246,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         sign: gl.constexpr = -1.0 if EPILOGUE == 2 else 1.0
         acc *= gl.convert_layout(sign / gl.where(total == 0, 1.0, total), gl.SliceLayout(1, o_layout))[:, None]
         if EPILOGUE == 1:
-            if gl.load(entry + 8) >= 0:
+            if gl.load(entry + SLOT) >= 0:
                 # Enlarging is a product with the tent weights of the cells under these rows: a few more "keys"
                 low_y, low_x, high_y, high_x = _cells(entry)
                 m = first_row + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
@@ -249,7 +266,7 @@ def _multiply(  # type: ignore[no-untyped-def]
                         mbarrier.arrive(free.index(slot))
                         slot, phase = _after(slot, phase, SLOTS)
         if EPILOGUE == 2:
-            i_head = gl.load(entry).to(gl.int64)
+            i_head = gl.load(entry + HEAD).to(gl.int64)
             m = first_row + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
             rows = gl.where(m < end_row, _tokens(m, origin, tile_width, grid_width), origin)
             offs = rows[:, None] * stride_en + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))[None, :]

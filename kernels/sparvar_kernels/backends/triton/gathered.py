@@ -12,6 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparvar_kernels.backends.triton.table import Column
+
+# Columns of the launch table, as kernels take them
+HEAD = tl.constexpr(int(Column.HEAD))
+ORIGIN = tl.constexpr(int(Column.ORIGIN))
+WIDTH = tl.constexpr(int(Column.WIDTH))
+FIRST_ROW = tl.constexpr(int(Column.FIRST_ROW))
+END_ROW = tl.constexpr(int(Column.END_ROW))
+LIST_AT = tl.constexpr(int(Column.LIST_AT))
+LIST_STEP = tl.constexpr(int(Column.LIST_STEP))
+COUNT = tl.constexpr(int(Column.COUNT))
+SLOT = tl.constexpr(int(Column.SLOT))
+OUT = tl.constexpr(int(Column.OUT))
 LOG2E = 1.4426950408889634
 FP32_DOT = tl.constexpr("tf32x3")  # products of fp32 by tensor cores in three parts, nearly exact; other dtypes ignore it
 
@@ -44,11 +57,11 @@ def gathered_kernel(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr = 16  # cells a step; 32 take so many registers that fewer programs fit
     entry = table_ptr + tl.program_id(0) * FIELDS
     i_b = tl.program_id(1).to(tl.int64)
-    i_head = tl.load(entry).to(tl.int64)
-    origin, tile_width = tl.load(entry + 1), tl.load(entry + 2)
-    first_row, end_row = tl.load(entry + 3), tl.load(entry + 4)
-    list_at, list_step, count = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
-    slot, i_out = tl.load(entry + 8), tl.load(entry + 9).to(tl.int64)
+    i_head = tl.load(entry + HEAD).to(tl.int64)
+    origin, tile_width = tl.load(entry + ORIGIN), tl.load(entry + WIDTH)
+    first_row, end_row = tl.load(entry + FIRST_ROW), tl.load(entry + END_ROW)
+    list_at, list_step, count = tl.load(entry + LIST_AT), tl.load(entry + LIST_STEP), tl.load(entry + COUNT)
+    slot, i_out = tl.load(entry + SLOT), tl.load(entry + OUT).to(tl.int64)
 
     offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)

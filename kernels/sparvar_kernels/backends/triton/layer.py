@@ -28,8 +28,8 @@ from sparvar_kernels.backends.triton.selecting import (
     shortlist,
     shortlisted,
 )
+from sparvar_kernels.backends.triton.table import FIELDS
 from sparvar_kernels.backends.triton.work import (
-    FIELDS,
     LIST_PAD,
     Lists,
     Part,
@@ -43,7 +43,7 @@ from sparvar_kernels.backends.triton.work import (
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import Tile
 from sparvar_kernels.policy import LayerPlan, Record, why_not_live
-from sparvar_kernels.variants import Cs4a, Dense, Pooled, Variant, at_decision
+from sparvar_kernels.variants import Cs4a, Pooled, Variant
 from sparvar_kernels.variants.pooled.planner import pool_keys
 
 POINTERS = ("q", "k", "v", "out", "keys", "table", "extra", "bias")
@@ -166,7 +166,7 @@ class Layer:
     ) -> None:
         self.plans, self.problems, self.configs, self.device = plans, problems, configs, device
         self.launches: dict[int, list[tuple[int | None, Gather]]] = {}
-        self.apart = [tuple(g for g in plan.groups if isinstance(g[0], Dense | Pooled)) for plan in plans]
+        self.apart = [tuple(g for g in plan.groups if g[0].reads in ("everything", "means")) for plan in plans]
         self.stages: dict[tuple[int, int | None], tuple[Stage, Gather]] = {}
         self.pooled: dict[tuple[int, Pooled, int], Gather] = {}
         self.residuals: dict[int, Tensor] = {}
@@ -220,7 +220,7 @@ class Layer:
     def _others(self, q: Tensor, k: Tensor, v: Tensor, s: int, out: Tensor) -> None:
         """Heads that do not share the launch: cuDNN is faster at dense ones, pooled ones have keys of their own."""
         for variant, heads in self.apart[s]:
-            if isinstance(variant, Dense):
+            if variant.reads == "everything":
                 dense_heads(q, k, v, self.problems[s], heads, out)
             elif isinstance(variant, Pooled):
                 self._pool(q, k, v, s, variant, heads, out)
@@ -256,7 +256,7 @@ class Layer:
         if (s, decision) not in self.stages:
             slots = [self._slots(s, variant, heads) for variant, heads in groups]
             arguments = (tuple(groups), self.problems[s], self.configs[s], self.device, tuple(slots), (None,) * len(groups))
-            fixed = not any(isinstance(variant, Cs4a) for variant, _ in groups)
+            fixed = not any(variant.reads == "ranked lists" for variant, _ in groups)
             stage = shared_stage(*arguments) if fixed else build_stage(*arguments)
             epilogue = ADD_RESIDUAL if any(slot is not None for slot in slots) else 0
             source = self.problems[s if decision is None else decision].grid
@@ -265,10 +265,10 @@ class Layer:
 
     def _slots(self, s: int, variant: Variant, heads: tuple[int, ...]) -> tuple[int, ...] | None:
         """Rows of the decision scale's residual buffer that belong to these heads."""
-        decision = getattr(variant, "decision_scale", None)
+        decision = variant.decision_scale
         if decision is None:
             return None
-        there, begin = at_decision(variant, self.problems[s].schedule, s), 0
+        there, begin = variant.at_decision(self.problems[s].schedule, s), 0
         for record in self.plans[decision].records:
             if record.key == (there, heads):
                 return tuple(range(begin, begin + len(heads))) if record.wants_residual else None
@@ -297,7 +297,7 @@ class Layer:
             self._gathers(later)
         jobs = []
         for record in self.plans[s].records:
-            if isinstance(record.variant, Cs4a):
+            if record.variant.reads == "ranked lists":
                 fill = [job for job in own if (job[0].variant, job[0].heads) == record.key]
                 jobs.append((record, fill + list(self._waiting(s, record))))
         self.decisions[s] = gather, jobs
@@ -307,7 +307,7 @@ class Layer:
         """The lists of later scales that a record of decision scale s fills, with their key buffer and scale."""
         for (later, _), (stage, _) in sorted(self.stages.items(), key=lambda made: made[0][0]):
             for lists in stage.dynamic:
-                if later > s and (at_decision(lists.variant, self.problems[s].schedule, later), lists.heads) == record.key:
+                if later > s and (lists.variant.at_decision(self.problems[s].schedule, later), lists.heads) == record.key:
                     yield lists, stage.keys, later
 
     def _decide(self, q: Tensor, k: Tensor, v: Tensor, s: int) -> Tensor:

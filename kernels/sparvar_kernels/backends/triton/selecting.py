@@ -22,7 +22,7 @@ from sparvar_kernels.backends.triton.gathered import FP32_DOT, LOG2E, block_d
 from sparvar_kernels.backends.triton.work import Lists
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import Tile, partition
-from sparvar_kernels.variants import Cs4a, at_decision
+from sparvar_kernels.variants import Cs4a
 from sparvar_kernels.variants.cs4a.planner import children, keys_kept, source_tiles, window_first
 
 ALL_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: three programs on a multiprocessor
@@ -335,9 +335,7 @@ def _expands(variant: Cs4a, problem: AttentionProblem) -> bool:
 
 
 def _there(variant: Cs4a, problem: AttentionProblem) -> Cs4a:
-    there = at_decision(variant, problem.schedule, problem.scale_index) if _expands(variant, problem) else variant
-    assert isinstance(there, Cs4a)
-    return there
+    return variant.at_decision(problem.schedule, problem.scale_index) if _expands(variant, problem) else variant
 
 
 @lru_cache(maxsize=256)

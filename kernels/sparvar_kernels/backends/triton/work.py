@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.backends.configs import TritonConfig
+from sparvar_kernels.backends.triton.table import FIELDS, Column
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import Tile, partition
-from sparvar_kernels.variants import Cs4a, Csla, Reuse, Variant, at_decision
+from sparvar_kernels.variants import Cs4a, Variant
 from sparvar_kernels.variants.cs4a.planner import band_lists, keys_kept, source_tiles
-from sparvar_kernels.variants.csla.planner import csla_lists
 
 Array = np.ndarray
-FIELDS = 16  # int32 a program, one 64-byte line: the fourteen below, zeros after
 LIST_PAD = 256  # readable entries behind every list: the largest key block
 
 
@@ -80,8 +79,9 @@ def _cells_under(first: Array, last: Array, length: int, source: int) -> tuple[A
 
 
 def _residual_cells(rows: Array, grid: tuple[int, int], source: tuple[int, int]) -> Array:
-    """[..., 4]: first row, first column, last row and last column of the cells that bear on table rows (fields 1 to 4)."""
-    (h, w), origin, width, first, last = grid, rows[..., 1], rows[..., 2], rows[..., 3], rows[..., 4] - 1
+    """[..., 4]: first row, first column, last row and last column of the cells that bear on table rows (ORIGIN to END_ROW)."""
+    (h, w), last = grid, rows[..., Column.END_ROW] - 1
+    origin, width, first = (rows[..., column] for column in (Column.ORIGIN, Column.WIDTH, Column.FIRST_ROW))
     one_row = first // width == last // width
     ends = [origin + n // width * w + np.where(one_row, n % width, side) for n, side in ((first, 0), (last, width - 1))]
     (top, left), (bottom, right) = (np.divmod(n, w) for n in ends)
@@ -100,19 +100,19 @@ def work_table(parts: list[Part], block_m: int, grid: tuple[int, int] = (1, 1), 
         tile = np.repeat(np.arange(len(pieces)), pieces)
         first = (np.arange(len(tile)) - (np.cumsum(pieces) - pieces)[tile]) * block_m
         rows = np.zeros((len(heads), len(tile), FIELDS), dtype=np.int32)
-        rows[..., 0] = heads[:, None]
-        rows[..., 1], rows[..., 2] = part.tiles.origin.numpy()[tile], part.tiles.width.numpy()[tile]
-        rows[..., 3], rows[..., 4] = first, np.minimum(sizes[tile], first + block_m)
-        rows[..., 5] = part.at + part.head_step * np.arange(len(heads))[:, None] + part.starts.numpy()[tile]
-        rows[..., 6] = part.batch_step
-        rows[..., 7] = part.counts.numpy()[tile]
-        rows[..., 8] = -1 if part.slots is None else np.array(part.slots)[:, None]
-        rows[..., 9] = heads[:, None] if part.outs is None else np.array(part.outs)[:, None]
+        rows[..., Column.HEAD] = heads[:, None]
+        rows[..., Column.ORIGIN], rows[..., Column.WIDTH] = part.tiles.origin.numpy()[tile], part.tiles.width.numpy()[tile]
+        rows[..., Column.FIRST_ROW], rows[..., Column.END_ROW] = first, np.minimum(sizes[tile], first + block_m)
+        rows[..., Column.LIST_AT] = part.at + part.head_step * np.arange(len(heads))[:, None] + part.starts.numpy()[tile]
+        rows[..., Column.LIST_STEP] = part.batch_step
+        rows[..., Column.COUNT] = part.counts.numpy()[tile]
+        rows[..., Column.SLOT] = -1 if part.slots is None else np.array(part.slots)[:, None]
+        rows[..., Column.OUT] = heads[:, None] if part.outs is None else np.array(part.outs)[:, None]
         if source is not None:
-            rows[..., 10:14] = _residual_cells(rows, grid, source)
+            rows[..., Column.LOW_Y : Column.HIGH_X + 1] = _residual_cells(rows, grid, source)
         made.append(rows.reshape(-1, FIELDS))
     table = np.concatenate(made)
-    blocks = -(-table[:, 7] // 256)  # lists of about one length keep their head-by-head order
+    blocks = -(-table[:, Column.COUNT] // 256)  # lists of about one length keep their head-by-head order
     return torch.from_numpy(table[np.argsort(-blocks, kind="stable")])
 
 
@@ -147,7 +147,7 @@ def launch_groups(groups: Sequence[tuple[Variant, tuple[int, ...]]]) -> dict[int
     """Decision scale -> the variants over key lists, with their heads, that one launch takes; None where there is no decision."""
     wanted: dict[int | None, Groups] = {}
     for variant, heads in groups:
-        if isinstance(variant, Csla | Cs4a | Reuse):
+        if variant.reads not in ("everything", "means"):
             wanted.setdefault(variant.decision_scale, []).append((variant, heads))
     if len(wanted) > 1 and (free := wanted.pop(None, [])):  # lists without a residual ride along
         wanted[next(iter(wanted))] += free
@@ -164,10 +164,10 @@ def build_stage(
     known: list[tuple[int, Tensor]] = []  # lists of geometry alone, and where they go
     bands: list[tuple[Lists, Tensor]] = []
     for (variant, heads), slot, out in zip(groups, slots, outs, strict=True):
-        tile = getattr(variant, "tile", Tile(0, config.block_m))
-        tiles = tiles_of(problem.grid, tile)
+        tiles = tiles_of(problem.grid, variant.tile or Tile(0, config.block_m))
         many = len(tiles.rows)
-        if isinstance(variant, Cs4a):
+        if variant.reads == "ranked lists":
+            assert isinstance(variant, Cs4a), "the one way to rank keys so far"
             made, width = place_lists(variant, heads, problem, size)
             shared = variant.keys == "place" and s != variant.decision_scale  # lists lie by tile of the decision scale
             sources = source_tiles(schedule, s, variant) if shared else torch.arange(many)
@@ -178,20 +178,20 @@ def build_stage(
                 bands.append((made, band_lists(schedule, s, variant)))
             size += problem.batch * made.batch_step
             continue
-        if isinstance(variant, Csla):
-            lists = csla_lists(schedule, s, variant)
+        if variant.reads == "fixed lists":
+            lists = variant.lists(schedule, s, "cpu")
             width, listed = lists.keys.shape[-1], lists.keys.flatten()
             counts = torch.full((many,), width) if lists.counts is None else lists.counts[0, 0]
             starts = torch.arange(many, dtype=torch.int32) * width
         else:
-            listed = torch.arange(0 if isinstance(variant, Reuse) else problem.num_keys, dtype=torch.int32)
+            listed = torch.arange(0 if variant.reads == "decision" else problem.num_keys, dtype=torch.int32)
             starts, counts = torch.zeros(many, dtype=torch.int32), torch.full((many,), len(listed))
         parts.append(Part(tiles, heads, size, 0, 0, starts, counts, slot, out))
         known.append((size, listed))
         size += len(listed)
     if size >= 1 << 31:
         raise ValueError(f"scale {s}: key lists of {size} entries; want less than 2**31 (fewer images at once)")
-    decision = next((d for v, _ in groups if (d := getattr(v, "decision_scale", None)) is not None), s)
+    decision = next((v.decision_scale for v, _ in groups if v.decision_scale is not None), s)
     table = work_table(parts, config.block_m, problem.grid, schedule.grids[decision])
     keys = torch.zeros(size + LIST_PAD, dtype=torch.int32, device=device)
     for at, listed in known:
@@ -199,8 +199,8 @@ def build_stage(
     for made, band in bands:
         block = keys[made.at : made.at + problem.batch * made.batch_step].view(-1, made.rows, made.row_step)
         block[..., made.width : made.width + band.shape[-1]] = band.to(device)
-    ragged = table[:, 7] % config.block_n != 0
-    masked = bool((ragged | (table[:, 7] == 0) if config.fetchers else ragged).any())  # warps that fetch begin with a block
+    ragged, empty = table[:, Column.COUNT] % config.block_n != 0, table[:, Column.COUNT] == 0
+    masked = bool((ragged | empty if config.fetchers else ragged).any())  # warps that fetch begin with a block
     return Stage(keys, table.to(device), masked, tuple(dynamic))
 
 
@@ -215,8 +215,8 @@ def place_lists(variant: Cs4a, heads: tuple[int, ...], problem: AttentionProblem
     schedule, s = problem.schedule, problem.scale_index
     own = s == variant.decision_scale
     if variant.keys == "place" and not own:
-        there = at_decision(variant, schedule, s)
-        rows = len(partition(schedule.grids[variant.decision_scale], there.tile).counts)  # type: ignore[union-attr]
+        there = variant.at_decision(schedule, s)
+        rows = len(partition(schedule.grids[variant.decision_scale], there.tile).counts)
     else:
         rows = len(partition(problem.grid, variant.tile).counts)
     full = keys_kept(variant, schedule, s)

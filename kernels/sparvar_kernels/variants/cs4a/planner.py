@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile, nearest_cell, partition
-from sparvar_kernels.variants import KEY_MULTIPLE, PAPER_MULTIPLE, Cs4a, Csla, at_decision
+from sparvar_kernels.variants.cs4a.rule import KEY_MULTIPLE, PAPER_MULTIPLE, Cs4a
 from sparvar_kernels.variants.csla.planner import tile_mask
+from sparvar_kernels.variants.csla.rule import Csla
 from sparvar_kernels.variants.lists import KeyLists
 
 
@@ -103,7 +104,7 @@ def source_tiles(schedule: ScaleSchedule, scale_index: int, variant: Cs4a, devic
     source_grid = schedule.grids[variant.decision_scale]
     if variant.keys == "place":
         target = partition(schedule.grids[scale_index], variant.tile)
-        source = partition(source_grid, at_decision(variant, schedule, scale_index).tile)  # type: ignore[union-attr]
+        source = partition(source_grid, variant.at_decision(schedule, scale_index).tile)
         size = torch.tensor(schedule.grids[scale_index], dtype=torch.float64)
         cell = (target.centre * torch.tensor(source_grid, dtype=torch.float64) / size).long()
         return source.tile_of[cell[:, 0] * source_grid[1] + cell[:, 1]].to(device)

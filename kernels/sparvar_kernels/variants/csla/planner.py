@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.geometry.scales import ScaleSchedule, partition
-from sparvar_kernels.variants import BLOCK, Csla
+from sparvar_kernels.variants.csla.rule import BLOCK, Csla
 from sparvar_kernels.variants.lists import KeyLists
 
 Array = np.ndarray  # in here: some fifty small operations, each of which costs several times less than a tensor's

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.variants import Pooled
+from sparvar_kernels.variants.pooled.rule import Pooled
 
 
 def pool_keys(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: Pooled) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,45 @@
+"""Every key: what a head does where no rule names it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparvar_kernels.geometry.problem import AttentionProblem
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_kernels.variants.lists import KeyLists
+from sparvar_kernels.variants.protocol import Inputs, Reads
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every key."""
+
+    kind: ClassVar[str] = "dense"
+    reads: ClassVar[Reads] = "everything"
+    decision_scale: ClassVar[None] = None
+    residual: ClassVar[bool] = False
+    tile: ClassVar[None] = None
+    meaning: ClassVar[int] = 1
+
+    def why_not(self, schedule: ScaleSchedule, scale_index: int) -> str | None:
+        return None
+
+    def at_decision(self, schedule: ScaleSchedule, scale_index: int) -> Dense:
+        return self
+
+    def ranks(self, schedule: ScaleSchedule, scale_index: int) -> int:
+        return 0
+
+    def lists(self, schedule: ScaleSchedule, scale_index: int, device: str, ranked: Tensor | None = None) -> KeyLists:
+        raise NotImplementedError(f"{self.kind} reads no lists")
+
+    def describe(self) -> str:
+        return self.kind
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, decision: Inputs | None) -> Tensor:
+        from sparvar_kernels.variants.dense.oracle import reference
+
+        return reference(self, q, k, v, problem, decision)

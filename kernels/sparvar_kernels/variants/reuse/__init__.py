@@ -1,0 +1,1 @@
+"""The decision scale's output again."""
