@@ -377,8 +377,10 @@ def test_training_runs_the_models_own_attention():
     driven = lookalikes.Var()
     x, mask = torch.randn(2, 130, 32), torch.zeros(130, 130)
     want = driven.blocks[0](x=x, cond_BD=x[:, 0], attn_bias=mask)
-    with applied(driven):
+    alone = driven.blocks[0](x=x, cond_BD=x[:, 0], attn_bias=None)
+    with applied(driven), checks.no_warnings():
         assert torch.equal(driven.blocks[0](x=x, cond_BD=x[:, 0], attn_bias=mask), want)
+        assert torch.equal(driven.blocks[0](x=x, cond_BD=x[:, 0], attn_bias=None), alone)
 
 
 @pytest.mark.parametrize("from_scale", [0, 6, -1])
