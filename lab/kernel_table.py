@@ -143,7 +143,7 @@ def cases() -> list[Case]:
 
 def work_of(case: Case, attend: SparseAttention, problem: AttentionProblem) -> tuple[float, float]:
     """(FLOPs, bytes) the sparse heads must spend: two products over each list; q, out and every listed K and V row once."""
-    layer = next(iter(attend._layers.values()))[0]
+    layer: Any = next(iter(attend._layers.values()))[0]
     size = 4 if problem.dtype == "fp32" else 2
     row = problem.head_dim * size
     flops, moved = 0.0, 0.0
@@ -169,7 +169,7 @@ def work_of(case: Case, attend: SparseAttention, problem: AttentionProblem) -> t
 def error_of(case: Case, attend: SparseAttention, bench: Bench, samples: int = 12) -> float:
     """Largest relative error of sampled programs against fp32 attention over the lists they were given."""
     p, out = bench.problem, bench.call(attend).float()
-    layer = next(iter(attend._layers.values()))[0]
+    layer: Any = next(iter(attend._layers.values()))[0]
     worst = 0.0
     for (scale, decision), (stage, _) in layer.stages.items():
         if scale != case.scale_index:
@@ -230,7 +230,7 @@ def _over_lists(case: Case, bench: Bench) -> Callable[[], object] | None:
     """FlashInfer on the lists of 128 rows, its output held against ours."""
     attend = bench.attention(TritonConfig(128, 32, 8, 5))
     ours = bench.call(attend)
-    layer = next(iter(attend._layers.values()))[0]
+    layer: Any = next(iter(attend._layers.values()))[0]
     (stage,) = (stage for (scale, _), (stage, _) in layer.stages.items() if scale == case.scale_index)
     return flashinfer_lists(stage, bench.problem, bench.q, bench.k, bench.v, ours)
 
