@@ -1,11 +1,13 @@
 # Two commands set up everything they need inside .venv:
 #   make demo    tune pocketvar on this CPU, then draw a picture dense and tuned, side by side
-#   make test    lint, types, tests
+#   make test    lint, types, tests (make fast: without the slow ones)
+# And: make docs writes the API reference to build/api.
 PYTHON ?= python3
 PIP_TORCH ?= $(if $(TORCH_CPU_INDEX),--extra-index-url $(TORCH_CPU_INDEX),)
 BIN := .venv/bin
+IN_PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test check clean
+.PHONY: demo test fast docs clean
 demo: .venv/.demo
 	$(BIN)/sparvar-tune --gpu cpu --model pocketvar
 	$(BIN)/sparvar-tune generate --model pocketvar --class cat --out cat.png
@@ -14,7 +16,14 @@ test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest $(IN_PARALLEL)
+
+fast: .venv/.test
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not slow and not gpu'
+
+docs: .venv/.test
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/pdoc -o build/api sparvar_tune sparvar_kernels
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,8 +1,6 @@
-"""Shared by all tests: two threads, fixed seeds, NaN-poisoned outputs, and `gpu` tests that say why they are skipped."""
+"""Shared by all tests: one thread a process, fixed seeds, NaN-poisoned outputs, and `gpu` tests that say why they are skipped."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -15,8 +13,7 @@ from sparvar_kernels.backends.cpu import layer as layer_cpu
 # The same examples on every run and machine: a failure here is a failure there.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-torch.set_num_threads(THREADS)  # before the test modules: some make profiles of this machine when they are read
+torch.set_num_threads(1)  # before the test modules: some make profiles of this machine when they are read
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def two_threads_and_a_seed() -> None:
-    torch.set_num_threads(THREADS)
+def one_thread_and_a_seed() -> None:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -79,6 +79,7 @@ def never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_here, "measure_options", dear_dense)
 
 
+@pytest.mark.slow
 def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path, monkeypatch):
     tiny.stop_after(5, monkeypatch.setattr)
     code, out, err = run(capsys, *TUNE, "--min-psnr", "40", "--min-ssim", "0.9")
@@ -107,6 +108,7 @@ def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path, monkeypatch):
     assert code == 0 and "sealed" in out and store.load(path).seed == 3
 
 
+@pytest.mark.slow
 def test_a_bound_nothing_meets_writes_nothing(tiny_model, capsys, tmp_path, monkeypatch):
     tiny.stop_after(3, monkeypatch.setattr)
     said = refused(capsys, *TUNE, "--min-psnr", "99", "--out", str(tmp_path / "out"))
@@ -129,6 +131,7 @@ def spawn(home: Path, delay: str, trials: int, *words: str) -> subprocess.Popen[
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_runs_lose_no_finished_trial(tmp_path, how):
     home = tmp_path / "home"
@@ -151,6 +154,7 @@ def test_stopped_runs_lose_no_finished_trial(tmp_path, how):
     assert search.read_trials(home / "runs" / "cpu--pocketvar")[: len(kept)] == kept
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_kept_apart(tmp_path):
     first = spawn(tmp_path, "0.1", 1000, *TUNE)
     for line in first.stdout:

@@ -39,6 +39,7 @@ def test_an_h200_that_the_fit_never_saw(points):
         assert q.lost <= 0.03 and q.kept <= 0.6, q  # what pruning costs, and that it prunes
 
 
+@pytest.mark.slow
 def test_a_problem_that_the_fit_never_saw(points):
     pytest.importorskip("scipy")
     names = sorted({p.problem for p in points})[:2]
@@ -48,6 +49,7 @@ def test_a_problem_that_the_fit_never_saw(points):
         assert q.regret <= 0.10 and q.rank >= 0.9 and q.lost <= 0.03, q
 
 
+@pytest.mark.slow
 def test_the_table_of_binaries_is_of_todays_kernels():
     """Three of its binaries compiled again; after a change of the kernel: python -m lab.cost_fit binaries (and fit)."""
     from sparvar_tune.launch_search.compiling import compile_all, compilers

@@ -58,6 +58,7 @@ def test_a_diff_fits(file, before):
     assert not before or f"{before}\n" in path.read_text("utf-8"), f"{file} has no longer:\n{before}"
 
 
+@pytest.mark.slow
 def test_what_the_diffs_add_works(tmp_path):
     for package in ("sparvar_tune", "kernels"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -75,6 +75,7 @@ def test_the_search_sees_it_on_hopper_alone():
     assert not any(c.fetchers for c in space(AttentionProblem(ODD, 4, 1, 1, 96, "bf16"), HOPPER))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_configuration_compiles_and_fits():
     """Without a GPU: shared memory as foreseen, all programs that should be resident are, and hardly a spill."""
@@ -99,6 +100,7 @@ def test_every_configuration_compiles_and_fits():
         assert made.spill_bytes <= 256, (job, made)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("epilogue", [0, 1, 2])
 def test_the_assembler_keeps_every_product(epilogue):

@@ -73,6 +73,7 @@ def test_profiles_are_shipped():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_machine_without_triton_predicts_and_searches():
     """The default install on a CPU: the front door's words must not need a GPU's compiler."""
     code = (

@@ -296,6 +296,7 @@ def test_plot(spaces):
     assert svg.startswith(b"<?xml") and svg.count(b">screened</text>") == 2 and b"<dc:date>" not in svg
 
 
+@pytest.mark.slow
 def test_the_same_bytes_from_another_process(tmp_path):
     """Whatever the hash seed."""
     path = write(tmp_path / "space.json", plain_space())

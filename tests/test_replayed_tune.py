@@ -63,6 +63,7 @@ def factor(kernel: str, values: dict[str, int]) -> float:
     return replayed.launch_factor(search_here.Launch(kernel, search_here.KERNELS[kernel].config(**values)))
 
 
+@pytest.mark.slow
 def test_a_run_that_joins_certifies_the_best_of_all_trials(tmp_path):
     url = f"sqlite:///{tmp_path}/shared.db"
     _, first, _, _ = run(tmp_path / "a", 0, url)
@@ -137,12 +138,14 @@ def test_the_world_is_the_tuners(tmp_path):
     assert psnr == pytest.approx(world.adapter.psnr(policy))
 
 
+@pytest.mark.slow
 def test_on_the_recording_every_seed_comes_within_5_percent_of_the_best(tmp_path):
     world = World(ASSUMED, 0.0)
     best = world.best_ms()
     assert [seed for seed in range(10) if world.found_ms(tmp_path / str(seed), seed) > 1.05 * best] == []
 
 
+@pytest.mark.slow
 def test_where_errors_weigh_otherwise_than_assumed(tmp_path):
     """Ten worlds whose scales and layers weigh by chance: there the one common price is off, and TPE must make up for it."""
     over = []

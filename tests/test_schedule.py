@@ -219,6 +219,7 @@ def good_lines(log: Path) -> set[str]:
     return {line.key for line in read_log(log) if not line.failure}
 
 
+@pytest.mark.slow
 def test_workers_that_fail_at_random_lose_no_finished_measurement(whole, tmp_path):
     """SPARVAR_SOAK faults: workers raise, break their context, die, are killed, hang, talk rubbish; runs end, and end right."""
     _, found, _ = whole
@@ -240,6 +241,7 @@ def test_workers_that_fail_at_random_lose_no_finished_measurement(whole, tmp_pat
             return
 
 
+@pytest.mark.slow
 def test_a_parent_killed_at_random_loses_no_finished_measurement(whole, tmp_path):
     """kill -9 in the middle, again and again, while its workers fail as well; nothing stays behind, and then it ends right."""
     _, found, _ = whole
@@ -330,6 +332,7 @@ def test_a_worker_plans_on_one_thread(monkeypatch):
 SHIPPED = sorted((ROOT / "profiles").glob("h*/*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_shipped_log_gives_its_profile_again(path):
     """Every row, its choice and its times, from the measurements under reports/ alone; no GPU is asked."""

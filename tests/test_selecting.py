@@ -86,11 +86,13 @@ def mass_error(dtype, dim, tile, sample, device) -> float:
     return float((got[..., : problem.num_keys].double() - want).abs().max() / want.max())
 
 
+@pytest.mark.slow
 @needs_triton
 def test_selection_equals_sorting():
     assert in_interpreter("test_selecting", "[t.wrong_lists(*case, 'cpu') for case in t.SELECTIONS]") == [0] * len(SELECTIONS)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_mass_equals_fp64():
     cases = [c for c in MASSES if c[0] != "bf16"]  # the interpreter's dot takes bf16 for integers

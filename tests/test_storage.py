@@ -73,6 +73,7 @@ def kept(url: str) -> list[search.FinishedTrial]:
     return search.finished(search.join_study(storage.open_shared(url), "space"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", KINDS, indirect=True)
 def test_two_processes_share_every_trial_and_double_none(url, tmp_path):
     logs = [tmp_path / "a", tmp_path / "b"]
@@ -91,6 +92,7 @@ def test_two_processes_share_every_trial_and_double_none(url, tmp_path):
     assert {k.form for k in judged} == {*search.FIXED_POINTS, "priced"} and set(found.values()) == set(judged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", KINDS, indirect=True)
 def test_a_killed_process_neither_hangs_nor_spoils_the_other(url, tmp_path):
     logs = [tmp_path / "a", tmp_path / "b"]

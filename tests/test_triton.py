@@ -187,6 +187,7 @@ def has_residual(layer, scale: int) -> bool:
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_interpreter_agrees_with_oracle():
     errors = in_interpreter(
@@ -200,6 +201,7 @@ def test_interpreter_agrees_with_oracle():
         assert error < 2 * TOLERANCES[dtype], f"{case}: {error}"
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_binary_a_call_launches_is_foreseen():
     """So that compiling happens in processes that may be killed, all at once, and never while a GPU is timed."""
@@ -308,6 +310,7 @@ def ranking_builds() -> list[Binary]:
     return [Binary(build, capability) for build in builds for capability in TARGETS]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_shipped_configurations_fit_every_target():
     """Compiled without a GPU: shared memory as `shared_bytes` says and within the GPU table, registers, hardly a spill."""

@@ -218,6 +218,7 @@ with Pool("worker_target:target", [{}] * len(modes)) as pool:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_outlives_a_parent_that_is_killed_or_interrupted(env, tmp_path, how):
     # a shell's background job, such as a CI's, ignores SIGINT, and its children with it
@@ -240,6 +241,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_soak(env):
     """Some hundreds of faults in random order; SPARVAR_SOAK sets how many."""
     count = int(os.environ.get("SPARVAR_SOAK", "200"))
