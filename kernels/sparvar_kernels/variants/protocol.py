@@ -13,13 +13,16 @@ attended to and never how that is run: a backend runs it by what it `reads`.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
 from sparvar_kernels.variants.lists import KeyLists
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing itself from Python 3.11 on
 
 Reads = Literal["everything", "fixed lists", "ranked lists", "means", "decision"]
 Inputs = tuple[AttentionProblem, Tensor, Tensor, Tensor]  # of a decision scale: q [B, H, Nq, D], k and v [B, H, Nk, D]
@@ -63,3 +66,18 @@ class Variant(Protocol):
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, decision: Inputs | None) -> Tensor:
         """[B, H, Nq, D] in fp64 on the CPU, by the definition alone: no code is shared with `lists` or a kernel."""
+
+
+class WithoutLists:
+    """What the variants that read no lists have in common."""
+
+    tile: ClassVar[None] = None
+
+    def at_decision(self, schedule: ScaleSchedule, scale_index: int) -> Self:
+        return self
+
+    def ranks(self, schedule: ScaleSchedule, scale_index: int) -> int:
+        return 0
+
+    def lists(self, schedule: ScaleSchedule, scale_index: int, device: str, ranked: Tensor | None = None) -> KeyLists:
+        raise NotImplementedError(f"{type(self).__name__} reads no lists")

@@ -9,32 +9,21 @@ from torch import Tensor
 
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.variants.lists import KeyLists
-from sparvar_kernels.variants.protocol import Inputs, Reads
+from sparvar_kernels.variants.protocol import Inputs, Reads, WithoutLists
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(WithoutLists):
     """Every key."""
 
     kind: ClassVar[str] = "dense"
     reads: ClassVar[Reads] = "everything"
     decision_scale: ClassVar[None] = None
     residual: ClassVar[bool] = False
-    tile: ClassVar[None] = None
     meaning: ClassVar[int] = 1
 
     def why_not(self, schedule: ScaleSchedule, scale_index: int) -> str | None:
         return None
-
-    def at_decision(self, schedule: ScaleSchedule, scale_index: int) -> Dense:
-        return self
-
-    def ranks(self, schedule: ScaleSchedule, scale_index: int) -> int:
-        return 0
-
-    def lists(self, schedule: ScaleSchedule, scale_index: int, device: str, ranked: Tensor | None = None) -> KeyLists:
-        raise NotImplementedError(f"{self.kind} reads no lists")
 
     def describe(self) -> str:
         return self.kind

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.variants.lists import KeyLists
-from sparvar_kernels.variants.protocol import Inputs, Reads
+from sparvar_kernels.variants.protocol import Inputs, Reads, WithoutLists
 
 
 @dataclass(frozen=True)
-class Pooled:
+class Pooled(WithoutLists):
     """Grids from `first_scale` on are read as means over factor x factor blocks of keys (ours; see pooled.py)."""
 
     first_scale: int
@@ -23,22 +22,12 @@ class Pooled:
     reads: ClassVar[Reads] = "means"
     decision_scale: ClassVar[None] = None
     residual: ClassVar[bool] = False
-    tile: ClassVar[None] = None
     meaning: ClassVar[int] = 1
 
     def why_not(self, schedule: ScaleSchedule, scale_index: int) -> str | None:
         if not 0 <= self.first_scale <= scale_index:
             return f"pooled: first_scale={self.first_scale}, want 0..{scale_index}"
         return f"pooled: factor={self.factor}, want >= 2" if self.factor < 2 else None
-
-    def at_decision(self, schedule: ScaleSchedule, scale_index: int) -> Pooled:
-        return self
-
-    def ranks(self, schedule: ScaleSchedule, scale_index: int) -> int:
-        return 0
-
-    def lists(self, schedule: ScaleSchedule, scale_index: int, device: str, ranked: Tensor | None = None) -> KeyLists:
-        raise NotImplementedError(f"{self.kind} reads no lists")
 
     def describe(self) -> str:
         return f"pooled {self.factor}x{self.factor}"

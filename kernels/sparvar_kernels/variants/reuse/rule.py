@@ -9,32 +9,21 @@ from torch import Tensor
 
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.variants.lists import KeyLists
-from sparvar_kernels.variants.protocol import Inputs, Reads
+from sparvar_kernels.variants.protocol import Inputs, Reads, WithoutLists
 
 
 @dataclass(frozen=True)
-class Reuse:
+class Reuse(WithoutLists):
     """The decision scale's dense output, bilinearly enlarged: no attention at all."""
 
     decision_scale: int
     kind: ClassVar[str] = "reuse"
     reads: ClassVar[Reads] = "decision"
     residual: ClassVar[bool] = True
-    tile: ClassVar[None] = None
     meaning: ClassVar[int] = 1
 
     def why_not(self, schedule: ScaleSchedule, scale_index: int) -> str | None:
         return None
-
-    def at_decision(self, schedule: ScaleSchedule, scale_index: int) -> Reuse:
-        return self
-
-    def ranks(self, schedule: ScaleSchedule, scale_index: int) -> int:
-        return 0
-
-    def lists(self, schedule: ScaleSchedule, scale_index: int, device: str, ranked: Tensor | None = None) -> KeyLists:
-        raise NotImplementedError(f"{self.kind} reads no lists")
 
     def describe(self) -> str:
         return self.kind
