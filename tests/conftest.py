@@ -17,6 +17,7 @@ torch.set_num_threads(1)  # before the test modules: some make profiles of this 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" not in item.keywords)  # the long ones first: processes beside each other end together
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
