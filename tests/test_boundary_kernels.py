@@ -89,18 +89,18 @@ def test_a_short_tile_ranks_by_its_own_queries_on_triton():
 
 
 def test_masses_of_other_samples_are_not_shared():
-    """Two heads ranked on every query and on every third one: each gets its own mass."""
-    variants = {"A": Cs4a(3, 0.3, Tile(4, 4)), "B": Cs4a(3, 0.3, Tile(4, 4), sample=3)}
-    policy = Policy(("A", "B"), tuple(Rule(4, c, v) for c, v in variants.items()))
-    both = Policy(("AB",), policy.rules)
-    p = [AttentionProblem(ODD, s, 1, 2, 32) for s in (3, 4)]
-    before, now = (q.make_inputs(i) for i, q in enumerate(p))
-    attend = SparseAttention(both, ODD)
-    attend(*before, 0, 3)
-    got = attend(*now, 0, 4)
-    for h, variant in enumerate(variants.values()):
-        want = oracle.reference_attention(variant, *now, p[1], (p[0], *before), variant.at_decision(ODD, 4).tile)
-        assert_close(got[:, h], want[:, h], "fp32", 2)
+    """The same heads ranked for two later scales, on every query and on every third one: each list has its own mass."""
+    schedule = ScaleSchedule(((1, 1), (3, 4), (6, 5), (7, 9), (11, 10)))
+    variants = {3: Cs4a(2, 0.6, Tile(4, 3)), 4: Cs4a(2, 0.3, Tile(6, 3), sample=3)}
+    assert variants[3].at_decision(schedule, 3).tile == variants[4].at_decision(schedule, 4).tile, "not what is to be tested"
+    problems = {s: AttentionProblem(schedule, s, 1, 2, 32) for s in (2, 3, 4)}
+    inputs = {s: p.make_inputs(s) for s, p in problems.items()}
+    attend = SparseAttention(Policy.uniform(1, 2, variants), schedule)
+    for s, qkv in inputs.items():
+        got = attend(*qkv, 0, s)
+        if s in variants:
+            want = oracle.reference_attention(variants[s], *qkv, problems[s], (problems[2], *inputs[2]))
+            assert_close(got, want, "fp32", 2)
 
 
 # Numbers
