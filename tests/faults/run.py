@@ -43,8 +43,15 @@ class Rooms(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 if __name__ == "__main__":
     sys.meta_path.insert(0, Rooms())
     from sparvar_kernels import variants
+    from sparvar_tune.policy_search import study
 
     variants.at_decision = lambda variant, schedule, scale: variant.at_decision(schedule, scale)  # a method since
+    now = study.Verdict
+
+    def by_name(*given, **named):  # its metrics were positions
+        return now(*given[:2], {"psnr": given[2], "ssim": given[3]}, given[4]) if len(given) == 5 else now(*given, **named)
+
+    study.Verdict = by_name
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
