@@ -46,12 +46,13 @@ if __name__ == "__main__":
     from sparvar_tune.policy_search import study
 
     variants.at_decision = lambda variant, schedule, scale: variant.at_decision(schedule, scale)  # a method since
-    now = study.Verdict
 
-    def by_name(*given, **named):  # its metrics were positions
-        return now(*given[:2], {"psnr": given[2], "ssim": given[3]}, given[4]) if len(given) == 5 else now(*given, **named)
+    class Verdict(study.Verdict):  # its metrics were positions
+        def __init__(self, *given, **named):
+            by_name = (*given[:2], {"psnr": given[2], "ssim": given[3]}, given[4]) if len(given) == 5 else given
+            super().__init__(*by_name, **named)
 
-    study.Verdict = by_name
+    study.Verdict = Verdict
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
