@@ -12,7 +12,7 @@ from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.adapters.structure import Shape, cosine_bound, uncompiled, why_not_alike, why_not_open
+from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
 ATTENTION = Shape(
     "the attention of a block",
@@ -42,24 +42,21 @@ def why_not(model: Any) -> str | None:
     lacks = sorted(GENERATION - set(inspect.signature(method).parameters))
     if lacks:
         return f"its autoregressive_infer_cfg takes no {lacks[0]}"
-    blocks = list(model.unregistered_blocks)
-    if not blocks:
-        return "it has no blocks"
-    reason = why_not_open(blocks, "block")
-    for block in blocks:
-        reason = reason or BLOCK.why_not(block) or why_not_open([block.sa], "the attention of block")
-        reason = reason or ATTENTION.why_not(block.sa) or CROSS.why_not(block.ca)
-    return reason or why_not_alike([b.sa for b in blocks], "num_heads", "head_dim", "scale", "cos_attn", "using_flash")
+    return why_not_blocks(
+        list(model.unregistered_blocks),
+        BLOCK,
+        {"sa": ATTENTION, "ca": CROSS},
+        "num_heads",
+        "head_dim",
+        "scale",
+        "cos_attn",
+        "using_flash",
+    )
 
 
 def parts(model: Any) -> Parts:
     model = uncompiled(model)
-    blocks = tuple(model.unregistered_blocks)
-    first = blocks[0].sa
-    bound = cosine_bound([b.sa for b in blocks]) if first.cos_attn else None
-    return Parts(
-        "infinity", model, blocks, tuple(b.sa for b in blocks), first.num_heads, first.head_dim, float(first.scale), bound, None
-    )
+    return take_apart("infinity", model, model.unregistered_blocks, "sa", "cos_attn", None)
 
 
 def attach(found: Parts, attend: SparseAttention) -> LiveAttention:

@@ -4,9 +4,12 @@ live in many projects under other module paths."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.adapters.protocol import Parts
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,31 @@ def cosine_bound(attentions: Iterable[Any]) -> float:
     Its own dtype matters: the cap of 100 is 99 in bf16.
     """
     return max(float((a.scale_mul_1H11.detach().clamp_max(a.max_scale_mul).exp() * a.scale).max()) for a in attentions)
+
+
+def why_not_blocks(blocks: Sequence[Any], block: Shape, inside: Mapping[str, Shape], *alike: str) -> str | None:
+    """Why a model's blocks are not of these shapes, or None.
+
+    inside: the shapes of a block's own modules by attribute, its attention first. alike: attributes of the attention that no
+    two layers may differ in.
+    """
+    if not blocks:
+        return "it has no blocks"
+    name = next(iter(inside))
+    reason = why_not_open(blocks, "block")
+    for module in blocks:
+        reason = reason or block.why_not(module) or why_not_open([getattr(module, name)], "the attention of block")
+        for attribute, shape in inside.items():
+            reason = reason or shape.why_not(getattr(module, attribute))
+    return reason or why_not_alike([getattr(module, name) for module in blocks], *alike)
+
+
+def take_apart(
+    family: str, model: Any, blocks: Iterable[Any], attention: str, cosine: str, schedule: ScaleSchedule | None
+) -> Parts:
+    """The parts of a model whose blocks hold their attention as `attention`; its attribute `cosine` says whether it is cosine."""
+    blocks = tuple(blocks)
+    attentions = tuple(getattr(block, attention) for block in blocks)
+    first = attentions[0]
+    bound = cosine_bound(attentions) if getattr(first, cosine) else None
+    return Parts(family, model, blocks, attentions, first.num_heads, first.head_dim, float(first.scale), bound, schedule)

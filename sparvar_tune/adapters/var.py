@@ -11,7 +11,7 @@ from sparvar_tune.adapters.guidance import run_half, stop_before
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.adapters.structure import Shape, cosine_bound, uncompiled, why_not_alike, why_not_open
+from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
 ATTENTION = Shape(
     "the attention of a block",
@@ -33,25 +33,12 @@ def why_not(model: Any) -> str | None:
     reason = MODEL.why_not(model)
     if reason:
         return reason
-    blocks = list(model.blocks)
-    if not blocks:
-        return "it has no blocks"
-    reason = why_not_open(blocks, "block")
-    for block in blocks:
-        reason = reason or BLOCK.why_not(block) or why_not_open([block.attn], "the attention of block")
-        reason = reason or ATTENTION.why_not(block.attn)
-    return reason or why_not_alike([b.attn for b in blocks], "num_heads", "head_dim", "scale", "attn_l2_norm")
+    return why_not_blocks(list(model.blocks), BLOCK, {"attn": ATTENTION}, "num_heads", "head_dim", "scale", "attn_l2_norm")
 
 
 def parts(model: Any) -> Parts:
     model = uncompiled(model)
-    blocks = tuple(model.blocks)
-    first = blocks[0].attn
-    bound = cosine_bound([b.attn for b in blocks]) if first.attn_l2_norm else None
-    schedule = ScaleSchedule.square(tuple(model.patch_nums))
-    return Parts(
-        "var", model, blocks, tuple(b.attn for b in blocks), first.num_heads, first.head_dim, float(first.scale), bound, schedule
-    )
+    return take_apart("var", model, model.blocks, "attn", "attn_l2_norm", ScaleSchedule.square(tuple(model.patch_nums)))
 
 
 def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
