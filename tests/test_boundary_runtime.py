@@ -170,7 +170,7 @@ def test_naming_another_gpu_than_is_here_never_passes_for_it(monkeypatch, home, 
 
 def in_a_process(code: str, **environment: str) -> str:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 

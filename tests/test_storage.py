@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,17 +23,28 @@ from sparvar_tune.policy_search import storage
 from sparvar_tune.policy_search import study as search
 
 HERE = Path(__file__).parent
-LONG = 240.0  # seconds; only ends a test that would wait for ever
+LONG = 1500.0  # seconds; only ends a test that would wait for ever
 KINDS = ("sqlite", "journal", "postgresql", "mysql")
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URI of a PostgreSQL server of this session, with a password that says what must not be printed."""
+def server() -> Iterator[str]:
+    """URI of a PostgreSQL server of this session, with a password that says what must not be printed.
+
+    Its folder is none of pytest's, whose own every new session closes to other users, such as the server's. The package waits 10 s
+    for its start, which a busy machine may take several times.
+    """
     pgserver = pytest.importorskip("pgserver", reason="pgserver has no wheel for this Python")
-    made = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield made.get_uri()
-    made.cleanup()
+    with tempfile.TemporaryDirectory(prefix="sparvar-postgres-", ignore_cleanup_errors=True) as folder:
+        for left in reversed(range(12)):
+            try:
+                made = pgserver.get_server(folder)
+                break
+            except (subprocess.SubprocessError, OSError):
+                if not left:
+                    raise
+        yield made.get_uri()
+        made.cleanup()
 
 
 @pytest.fixture
