@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A room may import itself and rooms before it; a face (`__init__`) speaks for its room.
 ROOMS = (
     "sparvar_kernels.geometry", "sparvar_kernels.variants", "sparvar_kernels.policy", "sparvar_kernels.backends",
+    "sparvar_kernels.path",
     "sparvar_kernels.oracle", "sparvar_kernels.attention", "sparvar_kernels", "sparvar_tune.catalog", "sparvar_tune.pocketvar",
     "sparvar_tune.profile", "sparvar_tune.measure", "sparvar_tune.adapters", "sparvar_tune.runtime", "sparvar_tune.policy_search",
     "sparvar_tune.launch_search", "sparvar_tune.ways", "sparvar_tune", "sparvar_tune.cli", "sparvar_tune.__main__", "lab",

@@ -88,11 +88,11 @@ def code_of_row(codes: Iterable[str]) -> str:
 def kernel_hash(gpu: Gpu) -> str:
     """sha256 over the sources that decide what is computed on `gpu` and how fast.
 
-    That is every module of sparvar_kernels but the oracle and what only the backends of other devices run, without comments,
-    docstrings and blank lines.
+    That is every module of sparvar_kernels but the oracle, what only the backends of other devices run, and the passes
+    around attention (`path`), without comments, docstrings and blank lines.
     """
     here = kernel_for(gpu.device)
-    others = tuple(f"backends/{k.folder}/" for k in KERNELS.values() if k.name != here)
+    others = ("path/", *(f"backends/{k.folder}/" for k in KERNELS.values() if k.name != here))
     digest = hashlib.sha256()
     root = Path(sparvar_kernels.__file__).parent
     for path in sorted(root.rglob("*.py")):
