@@ -126,6 +126,22 @@ def draw(driven, **given) -> Drawn:
             vars(model)["get_logits"] = before["get_logits"]
 
 
+def draw_until(driven, scale: int) -> None:
+    """An image that ends in a ZeroDivisionError when the logits of `scale` are asked for."""
+    model, left = driven.model, [scale]
+    own = model.get_logits
+
+    def get_logits(*args):
+        left[0] -= 1
+        return own(*args) if left[0] >= 0 else 1 / 0
+
+    vars(model)["get_logits"] = get_logits
+    try:
+        driven.sample()
+    finally:
+        del vars(model)["get_logits"]
+
+
 def same(a: Drawn, b: Drawn) -> bool:
     return torch.equal(a.pictures, b.pictures) and all(torch.equal(x, y) for x, y in zip(a.logits, b.logits, strict=True))
 

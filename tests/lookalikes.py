@@ -303,6 +303,7 @@ class InfinityLike(Model):
         super().__init__(InfinityBlock, layers, **options)
         self.unregistered_blocks, self.rope2d_freqs_grid = list(self.made), {}
         self.text_proj_for_sos, self.cfg_uncond = TextPool(), nn.Parameter(torch.randn(16, WIDTH))
+        self.shared_ada_lin = nn.Identity()
 
     @torch.no_grad()
     def autoregressive_infer_cfg(
@@ -316,6 +317,7 @@ class InfinityLike(Model):
             ends = torch.cat((ends, ends[1:] + ends[-1]))
         ca_kv = text, ends, longest
         cond_BD = self.text_proj_for_sos(ca_kv)
+        of_blocks = self.shared_ada_lin(cond_BD)
         _, height, width = scale_schedule[-1]
         x, f_hat, at = cond_BD[:, None] + self.start, torch.zeros(B, 4, height, width), 0
         for block in self.unregistered_blocks:
@@ -325,7 +327,7 @@ class InfinityLike(Model):
                 break
             for block in self.unregistered_blocks:
                 x = block(
-                    x=x, cond_BD=cond_BD, ca_kv=ca_kv, attn_bias_or_two_vector=None, attn_fn=attn_fn,
+                    x=x, cond_BD=of_blocks, ca_kv=ca_kv, attn_bias_or_two_vector=None, attn_fn=attn_fn,
                     scale_schedule=scale_schedule, rope2d_freqs_grid=self.rope2d_freqs_grid, scale_ind=si,
                 )  # fmt: skip
             if cfg_list[si] != 1:

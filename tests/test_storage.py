@@ -31,8 +31,8 @@ KINDS = ("sqlite", "journal", "postgresql", "mysql")
 def server() -> Iterator[str]:
     """URI of a PostgreSQL server of this session, with a password that says what must not be printed.
 
-    Its folder is none of pytest's, whose own every new session closes to other users, such as the server's. The package waits 10 s
-    for its start, which a busy machine may take several times.
+    Its folder is none of pytest's, which every new session closes to other users, such as the server's. The package waits
+    10 s for its start, which a busy machine may take several times.
     """
     pgserver = pytest.importorskip("pgserver", reason="pgserver has no wheel for this Python")
     with tempfile.TemporaryDirectory(prefix="sparvar-postgres-", ignore_cleanup_errors=True) as folder:

@@ -1,4 +1,4 @@
-"""Cross-attention over texts of unequal lengths in plain PyTorch: what Infinity otherwise needs flash-attn for.
+"""Cross-attention over texts of unequal lengths by PyTorch alone: what Infinity otherwise needs flash-attn for.
 
 Infinity's code imports flash_attn when it is imported itself, so where that package is missing import it under the stand-in:
 
@@ -35,12 +35,17 @@ def varlen_cross_attention(
 ) -> Tensor:  # fmt: skip
     """[B * Nq, H, D] from q [B * Nq, H, D] and kv [sum of text lengths, 2, H, D]; arguments as flash-attn's.
 
-    cu_seqlens_k [B + 1]: where each row's text starts. Rows have equally many queries. Texts are padded to the longest and the
-    padding is masked; nothing waits for the device. Raises ValueError for rows of unequal numbers of queries, and for dropout.
+    cu_seqlens_k [B + 1]: where each row's text starts. Rows have equally many queries. On a CPU, and in fp32,
+    texts are padded to the longest and the padding is masked; nothing waits for the device. Raises ValueError for rows of
+    unequal numbers of queries, and for dropout.
     """
     batch = len(cu_seqlens_k) - 1
     if q.shape[0] != batch * max_seqlen_q or dropout_p:
         raise ValueError(f"q: got {q.shape[0]} rows, dropout {dropout_p}; want {batch} x {max_seqlen_q} and no dropout")
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # PyTorch brings the same FlashAttention-2 kernel
+        k, v, lengths = kv[:, 0], kv[:, 1], (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        found: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False, scale=softmax_scale)[0]
+        return found
     place = torch.arange(max_seqlen_k, device=q.device)
     starts, ends = cu_seqlens_k[:-1, None].to(q.device), cu_seqlens_k[1:, None].to(q.device)
     inside = starts + place < ends  # [B, longest]

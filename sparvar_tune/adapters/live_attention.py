@@ -37,11 +37,11 @@ def why_not_fits(found: Parts, attend: SparseAttention) -> str | None:
         bound = "nothing bounds" if found.logit_bound is None else f"|logit| <= {found.logit_bound:g} bounds"
         return f"{bound} its logits, the profile needs |logit| <= {attend.logit_bound:g}"
     if found.schedule is not None:
-        return _other_schedule(found.schedule, attend.schedule)
+        return other_schedule(found.schedule, attend.schedule)
     return None
 
 
-def _other_schedule(got: ScaleSchedule, want: ScaleSchedule) -> str | None:
+def other_schedule(got: ScaleSchedule, want: ScaleSchedule) -> str | None:
     if got == want:
         return None
     if got.prefix != want.prefix:
@@ -102,7 +102,7 @@ class LiveAttention(Undos):
     def _begin(self, rows: int, given: ScaleSchedule | str | None) -> None:
         self.reset()
         self.reason, self._rows = None, rows
-        reason = given if isinstance(given, str) else given and _other_schedule(given, self.attend.schedule)
+        reason = given if isinstance(given, str) else given and other_schedule(given, self.attend.schedule)
         if reason:
             self._give_up(reason)
         dropped = DROPPED.get(self.parts.model)

@@ -15,7 +15,7 @@ from sparvar_kernels.backends.dense import dense_attention
 from sparvar_kernels.backends.registry import KERNELS
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import Policy
-from sparvar_tune import adapters
+from sparvar_tune import adapters, fused
 from sparvar_tune.adapters import Undoable
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.models import MODELS
@@ -145,6 +145,11 @@ class Applied:
         self.tuned, self.reasons, self._change = tuned, reasons, change
 
     @property
+    def why_not_fused(self) -> str | None:
+        """Why the fused path is not on, or did not run the last image; None if it did."""
+        return getattr(self._change, "why_not_fused", "nothing is applied")
+
+    @property
     def why_dense(self) -> str | None:
         """Why the last image, from some call on, ran the model's own attention, such as another aspect; None if it did not."""
         return getattr(self._change, "reason", None)
@@ -162,14 +167,17 @@ class Applied:
         self.undo()
 
 
-def apply(model: Any, tuned: Tuned) -> Applied:
+def apply(model: Any, tuned: Tuned, path: str = "auto", graphs: bool = True) -> Applied:
     """Makes a live model sample with the profile; one without a profile leaves it dense.
 
+    path: "attention" replaces the attention alone. "fused" runs all blocks as one (sparvar_tune.fused), without a profile
+    too, then with dense attention; graphs: in one CUDA graph a scale. "auto" is fused where that is legal and the model on a GPU.
     Raises ValueError when they do not fit. Warns where the model's weights are not those the certificate was made with.
     """
     family, parts = adapters.recognise(model)
     if tuned.profile is None:
-        return Applied(tuned, None, tuned.reasons)
+        change = fused.put_on(family, parts, None, path, graphs) if path == "fused" else None
+        return Applied(tuned, change, tuned.reasons)
     w, reasons = tuned.profile.workload, []
     row = MODELS.get(w.model) if parts.family in adapters.FAMILIES else None  # other packages' families are in no row
     pairs = (
@@ -187,4 +195,4 @@ def apply(model: Any, tuned: Tuned) -> Applied:
     if None not in (told, w.weights_sha256) and told != w.weights_sha256:
         reasons.append("the model has other weights than the profile was certified with: its bound on the picture does not hold")
         warnings.warn(f"{w.model}: {reasons[-1]}; tune again", stacklevel=2)
-    return Applied(tuned, family.attach(parts, tuned.sparse_attention(parts.logit_bound)), tuple(reasons))
+    return Applied(tuned, fused.put_on(family, parts, tuned.sparse_attention(parts.logit_bound), path, graphs), tuple(reasons))

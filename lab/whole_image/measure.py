@@ -1,0 +1,156 @@
+"""One model's measurements, yielded piece by piece so that a run that is cut short has lost only the piece it was at."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lab.whole_image.infinity import PublicInfinity
+from lab.whole_image.ladder import Way, climb, cudnn, flash, peak_bytes, using, wall_ms
+from lab.whole_image.layers import compare
+from sparvar_kernels.attention import Launch, SparseAttention
+from sparvar_kernels.backends.configs import TritonConfig
+from sparvar_kernels.geometry.scales import Tile
+from sparvar_kernels.policy import Policy
+from sparvar_kernels.variants import Csla
+from sparvar_tune import adapters, fused
+from sparvar_tune.policy_search.menu import paper_policy, paper_windows
+from sparvar_tune.profile.machine import version_of
+from sparvar_tune.runtime.load import load_profile
+
+CSLA_FROM = 4  # windows at this many last scales
+DROPPED = 3  # last scales without the unconditional half
+
+
+def attention_of(parts: Any, driven: Any, which: str) -> SparseAttention:
+    """The shipped "profile" of this GPU and number of images, or "windows": CSLA 8x8 with the paper's windows in every head.
+
+    Where no profile is for this schedule, as at 2048, the paper's policy with default launches.
+    """
+    schedule = driven.schedule
+    if which == "profile":
+        tuned = load_profile(driven.slug, images=driven.images)
+        if tuned.profile is not None and tuned.profile.workload.schedule == schedule:
+            return tuned.sparse_attention(parts.logit_bound)
+        policy, launches = paper_policy(schedule, parts.layers, parts.heads), {}
+    else:
+        last = range(len(schedule) - CSLA_FROM, len(schedule))
+        window = Csla(paper_windows(schedule), 5, Tile(8, 8))
+        policy = Policy.uniform(parts.layers, parts.heads, dict.fromkeys(last, window))
+        config = TritonConfig(block_m=64, block_n=64, num_warps=4, num_stages=5, fetchers=4)
+        launches = {s: Launch("triton", config) for s in last}
+    return SparseAttention(
+        policy, schedule, softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound, launches=launches
+    )  # fmt: skip
+
+
+class Ways:
+    """The ways of one live model. Paths are put on once and switched, so that their graphs stay."""
+
+    def __init__(self, driven: Any) -> None:
+        self.driven = driven
+        self.family, self.parts = adapters.recognise(driven.model)
+        self.paths: list[fused.FusedPath] = []
+        self.held: list[Any] = []
+
+    def public(self, name: str, backend: Callable[[], Any]) -> Way:
+        return self._way(name, lambda: backend())
+
+    def attention(self, name: str, which: str) -> Way:
+        attend = attention_of(self.parts, self.driven, which)
+        return self._way(name, lambda: adapters.apply(self.driven.model, attend))
+
+    def fused(self, name: str, which: str | None, graphs: bool = True, drop: bool = False) -> Way:
+        """drop: the unconditional half at the last scales. Its path is put on beneath the hook that drops."""
+        attend = None if which is None else attention_of(self.parts, self.driven, which)
+        path = fused.attach(self.parts, fused.stack_of(self.parts), attend, graphs)
+        path.enabled = False
+        self.paths.append(path)
+        first = len(self.driven.schedule) - DROPPED
+
+        def on() -> Any:
+            path.enabled = True
+            return adapters.drop_unconditional(self.driven.model, first) if drop else None
+
+        return self._way(name, on)
+
+    def _way(self, name: str, begin: Callable[[], Any]) -> Way:
+        def on() -> None:
+            held = begin()
+            if hasattr(held, "__enter__"):
+                held.__enter__()
+            self.held.append(held)
+
+        def off() -> None:
+            held = self.held.pop()
+            if hasattr(held, "__exit__"):
+                held.__exit__(None, None, None)
+            for path in self.paths:
+                path.enabled = False
+
+        return Way(name, on, off)
+
+
+def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    begun = time.monotonic()
+    driven = PublicInfinity(args.checkout, args.model, args.images, args.large)
+    torch.cuda.synchronize()
+    loaded = torch.cuda.memory_allocated()
+    say(f"{args.model}: {loaded / 2**30:.1f} GiB of weights made in {time.monotonic() - begun:.0f} s")
+    yield {
+        "model": args.model, "images": args.images, "tokens": driven.schedule.num_keys(len(driven.schedule) - 1),
+        "grids": [list(g) for g in driven.schedule.grids], "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": version_of("triton"), "weights_bytes": loaded, "host": _host(), "first_only": args.first,
+    }  # fmt: skip
+    ways = Ways(driven)
+    if args.first:
+        begun = time.perf_counter()
+        path = fused.put_on(ways.family, ways.parts, attention_of(ways.parts, driven, "profile"), "fused")
+        first = [wall_ms(driven.draw) for _ in range(4)]
+        say(f"apply and first picture {(time.perf_counter() - begun) * 1e3 - sum(first[1:]):.0f} ms, then {first[1:]}")
+        assert path.fused is not None and path.fused.work is not None
+        yield {
+            "apply_and_first_ms": (time.perf_counter() - begun) * 1e3 - sum(first[1:]), "next_ms": first[1:],
+            "captured_bytes": path.fused.work.captured_bytes, "reason": path.fused.reason,
+        }  # fmt: skip
+        return
+    with flash():
+        wall_ms(driven.draw)
+        public_peak = peak_bytes(driven.draw)
+    say(f"public code: peak {public_peak / 2**30:.2f} GiB")
+    best = ways.fused("path, graphs, profile", "profile")
+    with using(best):
+        for _ in range(3):
+            driven.draw()
+        ours_peak = peak_bytes(driven.draw)
+    work = ways.paths[-1].work
+    assert work is not None, ways.paths[-1].reason
+    say(f"ours: peak {ours_peak / 2**30:.2f} GiB, graphs hold {work.captured_bytes / 2**30:.2f} GiB")
+    yield {"peak_bytes": {"public": public_peak, "ours": ours_peak}, "captured_bytes": work.captured_bytes}
+    if args.layers:
+        last = len(ways.parts.blocks) - 1
+        with flash():
+            yield {"layers": compare(driven, (0, last // 2, last), say)}
+    made = [
+        ways.public("public, FlashAttention-2", flash), ways.public("public, cuDNN", cudnn),
+        ways.attention("public, our attention (profile)", "profile"),
+        ways.fused("path, no graphs, dense", None, graphs=False), ways.fused("path, graphs, dense", None), best,
+        ways.fused("path, graphs, CSLA 8x8", "windows"), ways.fused("path, graphs, profile, half dropped", "profile", drop=True),
+        ways.fused("path, graphs, CSLA 8x8, half dropped", "windows", drop=True),
+    ]  # fmt: skip
+    only = tuple(filter(None, args.only.split(",")))
+    chosen = {way.name: way for way in made if not only or way.name.startswith(only)}
+    driven.decode_ms()
+    found = climb(driven.draw, chosen, args.rounds, args.profiled, say)
+    yield {"ways": found, "decoder_ms": driven.decode_ms()}
+
+
+def _host() -> str:
+    done = subprocess.run(["lscpu"], capture_output=True, text=True)
+    names = [line.split(":", 1)[1].strip() for line in done.stdout.splitlines() if line.startswith("Model name")]
+    return names[0] if names else "unknown"

@@ -1,0 +1,137 @@
+"""The tables of whole pictures, from raw numbers alone."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from sparvar_tune.measure.timing import paired_speedup, timing
+
+PUBLIC, DENSE = "public, FlashAttention-2", "path, graphs, dense"
+KINDS = ("products", "attention", "our elementwise")
+
+
+ABOUT = """
+Unmodified public code with random weights at its published sizes, batch with guidance, beside our path on the same model in one
+process, every way in turn. Text features are random; the public decoder is in every figure. Wall: from call to finished device,
+p50 (p20..p80), milliseconds. GPU: the sum of kernels and copies of a picture, by a profiler, in pictures of their own. Ratios of
+wall times are medians of paired pictures with 95 % intervals; ratios of GPU times are of medians. Random weights say nothing of
+a picture's fidelity: what a policy costs there is certified elsewhere, per weights.
+"""
+LAYERS = """
+Relative error of the update of the residual stream, same inputs, dense. Two orders: the public block against itself with the
+channels of V and of the MLP permuted. Against fp32: the same weights, every product in full precision.
+"""
+
+
+def render(runs: list[dict[str, Any]]) -> str:
+    full = [run for run in runs if "ways" in run]
+    gpus = sorted({run["gpu"] for run in full})
+    lines = [
+        f"# Whole pictures on {', '.join(gpus)}", "",
+        " ".join(ABOUT.split()), "",
+        "Regenerate: `python -m lab.whole_image report` with the JSON beside this.", "",
+    ]  # fmt: skip
+    for run in full:
+        lines += [*_ladder(run), *_kinds(run), *_memory(run), ""]
+    lines += _first([run for run in runs if "apply_and_first_ms" in run])
+    lines += _layers([run for run in full if "layers" in run])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _title(run: dict[str, Any]) -> str:
+    (_, _), last = run["grids"][0], run["grids"][-1]
+    images = f", {run['images']} pictures at once" if run["images"] > 1 else ""
+    return f"{run['model']}, last grid {last[0]}x{last[1]}, {run['tokens']:,} tokens{images}"
+
+
+def _gpu(way: dict[str, Any]) -> float:
+    return median(k["gpu_ms"] for k in way["kernels"])
+
+
+def _ladder(run: dict[str, Any]) -> list[str]:
+    ways = {name: way for name, way in run["ways"].items() if "error" not in way}
+    public, dense, decoder = ways.get(PUBLIC), ways.get(DENSE), median(run["decoder_ms"])
+    lines = [
+        f"## {_title(run)}", "",
+        f"{run['date']}, {run['gpu']}, torch {run['torch']}, triton {run['triton']}, host {run['host']}; "
+        f"n = {len(next(iter(ways.values()))['wall_ms'])}. The decoder takes {decoder:.0f} ms of every picture; "
+        "\"bare\" leaves it out.", "", "| way | wall | x public | bare x public | GPU | x public | bare x public | bare x our dense | launches |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, way in run["ways"].items():
+        if "error" in way:
+            lines.append(f"| {name} | {way['error'][:120]} | - | - | - | - | - | - | - |")
+            continue
+        t, gpu = timing(way["wall_ms"]), _gpu(way)
+        cells = [f"{t.p50_ms:.0f} ({t.p20_ms:.0f}..{t.p80_ms:.0f})", "-", "-", f"{gpu:.0f}", "-", "-", "-"]
+        if public:
+            cells[1] = _ratio(public["wall_ms"], way["wall_ms"])
+            cells[2] = _ratio(*([ms - decoder for ms in w["wall_ms"]] for w in (public, way)))
+            cells[4], cells[5] = f"{_gpu(public) / gpu:.2f}", f"{(_gpu(public) - decoder) / (gpu - decoder):.2f}"
+        if dense:
+            cells[6] = f"{(_gpu(dense) - decoder) / (gpu - decoder):.2f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {way['kernels'][-1]['launches']:,} |")
+    return lines
+
+
+def _ratio(public: list[float], way: list[float]) -> str:
+    s = paired_speedup(public, way)
+    return f"{s.median:.2f} ({s.low:.2f}..{s.high:.2f})"
+
+
+def _kinds(run: dict[str, Any]) -> list[str]:
+    decoder = median(run["decoder_ms"])
+    lines = [
+        "",
+        f"| GPU milliseconds of | {' | '.join(KINDS)} | decoder | rest |",
+        "|".join(["", *["---"] * (len(KINDS) + 3), ""]),
+    ]
+    for name, way in run["ways"].items():
+        if "error" not in way:
+            kinds = way["kernels"][-1]["kinds"]
+            own = [kinds.get(kind, 0.0) for kind in KINDS]
+            rest = way["kernels"][-1]["gpu_ms"] - sum(own) - decoder
+            lines.append(f"| {name} | {' | '.join(f'{ms:.0f}' for ms in own)} | {decoder:.0f} | {rest:.0f} |")
+    return lines
+
+
+def _memory(run: dict[str, Any]) -> list[str]:
+    peak, gib = run["peak_bytes"], 2**30
+    lines = [
+        "", f"Peak memory that PyTorch holds: public "
+        f"{peak['public'] / gib:.2f} GiB, ours {peak['ours'] / gib:.2f} GiB "
+        f"({1 - peak['ours'] / peak['public']:.0%} less); weights are {run['weights_bytes'] / gib:.2f} GiB of both and captured "
+        f"graphs {run['captured_bytes'] / gib:.2f} GiB in ours.",
+    ]  # fmt: skip
+    return lines
+
+
+def _first(runs: list[dict[str, Any]]) -> list[str]:
+    if not runs:
+        return []
+    lines = [
+        "## From apply to the first picture", "",
+        "| model | apply and first picture, s | second (captures), s | third, s | graphs hold, GiB |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for run in runs:
+        second, third = run["next_ms"][:2]
+        lines.append(f"| {_title(run)} | {run['apply_and_first_ms'] / 1e3:.2f} | {second / 1e3:.2f} | {third / 1e3:.2f} "
+                     f"| {run['captured_bytes'] / 2**30:.2f} |")  # fmt: skip
+    lines += ["", "The first row of a model compiles its kernels, the next finds them in Triton's cache on disk.", ""]
+    return lines
+
+
+def _layers(runs: list[dict[str, Any]]) -> list[str]:
+    if not runs:
+        return []
+    lines = [
+        "## A block against the public one", "",
+        " ".join(LAYERS.split()), "",
+        "| model | layer | scale | ours - public | two orders | ours - fp32 | public - fp32 |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for run in runs:
+        for row in run["layers"]:
+            lines.append(f"| {run['model']} | {row['layer']} | {row['scale']} | {row['ours_public']:.2e} | {row['orders']:.2e} "
+                         f"| {row['ours_fp32']:.2e} | {row['public_fp32']:.2e} |")  # fmt: skip
+    return lines

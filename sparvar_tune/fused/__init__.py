@@ -1,0 +1,80 @@
+"""The whole block stack of a live model, scale by scale: our path around the attention.
+
+stack.py says what a family tells of its blocks, engine.py runs it (buffers, graphs, hooks), and a file each family has.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters.instance_forward import Undos
+from sparvar_tune.adapters.protocol import Parts, Undoable
+from sparvar_tune.fused.engine import FusedPath, attach
+from sparvar_tune.fused.stack import Stack
+
+__all__ = ["PATHS", "STACKS", "FusedPath", "OnPath", "attach", "put_on", "stack_of"]
+
+STACKS = {"infinity": "sparvar_tune.fused.infinity"}
+
+
+def stack_of(found: Parts) -> Stack:
+    """The stack of a recognised model; raises ValueError for a family that has none."""
+    if found.family not in STACKS:
+        raise ValueError(f"{found.family}: its blocks have no fused path; known: {', '.join(sorted(STACKS))}")
+    made: Stack = importlib.import_module(STACKS[found.family]).stack(found)
+    return made
+
+
+PATHS = ("auto", "fused", "attention")
+
+
+class OnPath(Undos):
+    """A live model on a path. live: its attention alone, which also serves what the fused path cannot; fused: None if not on.
+
+    why_not_fused: why the fused path is not on, or why it did not run the last image; None if it did.
+    """
+
+    def __init__(self, live: Undoable | None, fused: FusedPath | None, why_not_fused: str | None) -> None:
+        super().__init__()
+        self.live, self.fused, self._why_not_fused = live, fused, why_not_fused
+        for change in (live, fused):
+            if change is not None:
+                self.add(change)
+
+    @property
+    def why_not_fused(self) -> str | None:
+        return self._why_not_fused if self.fused is None else self.fused.reason
+
+    @property
+    def reason(self) -> str | None:
+        """Why the last image, from some call on, ran the model's own attention; None if it did not."""
+        return getattr(self.live, "reason", None) if self.fused is None or self.fused.reason else None
+
+
+def put_on(family: Any, found: Parts, attend: SparseAttention | None, path: str = "auto", graphs: bool = True) -> OnPath:
+    """Puts a model on a path: "fused", "attention", or "auto", which is fused where that is legal and the model on a GPU.
+
+    attend: None for everything dense, on the fused path alone. Raises ValueError for another path, for "fused" where it is not
+    legal, and for what `family.attach` raises.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path={path!r}: want one of {', '.join(PATHS)}")
+    live = None if attend is None else family.attach(found, attend)
+    if path == "attention" or (path == "auto" and not _on_gpu(found)):
+        why = "path is attention" if path == "attention" else "the model is on no GPU; path='fused' runs it all the same"
+        return OnPath(live, None, why)
+    try:
+        return OnPath(live, attach(found, stack_of(found), attend, graphs), None)
+    except ValueError as error:
+        if path == "fused":
+            if live is not None:
+                live.undo()
+            raise
+        return OnPath(live, None, str(error))
+
+
+def _on_gpu(found: Parts) -> bool:
+    first = next(iter(found.attentions[0].parameters()), None)
+    return first is not None and first.is_cuda

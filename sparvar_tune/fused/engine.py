@@ -1,0 +1,318 @@
+"""All blocks of a live model as one call a scale, and from the second image on as one CUDA graph a scale.
+
+    generate (wrapped)    an image begins: which pass comes next is known from the tokens that were appended
+    block 0 (replaced)    copies its input into the residual stream's buffer, runs or replays the whole stack, returns that
+    other blocks          return what they get
+
+The first image of a kind runs eagerly (kernels compile, tables are built), the second is captured while it is drawn, later
+ones are replayed. A kind is: schedule, rows, dtype, device and what the family's constants depend on (text rows). One kind is
+kept at a time; its key-value cache is the largest part of it. Where an image cannot run this way the model's own blocks run,
+with the attention that was put into them, a warning says why, and `reason` keeps it.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparvar_kernels.attention import SparseAttention
+from sparvar_kernels.backends.dense import dense_attention
+from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_kernels.policy import Policy
+from sparvar_tune.adapters.guidance import GENERATE, bound
+from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
+from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
+from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.fused.stack import Stack
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Workspace:
+    """What one kind of image needs at addresses that stay: the stream, keys and values, attention, graphs."""
+
+    def __init__(
+        self, found: Parts, x: Tensor, stream: torch.dtype, dtype: torch.dtype, schedule: ScaleSchedule, path: FusedPath
+    ) -> None:
+        self.rows, self.schedule, self.dtype = x.shape[0], schedule, dtype
+        longest = max(schedule.prefix, *(schedule.num_queries(s) for s in range(len(schedule))))
+        self.x = _shared(found.model, "x", (self.rows * longest * x.shape[2],), stream, x.device)
+        # What the last grid appends nobody reads again once its layer has attended. So layers lie one behind the other, the last
+        # one first, and the last grid runs over into the layer before its own, which is done by then: 39 % less at 1024 pixels.
+        self.before, self.tail = schedule.starts[-2], schedule.num_queries(len(schedule) - 1)
+        places = found.layers * self.before + self.tail
+        self.cached = _shared(
+            found.model, "keys and values", (2, self.rows, places, found.heads, found.head_dim), dtype, x.device
+        )
+        self.layers = found.layers
+        self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
+        self.side = torch.cuda.Stream(x.device) if x.is_cuda else None  # one for all: the pool keeps memory apart by stream
+        self.room: torch.cuda.CUDAGraph | None = None  # never replayed
+        self.images = 0  # drawn to the end
+        self.sparse = [path.new_attention(schedule) for _ in range(2 if path.splits(schedule) else 1)]
+        form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
+        self.problems = {
+            rows: [AttentionProblem(schedule, s, rows, *form) for s in range(len(schedule))]
+            for rows in {self.rows, self.rows // 2 or 1}
+        }
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [rows, H, N, D], laid out [rows, N, H, D]."""
+        begin = (self.layers - 1 - layer) * self.before
+        keys, values = self.cached[:, :, begin : begin + self.before + self.tail].transpose(2, 3).unbind(0)
+        return keys, values
+
+    def last(self, x: Tensor) -> Tensor:
+        """The stream of the last grid, as many rows and channels as x has."""
+        return self.x[: x.shape[0] * self.tail * x.shape[2]].view(x.shape[0], self.tail, x.shape[2])
+
+    def stream(self, x: Tensor) -> Tensor:
+        """The buffer in the shape of x."""
+        return self.x[: x.numel()].view(x.shape)
+
+    @property
+    def captured_bytes(self) -> int:
+        """Memory that graphs hold beside the buffers."""
+        if self.pool is None:
+            return 0
+        found = (s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) == tuple(self.pool))
+        return sum(int(s["total_size"]) for s in found)
+
+
+# model -> buffers in use, by what they are: all paths of one model draw one image at a time, so they can have the same
+_BUFFERS: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _shared(model: Any, what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer of this model that lives as long as somebody holds it."""
+    own = _BUFFERS.setdefault(model, weakref.WeakValueDictionary())
+    found = own.get((what, shape, dtype, device))
+    if found is None:
+        with torch.inference_mode(False):
+            found = own[what, shape, dtype, device] = torch.empty(shape, dtype=dtype, device=device)
+    return found
+
+
+class OnePass:
+    """See `stack.Pass`."""
+
+    def __init__(self, work: Workspace, start: int, x: Tensor, dense: bool = False) -> None:
+        self.work, self.start, self.dense = work, start, dense
+        self.rows, self.length = x.shape[0], x.shape[1]
+        places = {begin: s for s, begin in enumerate(work.schedule.starts[:-1])}
+        self.scale_index = places.get(start) if start or not work.schedule.prefix else None
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.work.cache(layer)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        work, end, s = self.work, self.start + self.length, self.scale_index
+        k, v = (t[: self.rows, :, :end] for t in work.cache(layer))
+        out = self._out(layer, q, k, v, s)
+        return out.transpose(1, 2).reshape(self.rows, self.length, -1)
+
+    def _out(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: int | None) -> Tensor:
+        sparse = self.work.sparse[0]
+        plan = None if s is None or self.dense else sparse.plans[layer][s]
+        if plan is None or (not plan.records and all(variant.reads == "everything" for variant, _ in plan.groups)):
+            return dense_attention(q, k, v, self.work.problems[self.rows][s or 0])
+        assert s is not None
+        if len(self.work.sparse) == 1:
+            return sparse(q, k, v, layer, s)
+        if self.rows < self.work.rows:  # the conditional half has an object of its own, whose decisions are of that half
+            return sparse(q, k, v, layer, s)
+        half = self.rows // 2
+        halves = zip(self.work.sparse, (slice(None, half), slice(half, None)), strict=True)
+        return torch.cat([a(q[h], k[h], v[h], layer, s) for a, h in halves])
+
+
+class FusedPath(Undos):
+    """The whole stack in a live model. `reason`: why the last image ran the model's own blocks, None if it did not.
+
+    enabled: where False the model draws as if this were undone, but graphs and buffers are kept.
+    """
+
+    def __init__(self, found: Parts, stack: Stack, attend: SparseAttention | None, graphs: bool) -> None:
+        super().__init__()
+        self.found, self.stack, self.attend, self.use_graphs = found, stack, attend, graphs
+        self.enabled = True
+        self.reason: str | None = None
+        self.work: Workspace | None = None
+        self._kind: Any = None
+        self._start: int | None = None  # tokens appended so far; None: the model's own blocks run
+        self._drawing = threading.Lock()
+        self._given: Mapping[str, Any] = {}
+        self._said: set[str] = set()
+
+    # Attention
+
+    def new_attention(self, schedule: ScaleSchedule) -> SparseAttention:
+        a, found = self.attend, self.found
+        if a is None:
+            policy = Policy(("A" * found.heads,) * found.layers)
+            return SparseAttention(policy, schedule, softmax_scale=found.softmax_scale, logit_bound=found.logit_bound)
+        return SparseAttention(
+            a.policy, a.schedule, softmax_scale=a.softmax_scale, logit_bound=a.logit_bound, launches=a.launches
+        )
+
+    def splits(self, schedule: ScaleSchedule) -> bool:
+        """Whether the halves of guidance need decisions of their own: one is dropped before a scale that lives on them."""
+        dropped = DROPPED.get(self.found.model)
+        if dropped is None or self.attend is None:
+            return False
+        groups = (g for plans in self.attend.plans for plan in plans[dropped:] for g in plan.groups)
+        return any(variant.decision_scale is not None for variant, _ in groups)
+
+    # An image
+
+    def is_drawing(self) -> bool:
+        """Whether an image is being drawn this way, or will be unless its first block finds a reason against it."""
+        return self._start is not None
+
+    def generate(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.enabled:
+            return inner(*args, **kwargs)
+        if not self._drawing.acquire(blocking=False):
+            raise RuntimeError("this model is drawing an image already; draw one at a time, or load it twice")
+        try:
+            self._given, self._start, self.reason = bound(self.found, args, kwargs), 0, None
+            out = inner(*args, **kwargs)
+            if self.work is not None and self._start is not None:
+                self.work.images += 1
+            return out
+        except BaseException:
+            if self.work is not None and self.work.images < 2:
+                self.work.graphs.clear()  # half an image was captured
+                self.work.images = min(self.work.images, 1)
+            raise
+        finally:
+            self._given, self._start = {}, None
+            self._drawing.release()
+
+    def first_block(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.stack.parameters, args, strict=False)), **kwargs}
+        if self._start == 0:
+            self._begin(given)
+        if self._start is None:
+            return inner(*args, **kwargs)
+        work = self.work
+        assert work is not None
+        with torch.no_grad(), torch.autocast(given["x"].device.type, enabled=False):
+            x = work.stream(given["x"])
+            x.copy_(given["x"])
+            at = OnePass(work, self._start, x)
+            self._start += at.length
+            self._run(work, x, at)
+        return x
+
+    def other_block(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._start is None:
+            return inner(*args, **kwargs)
+        return kwargs["x"] if "x" in kwargs else args[0]
+
+    def _begin(self, given: Mapping[str, Any]) -> None:
+        """What an image needs, or the reason why the model's own blocks run."""
+        reason = self._why_not({**self._given, **given})
+        if reason is not None:
+            self._start, self.reason = None, reason
+            if reason not in self._said:
+                self._said.add(reason)
+                warnings.warn(f"the model's own blocks run for this image: {reason}", stacklevel=3)
+            return
+        x, schedule = given["x"], self.stack.schedule(given)
+        assert isinstance(schedule, ScaleSchedule)
+        dtype = _dtype(x)
+        kind = (
+            schedule, x.shape[0], x.shape[2], dtype, x.device, self.stack.kind(given), DROPPED.get(self.found.model),
+            tuple((t.data_ptr(), _version(t)) for t in self.stack.sources()),
+        )  # fmt: skip
+        with torch.no_grad(), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
+            if kind != self._kind:
+                self.work, self._kind = None, None  # let go of the old caches before the new ones are made
+                self.stack.prepare(given, x.shape[0], dtype, schedule)
+                self.work = Workspace(self.found, x, self.stack.stream or x.dtype, dtype, schedule, self)
+                self._kind = kind
+            assert self.work is not None
+            if self.work.images < 2:
+                for attend in self.work.sparse:
+                    attend.reset()
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            self.stack.begin(given)
+
+    def _why_not(self, given: Mapping[str, Any]) -> str | None:
+        if any(block.training for block in self.found.blocks):
+            return "the model is in training mode"
+        if not self.found.attentions[0].caching:
+            return "its key-value cache is off"
+        schedule = self.stack.schedule(given)
+        if isinstance(schedule, str):
+            return schedule
+        reason = other_schedule(schedule, self.attend.schedule) if self.attend is not None else None
+        return reason or self.stack.why_not_image(given)
+
+    def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
+        if not (self.use_graphs and x.is_cuda) or work.images == 0:
+            return self.stack.run(x, at)
+        key = (at.start, at.length, at.rows)
+        graph = work.graphs.get(key)
+        if graph is None and work.room is None:  # the largest first, so that the others fit into what it takes
+            work.room = self._capture(work, work.last(x), OnePass(work, work.before, work.last(x), dense=True))
+        if graph is None:
+            graph = work.graphs[key] = self._capture(work, x, at)
+        graph.replay()
+        return None
+
+    def _capture(self, work: Workspace, x: Tensor, at: OnePass) -> torch.cuda.CUDAGraph:
+        """The stack at one scale as a graph; nothing is computed by it. Its memory comes from the pool that all graphs share."""
+        graph, side = torch.cuda.CUDAGraph(), work.side
+        assert side is not None
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.device(x.device), torch.cuda.stream(side):
+            graph.capture_begin(pool=work.pool, capture_error_mode="thread_local")
+            try:
+                self.stack.run(x, at)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(x.device).wait_stream(side)
+        return graph
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Of products: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, graphs: bool = True) -> FusedPath:
+    """Puts the stack into the model; `undo()` takes it out. attend: its policy, schedule and launches; None: everything dense.
+
+    Put it on after the attention path: that one then serves the images that cannot run as one. Raises ValueError, and changes
+    nothing, where the model's blocks cannot be run this way, or its unconditional half is dropped already.
+    """
+    reason = stack.why_not()
+    for i, block in enumerate(found.blocks):
+        if block.__dict__.get("_forward_hooks") or block.__dict__.get("_forward_pre_hooks"):
+            reason = reason or f"block {i}: another tool's hook is on it"
+        reason = reason or why_not_replace(block)
+    if found.model in DROPPED:
+        reason = reason or "its unconditional half is dropped already; apply first, drop after"
+    if reason:
+        raise ValueError(f"the blocks cannot run as one: {reason}")
+    path = FusedPath(found, stack, attend, graphs)
+    for i, block in enumerate(found.blocks):
+        path.add(replace_method(block, "forward", path.first_block if i == 0 else path.other_block))
+    path.add(replace_method(found.model, GENERATE, path.generate))
+    path.add(stack.around(path.is_drawing))
+    return path

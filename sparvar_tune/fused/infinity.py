@@ -1,0 +1,193 @@
+"""Infinity's blocks as one function: AdaLN, cosine attention with RoPE, cross-attention to the text, MLP.
+
+Against the public block it rounds less: the residual stream stays in fp32, a sum and the norm behind it are one pass, and in an
+fp32 model the text is attended in fp32 (the public code casts to bf16 for flash-attn).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_kernels.path import append_qkv, residual_norm, text_attention
+from sparvar_tune.adapters.infinity import BLOCK
+from sparvar_tune.adapters.instance_forward import Undos, replace_method
+from sparvar_tune.adapters.live_attention import schedule_of
+from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.fused.product import Product, why_not_owned
+from sparvar_tune.fused.stack import Pass
+
+TEXT_ROOM = 64  # text rows are kept in multiples of this, so that prompts of like lengths share graphs
+
+
+class Block:
+    """One block's products and constants."""
+
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
+        sa, ca, ffn = block.sa, block.ca, block.ffn
+        self.qkv = Product(sa.mat_qkv, dtype, torch.cat((sa.q_bias, sa.zero_k_bias, sa.v_bias)).detach())
+        self.proj, self.to_query, self.from_text = Product(sa.proj, dtype), Product(ca.mat_q, dtype), Product(ca.proj, dtype)
+        self.text_kv = Product(ca.mat_kv, dtype, torch.cat((ca.zero_k_bias, ca.v_bias)).detach())
+        self.up, self.down = Product(ffn.fc1, dtype), Product(ffn.fc2, dtype)
+        self.ca_norm = block.ca_norm
+        self.ca_weight, self.ca_bias = block.ca_norm.weight.detach().float(), block.ca_norm.bias.detach().float()
+        gamma = block.ca_gamma
+        self.ca_gamma = gamma.detach().float() if isinstance(gamma, Tensor) else None  # else it is 1
+        self.eps, self.ca_eps = block.norm_eps, block.ca_norm.eps
+        self.q_scale: Tensor | None = None
+        if sa.cos_attn:  # in the parameter's own dtype, as the public code: in bf16 the cap of 100 is 99
+            self.q_scale = sa.scale_mul_1H11.detach().clamp_max(sa.max_scale_mul).exp().flatten().float()
+        self.cosine, self.text_scale = bool(sa.cos_attn), float(ca.scale)
+
+
+class InfinityStack:
+    """See the module docstring."""
+
+    parameters: Sequence[str] = BLOCK.parameters
+    stream: torch.dtype | None = torch.float32
+
+    def __init__(self, found: Parts) -> None:
+        self.found = found
+        self.blocks: list[Block] = []
+        self.modulation = self.text = self.starts = self.rotation = torch.empty(0)
+
+    def why_not(self) -> str | None:
+        for i, block in enumerate(self.found.blocks):
+            reason = _why_not_block(block)
+            if reason:
+                return f"block {i}: {reason}"
+        if not getattr(self.found.model, "add_lvl_embeding_only_first_block", 1):
+            return "it adds level embeddings between its blocks (add_lvl_embeding_only_first_block is 0)"
+        return None
+
+    def why_not_image(self, given: Mapping[str, Any]) -> str | None:
+        if given.get("attn_bias_or_two_vector") is not None:
+            return "the call brings an attention mask"
+        if given.get("rope2d_freqs_grid") is None:
+            return "the call brings no RoPE table"
+        if not any(layer != 0 for layer in given.get("cfg_insertion_layer", ())):
+            return None
+        return f"guidance is mixed inside the blocks (cfg_insertion_layer={list(given['cfg_insertion_layer'])})"
+
+    def schedule(self, given: Mapping[str, Any]) -> ScaleSchedule | str:
+        return schedule_of(given.get("scale_schedule"))
+
+    def kind(self, given: Mapping[str, Any]) -> Hashable:
+        rows = given["ca_kv"][0].shape[0]
+        return -(-rows // TEXT_ROOM) * TEXT_ROOM
+
+    def sources(self) -> Sequence[Tensor]:
+        out: list[Tensor] = []
+        for block in self.found.blocks:
+            out += [*block.parameters(), *block.buffers()]
+        return out
+
+    def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
+        x, first = given["x"], self.found
+        width, device = x.shape[2], x.device
+        self.blocks = [Block(block, dtype) for block in first.blocks]
+        self.modulation = torch.empty(first.layers, 6, rows, width, device=device)
+        room = self.kind(given)
+        assert isinstance(room, int)
+        self.text = torch.zeros(
+            first.layers, room, 2, first.blocks[0].ca.num_heads, first.blocks[0].ca.head_dim, dtype=dtype, device=device
+        )
+        self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        table = given["rope2d_freqs_grid"][str(tuple(tuple(t) for t in given["scale_schedule"]))]
+        table = table.detach().flatten(1, 3) if table.ndim == 6 else table.detach()
+        self.rotation = table.reshape(2, -1, first.head_dim // 2).permute(1, 2, 0).float().contiguous().to(device)
+        if self.rotation.shape[0] < schedule.num_keys(len(schedule) - 1):
+            raise ValueError(
+                f"the RoPE table has {self.rotation.shape[0]} places for {schedule.num_keys(len(schedule) - 1)} tokens"
+            )
+
+    def begin(self, given: Mapping[str, Any]) -> None:
+        condition = given["cond_BD"].float()
+        compact, ends, _ = given["ca_kv"]
+        self.starts.copy_(ends)
+        compact = compact.to(self.blocks[0].text_kv.dtype)
+        for i, (block, own) in enumerate(zip(self.found.blocks, self.blocks, strict=True)):
+            six = block.ada_gss + condition if block.shared_aln else block.ada_lin(condition).view(-1, 1, 6, condition.shape[-1])
+            self.modulation[i].copy_(six[:, 0].transpose(0, 1))
+            self.text[i, : compact.shape[0]].copy_(own.text_kv(compact).view(compact.shape[0], 2, *self.text.shape[3:]))
+
+    def run(self, x: Tensor, at: Pass) -> None:
+        update: Tensor | None = None
+        gate: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation[i, :, : x.shape[0]].unbind(0)
+            dtype = block.qkv.dtype
+            y = residual_norm(x, update, gate, norm="layer", scale=scale1, shift=shift1, eps=block.eps, out_dtype=dtype)
+            update = self._attend(i, y, at)
+            norm = {"weight": block.ca_weight, "bias": block.ca_bias, "eps": block.ca_eps}
+            y = residual_norm(x, update, gamma1, norm="layer", out_dtype=dtype, **norm)
+            update = self._attend_text(i, y)
+            y = residual_norm(x, update, block.ca_gamma, norm="layer", scale=scale2, shift=shift2, eps=block.eps, out_dtype=dtype)
+            update, gate = block.down(block.up.gelu(y)), gamma2
+        residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
+
+    # Apart, so that what they need on the way is given back when they are done
+
+    def _attend(self, i: int, y: Tensor, at: Pass) -> Tensor:
+        block, (rows, length, _) = self.blocks[i], y.shape
+        qkv = block.qkv(y).view(rows, length, 3, self.found.heads, self.found.head_dim)
+        places = self.rotation[at.start : at.start + length]
+        q = append_qkv(qkv, *at.cache(i), at.start, q_scale=block.q_scale, normalise=block.cosine, rotation=places)
+        del qkv
+        return block.proj(at.attend(i, q))
+
+    def _attend_text(self, i: int, y: Tensor) -> Tensor:
+        block, (rows, length, width) = self.blocks[i], y.shape
+        query = block.to_query(y).view(rows, length, *self.text.shape[3:])
+        seen = text_attention(query, self.text[i], self.starts[: rows + 1], block.text_scale, out=query)
+        return block.from_text(seen.view(rows, length, width))
+
+    def around(self, drawing: Callable[[], bool]) -> Undos:
+        """The level embedding makes an index on the host, copies it to the device and looks it up; here a row is added, the same
+        sums. The head's AdaLN goes through torch.compile, which takes seconds at the first picture."""
+        undos, model = Undos(), self.found.model
+        levels: Any = getattr(model, "lvl_embed", None)
+        head: Any = getattr(model, "head_nm", None)
+
+        def add_level(inner: Any, feature: Tensor, scale_ind: int, scale_schedule: Any, need_to_pad: int = 0) -> Tensor:
+            if not drawing() or need_to_pad:
+                return cast(Tensor, inner(feature, scale_ind, scale_schedule, need_to_pad))
+            feature += levels.weight[scale_ind]
+            return feature
+
+        def norm_head(inner: Any, x: Tensor, cond: Tensor) -> Tensor:
+            if not drawing() or x.dtype != torch.float32:
+                return cast(Tensor, inner(x, cond))
+            scale, shift = head.ada_lin(cond).view(-1, 2, x.shape[2]).unbind(1)
+            return residual_norm(x, norm="layer", scale=scale, shift=shift, eps=head.norm_eps, out_dtype=x.dtype)
+
+        if type(levels) is nn.Embedding and hasattr(model, "add_lvl_embeding") and levels.max_norm is None:
+            undos.add(replace_method(model, "add_lvl_embeding", add_level))
+        if all(hasattr(head, n) for n in ("ada_lin", "norm_eps", "ln_wo_grad")) and isinstance(head.ln_wo_grad, nn.LayerNorm):
+            undos.add(replace_method(head, "forward", norm_head))
+        return undos
+
+
+def stack(found: Parts) -> InfinityStack:
+    return InfinityStack(found)
+
+
+def _why_not_block(block: Any) -> str | None:
+    missing = [n for n in ("ln_wo_grad", "ca_gamma", "norm_eps", "shared_aln", "drop_path") if not hasattr(block, n)]
+    if missing:
+        return f"it has no {missing[0]}"
+    if block.fused_norm_func is None:
+        return "its fused_norm_func is None; that code rotates every scale by the first one's places"
+    if not isinstance(block.ln_wo_grad, nn.LayerNorm) or not isinstance(block.ca_norm, nn.LayerNorm):
+        return f"its norms are {type(block.ln_wo_grad).__name__} and {type(block.ca_norm).__name__}, want LayerNorm"
+    ffn = block.ffn
+    if not all(hasattr(ffn, n) for n in ("fc1", "act", "fc2")) or getattr(ffn.act, "approximate", None) != "tanh":
+        return f"its ffn is {type(ffn).__name__}, want fc1, GELU (tanh), fc2"
+    if getattr(block.ca, "cos_attn", False):
+        return "its cross-attention is a cosine one"
+    own = (why_not_owned(getattr(block, name)) for name in ("sa", "ca", "ffn", "ca_norm", "ln_wo_grad"))
+    return next((reason for reason in own if reason), None)

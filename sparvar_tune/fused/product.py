@@ -1,0 +1,60 @@
+"""A module's matrix product as the fused path calls it: by its weights where they are plain, by the module itself where not.
+
+A Linear that carries hooks, parametrisations or another class (LoRA, quantised) is called, so that what it adds is not lost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparvar_tune.adapters.instance_forward import why_not_replace
+
+
+def is_plain(module: Any) -> bool:
+    """True for a Linear whose product is its weight and bias and nothing else."""
+    own = module.__dict__
+    hooked = any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    return type(module) is nn.Linear and not hooked and "forward" not in own and not own.get("parametrizations")
+
+
+class Product:
+    """y = x W^T + b in `dtype`. bias: in the place of the module's own; of a module that is not plain it is added to its output.
+
+    Weights in another dtype are copied once; `sources` are the tensors it depends on.
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        self.module, self.dtype = module, dtype
+        self.plain = is_plain(module)
+        weight: Any = getattr(module, "weight", None)
+        own: Any = getattr(module, "bias", None)
+        self.sources = tuple(t for t in (weight, own, bias) if isinstance(t, Tensor))
+        bias = own if bias is None and self.plain else bias
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.weight = weight.detach().to(dtype) if self.plain else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = self.module(x)
+        out = out.to(self.dtype)
+        return out if self.bias is None else out + self.bias
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The tanh form of GELU of the product; on a GPU within the product."""
+        if self.weight is None or self.bias is None or not x.is_cuda:
+            return F.gelu(self(x), approximate="tanh")
+        rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
+        return rows.view(*x.shape[:-1], -1)
+
+
+def why_not_owned(module: Any) -> str | None:
+    """Why a module's work cannot be done in its place, or None: nobody has put a hook or another forward on it."""
+    own = module.__dict__
+    if any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")):
+        return f"another tool's hook is on its {type(module).__name__}"
+    return why_not_replace(module)

@@ -1,0 +1,72 @@
+"""What a family says of its blocks, so that all of them run as one function of the residual stream.
+
+A family's file (infinity.py is the model to follow) has `stack(parts)`, a `Stack`; engine.py does the rest: buffers,
+caches, graphs, the hooks in the live model and the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.adapters.instance_forward import Undos
+
+
+class Pass(Protocol):
+    """One run through all blocks: `length` new tokens of `rows` rows after `start` cached ones."""
+
+    rows: int
+    start: int
+    length: int
+    scale_index: int | None  # None: tokens before the first grid
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [rows or more, H, N, D], for `append_qkv` to write into.
+
+        Layers run in order, each once a pass: in the last pass a layer's writes run over what earlier layers kept."""
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """[rows, L, H * D] from q [rows, H, L, D], over all that was appended; no copy where q is laid out [rows, L, H, D]."""
+
+
+class Stack(Protocol):
+    """The blocks of one live model. `prepare` comes once per kind of image, `begin` once an image, `run` once a scale.
+
+    parameters: names of a block's arguments, in order. stream: dtype of the residual stream, None where it is the input's.
+    """
+
+    parameters: Sequence[str]
+    stream: torch.dtype | None
+
+    def why_not(self) -> str | None:
+        """Why this model's blocks cannot run as one, or None; looked at when the path is put on."""
+
+    def why_not_image(self, given: Mapping[str, Any]) -> str | None:
+        """Why an image whose first block is called with `given` cannot, or None."""
+
+    def schedule(self, given: Mapping[str, Any]) -> ScaleSchedule | str:
+        """The grids of the image, or what is wrong with them."""
+
+    def kind(self, given: Mapping[str, Any]) -> Hashable:
+        """What the constants' shapes depend on besides rows, dtype, device and schedule."""
+
+    def sources(self) -> Sequence[Tensor]:
+        """Every weight that was read or copied: where one is another tensor or was changed, all is prepared again."""
+
+    def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
+        """Weights in `dtype`, and buffers for what an image holds constant, at addresses that stay."""
+
+    def begin(self, given: Mapping[str, Any]) -> None:
+        """Fills those buffers for an image: conditions, text, places."""
+
+    def run(self, x: Tensor, at: Pass) -> None:
+        """All blocks over x [rows, L, C], in place. Nothing in it may wait for the device or look at values."""
+
+    def around(self, drawing: Callable[[], bool]) -> Undos:
+        """What else of the model is slow or waits for the device between the stacks, replaced by the same work done otherwise.
+
+        drawing(): whether the image being drawn is on this path; where not, the model's own code runs."""
