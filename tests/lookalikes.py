@@ -401,7 +401,8 @@ class Infinity(Driven):
     def sample(self, batch: int = 1, aspect: float = 1.0, cfg=3.0, **more):
         schedule = [(1, h, w) for h, w in ASPECTS[aspect]]
         lens = [4 + 3 * row for row in range(batch)]
-        text = torch.randn(sum(lens), WIDTH, generator=torch.Generator().manual_seed(3))
+        made = torch.randn(sum(lens), WIDTH, generator=torch.Generator().manual_seed(3), device="cpu")
+        text = made.to(torch.get_default_device())
         ends = torch.tensor([sum(lens[:row]) for row in range(batch + 1)], dtype=torch.int32)
         cfgs = cfg if isinstance(cfg, list) else [cfg] * len(schedule)
         with autocast(self.dtype):

@@ -213,3 +213,40 @@ def test_auto_is_the_attention_path_on_a_cpu_and_names_are_checked():
         assert path.fused is None and "no GPU" in path.why_not_fused
     with pytest.raises(ValueError, match="path='quick': want one of auto, fused, attention"):
         fused.put_on(family, parts, attend, "quick")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dense", "windows", "reuse"])
+def test_gpu_graphs_are_the_eager_path_bit_for_bit(name, monkeypatch):
+    """Captured in the second image and replayed, with other prompts, guidance and a dropped half between; no binary comes late."""
+    from sparvar_kernels.backends.triton import binary
+    from sparvar_tune.fused.engine import Workspace
+
+    ahead, late, begun = set(), set(), []
+    own_compile, own_for = Workspace.compile, binary.compile_for
+
+    def compile_ahead(*args):
+        begun.append(True)
+        own_compile(*args)
+        begun.pop()
+
+    monkeypatch.setattr(Workspace, "compile", compile_ahead)
+    monkeypatch.setattr(binary, "compile_for", lambda b, c: (ahead if begun else late).add(b) or own_for(b, c))
+    binary.launcher.cache_clear()
+    kinds, found = [{}, {}, {"batch": 2}, {"batch": 2}, {"batch": 2}, {}, {}, {"batch": 2, "cfg": 1.0}], []
+    with torch.device("cuda"):
+        driven = block_lookalikes.Infinity()
+        driven.model.bfloat16().rng = torch.Generator("cuda")
+        scales = len(driven.grids())
+        attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), scales)[name])
+        for graphs in (False, True):
+            with on(driven, attend, graphs=graphs) as path:
+                for given in kinds:
+                    found.append(checks.draw(driven, **given))
+                    work = path.fused.work
+                    assert path.why_not_fused is None and len(work.graphs) == (scales if graphs and work.images > 1 else 0)
+                with adapters.drop_unconditional(driven.model, scales - 2):
+                    found += [checks.draw(driven) for _ in range(3)]
+    half = len(found) // 2
+    assert all(checks.same(a, b) for a, b in zip(found[:half], found[half:], strict=True))
+    assert late and late <= ahead, late - ahead

@@ -56,7 +56,8 @@ def _ladder(run: dict[str, Any]) -> list[str]:
         f"## {_title(run)}", "",
         f"{run['date']}, {run['gpu']}, torch {run['torch']}, triton {run['triton']}, host {run['host']}; "
         f"n = {len(next(iter(ways.values()))['wall_ms'])}. The decoder takes {decoder:.0f} ms of every picture; "
-        "\"bare\" leaves it out.", "", "| way | wall | x public | bare x public | GPU | x public | bare x public | bare x our dense | launches |",
+        "\"bare\" leaves it out.", "",
+        "| way | wall | x public | bare x public | GPU | x public | bare x public | bare x our dense | launches |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, way in run["ways"].items():

@@ -12,10 +12,12 @@ with the attention that was put into them, a warning says why, and `reason` keep
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -63,6 +65,26 @@ class Workspace:
             rows: [AttentionProblem(schedule, s, rows, *form) for s in range(len(schedule))]
             for rows in {self.rows, self.rows // 2 or 1}
         }
+
+    def compile(self, stack: Stack, device: torch.device) -> None:
+        """Compiles what an image launches beside one another: most of a compilation is a process of its own.
+
+        What a later call still lacks is compiled there.
+        """
+        from sparvar_kernels.backends.triton.binary import compile_for
+
+        scales = range(len(self.schedule))
+        builds = list(stack.builds([self.schedule.num_queries(s) for s in scales]))
+        for attend in self.sparse:
+            first = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
+            p = first[0]
+            kind = (p.batch, p.heads, p.head_dim, self.dtype, device)
+            layers: list[Any] = attend._build(first, device)  # what its first call would make
+            attend._layers[kind] = layers
+            builds += [build for layer in layers for s in scales for build in layer.builds(s)]
+        capability = torch.cuda.get_device_capability(device)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda build: compile_for(build, capability), dict.fromkeys(builds)))
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [rows, H, N, D], laid out [rows, N, H, D]."""
@@ -240,6 +262,8 @@ class FusedPath(Undos):
                 self.stack.prepare(given, x.shape[0], dtype, schedule)
                 self.work = Workspace(self.found, x, self.stack.stream or x.dtype, dtype, schedule, self)
                 self._kind = kind
+                if x.is_cuda:
+                    self.work.compile(self.stack, x.device)
             assert self.work is not None
             if self.work.images < 2:
                 for attend in self.work.sparse:

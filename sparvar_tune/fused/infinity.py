@@ -105,6 +105,26 @@ class InfinityStack:
                 f"the RoPE table has {self.rotation.shape[0]} places for {schedule.num_keys(len(schedule) - 1)} tokens"
             )
 
+    def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
+        from sparvar_kernels.path.triton.append import TURNS, append_build
+        from sparvar_kernels.path.triton.residual_norm import residual_norm_build
+        from sparvar_kernels.path.triton.text_attention import text_attention_build
+
+        block, found, width = self.blocks[0], self.found, self.modulation.shape[3]
+        dtype, fp32, text = block.qkv.dtype, torch.float32, self.text.shape[4]
+        cosine, turn = {"normalise": block.cosine, "scaled": block.cosine}, TURNS["interleaved"]
+        made: list[Any] = [append_build(dtype, found.head_dim, found.heads, n, turn=turn, **cosine) for n in lengths]
+        made += [text_attention_build(dtype, text, n) for n in lengths]
+        modulated, affine = dict.fromkeys(("scale", "shift"), fp32), dict.fromkeys(("weight", "bias"), fp32)
+        added, gated = {"update": dtype}, {"update": dtype, "gate": fp32}
+        text_update = added if block.ca_gamma is None else gated
+        for norm, operands in (
+            ("layer", modulated), ("layer", gated | affine), ("layer", text_update | modulated), ("layer", gated | modulated),
+            ("none", gated),
+        ):  # fmt: skip
+            made.append(residual_norm_build(fp32, dtype if norm == "layer" else fp32, width, norm, True, operands))
+        return made
+
     def begin(self, given: Mapping[str, Any]) -> None:
         condition = given["cond_BD"].float()
         compact, ends, _ = given["ca_kv"]

@@ -60,6 +60,9 @@ class Stack(Protocol):
     def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
         """Weights in `dtype`, and buffers for what an image holds constant, at addresses that stay."""
 
+    def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
+        """Every binary (`backends.triton.binary.Build`) that `run` launches for passes of these lengths, but for attention's."""
+
     def begin(self, given: Mapping[str, Any]) -> None:
         """Fills those buffers for an image: conditions, text, places."""
 
