@@ -104,7 +104,7 @@ APPENDS = (
       for dtype, pairs in zip(DTYPES, PAIRS, strict=True)),
     {"pairs": "rotate_half", "dim": 96, "normalise": False}, {"pairs": "halves", "dim": 96, "heads": 4, "scaled": False},
     {"pairs": "rotate_half", "dim": 32, "per_row": True}, {"length": 1, "start": 0}, {"length": 37, "dim": 128, "heads": 2},
-    {"length": 67, "dim": 32, "heads": 4, "pairs": "interleaved", "batch": 1}, {"gap": 5, "dim": 32},
+    {"length": 67, "dim": 32, "heads": 4, "pairs": "interleaved", "batch": 1}, {"gap": 5, "dim": 32, "heads": 6},
     {"heads": 4, "scaled": False}, {"normalise": False, "dim": 20},
     {"normalise": False, "scaled": False, "dim": 6, "batch": 1, "pairs": "interleaved"},
     {"batch": 1, "spare": 3, "heads": 1, "eps": 20.0},
