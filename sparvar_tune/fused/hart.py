@@ -10,11 +10,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.path import append_qkv, residual_norm
+from sparvar_kernels.path import append_qkv, gated_silu, residual_norm
 from sparvar_tune.adapters.hart import BLOCK
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
@@ -125,7 +124,7 @@ def stack(found: Parts) -> HartStack:
 
 
 def _swiglu(block: Block, y: Tensor) -> Tensor:
-    return block.down(F.silu(block.gate(y)).mul_(block.up(y)))
+    return block.down(gated_silu(block.gate(y), block.up(y)))
 
 
 def _grid_places(schedule: ScaleSchedule, device: torch.device) -> Tensor:
