@@ -232,6 +232,7 @@ class VarLike(Model):
     def __init__(self, layers: int = 4, **options) -> None:
         super().__init__(VarBlock, layers, **options)
         self.blocks, self.patch_nums, self.class_emb = self.made, SIDES, nn.Embedding(11, WIDTH)
+        self.shared_ada_lin = nn.Identity()
 
     @torch.no_grad()
     def autoregressive_infer_cfg(self, B, label_B, g_seed=None, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False):
@@ -241,8 +242,9 @@ class VarLike(Model):
         for block in self.blocks:
             block.attn.kv_caching(True)
         for si, side in enumerate(self.patch_nums):
+            of_blocks = self.shared_ada_lin(cond_BD)
             for block in self.blocks:
-                x = block(x=x, cond_BD=cond_BD, attn_bias=None)
+                x = block(x=x, cond_BD=of_blocks, attn_bias=None)
             logits, t = self.get_logits(x, cond_BD), cfg * si / (len(SIDES) - 1)
             h = self.tokens((1 + t) * logits[:B] - t * logits[B:], rng).reshape(B, 4, side, side)
             f_hat, following = self.quantiser.get_next_autoregressive_input(si, len(SIDES), f_hat, h)

@@ -56,24 +56,21 @@ class _Enough(Exception):
     """The scales that are wanted are drawn."""
 
 
-def stop_before(found: Parts, from_scale: int, scale_of: Any) -> Undos:
+def stop_before(found: Parts, from_scale: int, passes: int) -> Undos:
     """Scales from `from_scale` on left out, for a model whose method has no keyword for it.
 
-    The loop is left at the first block of that scale; the picture is decoded from what the quantiser has summed up by then.
-    scale_of(layer's attention, given): the scale of a block's call.
+    The loop is left when the quantiser has summed up the scales before; the picture is decoded from that. passes: how many
+    times it sums before that one; what runs the blocks, and how, is of no matter.
     """
     check_from(found, from_scale, 1)
     undos = Undos()
     summed: list[Tensor] = []
 
-    def first_block(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        if scale_of(found.attentions[0], kwargs) >= from_scale:
-            raise _Enough
-        return inner(*args, **kwargs)
-
     def next_input(inner: Any, *args: Any, **kwargs: Any) -> Any:
         f_hat, following = inner(*args, **kwargs)
         summed[:] = [f_hat]
+        if int(kwargs["si"] if "si" in kwargs else args[0]) >= passes:
+            raise _Enough
         return f_hat, following
 
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,7 +83,6 @@ def stop_before(found: Parts, from_scale: int, scale_of: Any) -> Undos:
         finally:
             summed.clear()
 
-    undos.add(replace_method(found.blocks[0], "forward", first_block))
     undos.add(replace_method(found.model.vae_quant_proxy[0], "get_next_autoregressive_input", next_input))
     undos.add(replace_method(found.model, GENERATE, generate))
     return undos
@@ -99,19 +95,22 @@ def run_half(found: Parts, from_scale: int, scale_of: Any, cut: Any) -> Drop:
     logits are equal and their mixture is the conditional one, but for the rounding of (1 + t) l - t l.
     cut(given, half): a block's keywords with the conditional rows alone.
     """
-    drop = Drop(found, from_scale)
+    drop, halved = Drop(found, from_scale), False  # halved: the rows that logits are asked for are one half, twice
 
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        drop.half = int(bound(found, args, kwargs)["B"])
+        nonlocal halved
+        drop.half, halved = int(bound(found, args, kwargs)["B"]), False
         try:
             return inner(*args, **kwargs)
         finally:
-            drop.half = 0
+            drop.half, halved = 0, False
 
     def block(i: int) -> Any:
         def forward(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal halved
             attention = found.attentions[i]
-            if not drop.half or not attention.caching or scale_of(attention, kwargs) < from_scale:
+            halved = bool(drop.half) and attention.caching and scale_of(attention, kwargs) >= from_scale
+            if not halved:
                 return inner(*args, **kwargs)
             drop.cut_caches(attention)
             x = inner(*args, **cut(kwargs, drop.half))
@@ -120,8 +119,7 @@ def run_half(found: Parts, from_scale: int, scale_of: Any, cut: Any) -> Drop:
         return forward
 
     def get_logits(inner: Any, x: Any, cond_BD: Tensor) -> Tensor:
-        first = found.attentions[0]
-        if not drop.half or first.cached_k is None or first.cached_k.shape[0] != drop.half:
+        if not halved:
             return inner(x, cond_BD)
         logits = inner(x[: drop.half], cond_BD[: drop.half])
         return torch.cat((logits, logits))

@@ -62,7 +62,7 @@ def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:
     """Leaves out the scales from `from_scale` on; the picture is decoded from what was summed up before."""
-    return stop_before(found, from_scale, _scale_of(found))
+    return stop_before(found, from_scale, from_scale)  # what comes before the first grid is summed too
 
 
 def drop_unconditional(found: Parts, from_scale: int) -> Undos:

@@ -51,7 +51,7 @@ def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:
     """Leaves out the scales from `from_scale` on; the picture is decoded from what was summed up before."""
-    return stop_before(found, from_scale, _scale_of(found))
+    return stop_before(found, from_scale, from_scale - 1)
 
 
 def drop_unconditional(found: Parts, from_scale: int) -> Undos:
@@ -64,12 +64,13 @@ def _cut(given: dict[str, Any], half: int) -> dict[str, Any]:
 
 
 def _scale_of(found: Parts) -> Any:
-    """No call says its scale; the attention's cache tells how many tokens came before."""
+    """No call says its scale; its number of tokens does, as every grid is larger than the one before."""
     assert found.schedule is not None
-    starts, per_token = {n: s for s, n in enumerate(found.schedule.starts)}, found.heads * found.head_dim
+    scales = {found.schedule.num_queries(s): s for s in range(len(found.schedule))}
+    if len(scales) != len(found.schedule):
+        raise ValueError(f"patch_nums {tuple(found.model.patch_nums)}: two grids are alike, want each larger than the one before")
 
-    def scale_of(attention: Any, _given: dict[str, Any]) -> int:
-        k = attention.cached_k
-        return 0 if k is None else starts[k.numel() // (k.shape[0] * per_token)]
+    def scale_of(_attention: Any, given: dict[str, Any]) -> int:
+        return scales[given["x"].shape[1]]
 
     return scale_of

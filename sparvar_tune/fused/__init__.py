@@ -16,7 +16,7 @@ from sparvar_tune.fused.stack import Stack
 
 __all__ = ["PATHS", "STACKS", "FusedPath", "OnPath", "attach", "put_on", "stack_of"]
 
-STACKS = {"infinity": "sparvar_tune.fused.infinity"}
+STACKS = {family: f"sparvar_tune.fused.{family}" for family in ("infinity", "hart", "var")}
 
 
 def stack_of(found: Parts) -> Stack:

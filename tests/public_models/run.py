@@ -17,7 +17,7 @@ import adapter_checks as checks
 import lookalikes
 
 from public_models import tiny_hart, tiny_infinity, tiny_var
-from sparvar_tune import adapters
+from sparvar_tune import adapters, fused
 from sparvar_tune.adapters.cross_attention import varlen_cross_attention
 
 
@@ -33,6 +33,30 @@ def common(driven, options: str = "", **given) -> None:
     say(driven, checks.dense_and_undo(driven, **given), **shown)
     for policy in ("windows", "reuse"):
         say(driven, checks.sparse_is_the_oracle(driven, policy, **given), **shown)
+
+
+def fused_path(driven, **given) -> dict[str, bool]:
+    """The block stack as one, dense and sparse, against the untouched model and the attention path; undone, nothing is left.
+
+    In half precision the first scale is compared: behind it a token that fell the other way may change all the rest.
+    """
+
+    def near(ours: checks.Drawn, want: checks.Drawn) -> bool:
+        found = [float((a - b).norm() / b.norm()) for a, b in zip(ours.logits, want.logits, strict=True)]
+        return max(found) < 1e-5 if driven.dtype == "fp32" else found[0] < 2e-2
+
+    before, plain = checks.everything(driven), checks.draw(driven, **given)
+    attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), len(driven.grids()))["reuse"])
+    with adapters.apply(driven.model, attend):
+        sparse = checks.draw(driven, **given)
+    found = {}
+    for name, own, want in (("dense", None, plain), ("sparse", attend, sparse)):
+        with fused.put_on(*adapters.recognise(driven.model), own, "fused") as path:
+            first, again = (checks.draw(driven, **given) for _ in range(2))
+            ran = path.why_not_fused is None
+        found[f"fused, {name}: close"] = ran and near(first, want) and near(again, want)
+    undone = checks.same(checks.draw(driven, **given), plain) and checks.everything(driven) == before
+    return found | {"fused, undone = untouched": undone}
 
 
 def accelerate_hooks(driven) -> dict[str, bool]:
@@ -115,8 +139,9 @@ def run_hart(checkout: str) -> None:
         options = "flash layout" if flash else ""
         common(tiny, options)
         common(tiny, options, batch=2)
-        say(tiny, checks.half_and_skip(tiny), options=options)
-        say(tiny, checks.half_and_skip(tiny, 2), options=options, batch=2)
+        for batch in (1, 2):
+            say(tiny, checks.half_and_skip(tiny, batch), options=options, batch=batch)
+            say(tiny, fused_path(tiny, batch=batch), options=options, batch=batch)
         if not flash:
             say(tiny, checks.exception_mid_image(tiny))
             say(tiny, checks.undo_in_any_order(tiny))
@@ -131,6 +156,8 @@ def run_var(checkout: str) -> None:
         common(tiny, options)
         common(tiny, options, batch=2)
         say(tiny, checks.half_and_skip(tiny), options=options)
+        for batch in (1, 2):
+            say(tiny, fused_path(tiny, batch=batch), options=options, batch=batch)
         if kernel == "slow":
             say(tiny, checks.exception_mid_image(tiny), options=options)
             say(tiny, checks.undo_in_any_order(tiny), options=options)
