@@ -74,7 +74,8 @@ class Workspace:
         from sparvar_kernels.backends.triton.binary import compile_for
 
         scales = range(len(self.schedule))
-        builds = list(stack.builds([self.schedule.num_queries(s) for s in scales]))
+        lengths = [*filter(None, [self.schedule.prefix]), *(self.schedule.num_queries(s) for s in scales)]
+        builds = list(stack.builds(lengths))
         for attend in self.sparse:
             first = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
             p = first[0]

@@ -50,6 +50,7 @@ class HartStack:
     def __init__(self, found: Parts) -> None:
         self.found = found
         self.blocks: list[Block] = []
+        self.held = torch.float32
         self.rotation = torch.empty(0)
 
     def why_not(self) -> str | None:
@@ -80,8 +81,22 @@ class HartStack:
 
     def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
         x, places = given["x"], schedule.num_keys(len(schedule) - 1)
-        self.blocks = [Block(block, dtype, x.dtype) for block in self.found.blocks]
+        self.held = x.dtype  # what the stream is kept in
+        self.blocks = [Block(block, dtype, self.held) for block in self.found.blocks]
         self.rotation = torch.empty(rows, places, self.found.head_dim, 2, device=x.device)
+
+    def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
+        from sparvar_kernels.path.triton.append import TURNS, append_build
+        from sparvar_kernels.path.triton.gated_silu import gated_silu_build
+        from sparvar_kernels.path.triton.residual_norm import residual_norm_build
+
+        block, found = self.blocks[0], self.found
+        dtype, width, turn = block.qkv.dtype, block.weight.shape[0], TURNS["rotate_half"]
+        cosine = {"normalise": block.cosine, "scaled": block.cosine}
+        made: list[Any] = [append_build(dtype, found.head_dim, found.heads, n, turn=turn, **cosine) for n in lengths]
+        weight, update = {"weight": block.weight.dtype}, {"update": dtype}
+        made += [residual_norm_build(self.held, dtype, width, "rms", True, o) for o in (weight, update | weight)]
+        return [*made, residual_norm_build(self.held, self.held, width, "none", True, update), gated_silu_build(dtype)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """The table of all places, by the model's own rotary modules and as they round it."""

@@ -69,6 +69,17 @@ class VarStack:
         self.blocks = [Block(block, dtype) for block in self.found.blocks]
         self.modulation = torch.empty(self.found.layers, 6, rows, x.shape[2], device=x.device)
 
+    def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
+        from sparvar_kernels.path.triton.append import NO_TURN, append_build
+        from sparvar_kernels.path.triton.residual_norm import residual_norm_build
+
+        block, found, width = self.blocks[0], self.found, self.modulation.shape[3]
+        dtype, fp32, cosine = block.qkv.dtype, torch.float32, {"normalise": block.cosine, "scaled": block.cosine}
+        made: list[Any] = [append_build(dtype, found.head_dim, found.heads, n, turn=NO_TURN, **cosine) for n in lengths]
+        modulated, gated = dict.fromkeys(("scale", "shift"), fp32), {"update": dtype, "gate": fp32}
+        made += [residual_norm_build(fp32, dtype, width, "layer", True, o) for o in (modulated, gated | modulated)]
+        return [*made, residual_norm_build(fp32, fp32, width, "none", True, gated)]
+
     def begin(self, given: Mapping[str, Any]) -> None:
         condition = given["cond_BD"]
         for i, block in enumerate(self.found.blocks):
