@@ -22,7 +22,7 @@ from sparvar_tune.profile.store import write_atomic
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab.whole_image", description="whole pictures of public models on this GPU")
     commands = parser.add_subparsers(dest="command", required=True)
-    for family in ("infinity",):
+    for family in ("infinity", "hart", "var"):
         one = commands.add_parser(family)
         one.add_argument("checkout")
         one.add_argument("model")

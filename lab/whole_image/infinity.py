@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab.whole_image.decoding import Decoding
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters import flash_attn_stand_in
 from sparvar_tune.catalog.models import MODELS
@@ -68,40 +69,22 @@ class PublicInfinity:
         generator = torch.Generator("cuda").manual_seed(7)
         self.text = torch.randn(images * TEXT, 2048, generator=generator, device="cuda")
         self.ends = torch.arange(0, (images + 1) * TEXT, TEXT, dtype=torch.int32, device="cuda")
-        self.decoding: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        decode = self.coder.decode
-
-        def timed(z: Tensor) -> Tensor:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            out: Tensor = decode(z)
-            end.record()
-            self.decoding.append((begin, end))
-            return out
-
-        self.coder.decode = timed
+        self.decoding = Decoding(self.coder, "decode")
 
     def _triples(self) -> list[tuple[int, int, int]]:
         return [(1, h, w) for h, w in self.schedule.grids]
 
-    def draw(self, cfg: list[float] | None = None) -> Tensor:
+    def draw(self) -> Tensor:
         """[B, H, W, 3] uint8, as tools/run_infinity.py draws it."""
         n = len(self.schedule)
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=True), torch.no_grad():
             _, _, pictures = self.model.autoregressive_infer_cfg(
                 vae=self.coder, scale_schedule=self._triples(), B=self.images, g_seed=0, cfg_sc=3,
                 label_B_or_BLT=(self.text, [TEXT] * self.images, self.ends, TEXT),
-                cfg_list=cfg or [4.0] * n, tau_list=[1.0] * n, top_k=900, top_p=0.97, returns_vemb=1, cfg_insertion_layer=[0],
+                cfg_list=[4.0] * n, tau_list=[1.0] * n, top_k=900, top_p=0.97, returns_vemb=1, cfg_insertion_layer=[0],
                 vae_type=32, ret_img=True, gt_leak=0, inference_mode=True,
             )  # fmt: skip
         out: Tensor = pictures
-        return out
-
-    def decode_ms(self) -> list[float]:
-        """Device time of every decoding since the last call."""
-        torch.cuda.synchronize()
-        out = [begin.elapsed_time(end) for begin, end in self.decoding]
-        self.decoding.clear()
         return out
 
 

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
+from lab.whole_image.hart import PublicHart
 from lab.whole_image.infinity import PublicInfinity
 from lab.whole_image.ladder import Way, climb, cudnn, flash, peak_bytes, using, wall_ms
 from lab.whole_image.layers import compare
+from lab.whole_image.var import PublicVar
 from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.geometry.scales import Tile
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Csla
 from sparvar_tune import adapters, fused
-from sparvar_tune.policy_search.menu import paper_policy, paper_windows
+from sparvar_tune.policy_search.menu import paper_policy, paper_sinks, paper_windows
 from sparvar_tune.profile.machine import version_of
 from sparvar_tune.runtime.load import load_profile
 
@@ -40,9 +42,10 @@ def attention_of(parts: Any, driven: Any, which: str) -> SparseAttention:
         policy, launches = paper_policy(schedule, parts.layers, parts.heads), {}
     else:
         last = range(len(schedule) - CSLA_FROM, len(schedule))
-        window = Csla(paper_windows(schedule), 5, Tile(8, 8))
+        window = Csla(paper_windows(schedule), paper_sinks(schedule), Tile(8, 8))
         policy = Policy.uniform(parts.layers, parts.heads, dict.fromkeys(last, window))
-        config = TritonConfig(block_m=64, block_n=64, num_warps=4, num_stages=5, fetchers=4)
+        fetchers = 4 if parts.head_dim == 128 else 0  # as the kernel table's best
+        config = TritonConfig(block_m=64, block_n=64, num_warps=4, num_stages=5, fetchers=fetchers)
         launches = {s: Launch("triton", config) for s in last}
     return SparseAttention(
         policy, schedule, softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound, launches=launches
@@ -98,7 +101,7 @@ class Ways:
 
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
-    driven = PublicInfinity(args.checkout, args.model, args.images, args.large)
+    driven = _open(args)
     torch.cuda.synchronize()
     loaded = torch.cuda.memory_allocated()
     say(f"{args.model}: {loaded / 2**30:.1f} GiB of weights made in {time.monotonic() - begun:.0f} s")
@@ -145,9 +148,15 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
     ]  # fmt: skip
     only = tuple(filter(None, args.only.split(",")))
     chosen = {way.name: way for way in made if not only or way.name.startswith(only)}
-    driven.decode_ms()
+    driven.decoding.ms()
     found = climb(driven.draw, chosen, args.rounds, args.profiled, say)
-    yield {"ways": found, "decoder_ms": driven.decode_ms()}
+    yield {"ways": found, "decoder_ms": driven.decoding.ms()}
+
+
+def _open(args: argparse.Namespace) -> Any:
+    if args.command == "infinity":
+        return PublicInfinity(args.checkout, args.model, args.images, args.large)
+    return {"var": PublicVar, "hart": PublicHart}[args.command](args.checkout, args.model, args.images)
 
 
 def _host() -> str:
