@@ -234,9 +234,9 @@ def test_gpu_graphs_are_the_eager_path_bit_for_bit(name, monkeypatch):
     monkeypatch.setattr(binary, "compile_for", lambda b, c: (ahead if begun else late).add(b) or own_for(b, c))
     binary.launcher.cache_clear()
     kinds, found = [{}, {}, {"batch": 2}, {"batch": 2}, {"batch": 2}, {}, {}, {"batch": 2, "cfg": 1.0}], []
-    with torch.device("cuda"):
+    with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
         driven = block_lookalikes.Infinity()
-        driven.model.bfloat16().rng = torch.Generator("cuda")
+        driven.model.rng = torch.Generator("cuda")
         scales = len(driven.grids())
         attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), scales)[name])
         for graphs in (False, True):
