@@ -16,9 +16,10 @@ from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Adapter, Family, Pair, Parts, Undoable
 from sparvar_tune.adapters.registry import FAMILIES, families, recognise
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.generation import why_not_steps
 
 __all__ = [
-    "ADAPTERS", "FAMILIES", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "drop_unconditional", "families",
+    "ADAPTERS", "FAMILIES", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "attach", "drop_unconditional", "families",
     "flash_attn_stand_in", "load_adapter", "recognise", "skip_scales",
 ]  # fmt: skip
 
@@ -33,9 +34,18 @@ def load_adapter(model: Model, device: str) -> Adapter:
 
 
 def apply(model: Any, attend: SparseAttention) -> Undoable:
-    """Makes `model` use `attend`; `undo()` of what it returns takes it back. Raises ValueError, in one line, for a model that
-    no adapter knows or that the policy does not fit."""
+    """Makes `model` use `attend` and do the generation steps of its policy; `undo()` of what it returns takes it back.
+
+    Raises ValueError, in one line, for a model that no adapter knows or that the policy does not fit."""
     family, parts = recognise(model)
+    return attach(family, parts, attend)
+
+
+def attach(family: Family, parts: Parts, attend: SparseAttention) -> Undoable:
+    """`apply` to a model that was recognised."""
+    reason = why_not_steps(attend.policy.steps, getattr(family, "STEPS", ()), f"the {parts.family} adapter")
+    if reason:
+        raise ValueError(f"this profile does not fit the model: {reason}")
     return family.attach(parts, attend)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters import live_attention
-from sparvar_tune.adapters.guidance import run_half, stop_before
+from sparvar_tune.adapters.guidance import run_half, stop_before, take_steps
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
@@ -53,11 +53,8 @@ def parts(model: Any) -> Parts:
 
 
 def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
-    """Makes the model use `attend`."""
-    live = live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias")
-    if attend.skip_scales:
-        live.add(skip_scales(found, attend.skip_scales[0]))
-    return live
+    """Makes the model use `attend` and do its policy's steps."""
+    return take_steps(live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias"), STEPS)
 
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:
@@ -71,6 +68,9 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     The diffusion head keeps its own guidance, which then mixes two equal halves.
     """
     return run_half(found, from_scale, _scale_of(found), _cut)
+
+
+STEPS = {"skip_scales": skip_scales, "drop_unconditional": drop_unconditional}
 
 
 def _cut(given: dict[str, Any], half: int) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters import live_attention
 from sparvar_tune.adapters.cross_attention import give_cross_attention
-from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
+from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from, take_steps
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
-from sparvar_tune.adapters.live_attention import LiveAttention
+from sparvar_tune.adapters.live_attention import LiveAttention, schedule_of
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
@@ -60,14 +60,12 @@ def parts(model: Any) -> Parts:
 
 
 def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
-    """Makes the model use `attend`, and our cross-attention where its code finds no flash-attn."""
+    """Makes the model use `attend`, do its policy's steps, and use our cross-attention where its code finds no flash-attn."""
     live = live_attention.attach(
         found, attend, ATTENTION.parameters, bias="attn_bias_or_two_vector", schedule="scale_schedule", without=("attn_fn",)
     )
     live.add(give_cross_attention(found))
-    if attend.skip_scales:
-        live.add(skip_scales(found, attend.skip_scales[0]))
-    return live
+    return take_steps(live, STEPS)
 
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:
@@ -77,6 +75,8 @@ def skip_scales(found: Parts, from_scale: int) -> Undos:
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(found, args, kwargs)
         given.pop("self", None)
+        if _is_other(found, given):
+            return inner(**given)
         return inner(**{**given, "trunk_scale": min(from_scale, given.get("trunk_scale", from_scale))})
 
     undos = Undos()
@@ -91,6 +91,8 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(found, args, kwargs)
         given.pop("self", None)
+        if _is_other(found, given):
+            return inner(**given)
         cfgs = list(given["cfg_list"])
         given["cfg_list"] = cfgs[:from_scale] + [1] * (len(cfgs) - from_scale)
         drop.half = given.get("B", 1) if any(c != 1 for c in given["cfg_list"]) else 0
@@ -119,3 +121,11 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
         drop.add(replace_method(module, "forward", block(attention)))
     drop.add(replace_method(found.model, GENERATE, generate))
     return drop
+
+
+STEPS = {"skip_scales": skip_scales, "drop_unconditional": drop_unconditional}
+
+
+def _is_other(found: Parts, given: dict[str, Any]) -> bool:
+    """Whether an image has another schedule than a policy's, whose certificate then says nothing."""
+    return found.schedule is not None and schedule_of(given.get("scale_schedule")) != found.schedule

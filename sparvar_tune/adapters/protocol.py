@@ -7,7 +7,7 @@ functions of `Family`; `registry.py` lists them, and the entry points `sparvar_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,12 +38,15 @@ class Adapter(Protocol):
     num_classes: int
     dense: Any  # the dense attention callable, the baseline; `dense_name` names it
     dense_name: str
+    steps: Collection[str] = ()  # kinds of generation steps that `finish` does where the attention's policy has them
 
     def start(self, pair: Pair, until: int) -> Any:
         """State of the dense generation of `pair` before scale `until`."""
 
     def finish(self, state: Any, attend: Any, redraw_from: int | None = None) -> Tensor:
-        """Picture [1, 3, H, W] in 0..1 from `state` on with `attend`; other noise from scale `redraw_from` on."""
+        """Picture [1, 3, H, W] in 0..1 from `state` on with `attend`; other noise from scale `redraw_from` on.
+
+        `attend.skip_scales` are left out; `attend.policy.steps` says what else the generation does otherwise."""
 
     def classes(self) -> Sequence[str]:
         """Names of the classes, by index."""
@@ -105,4 +108,6 @@ class Family(Protocol):
         """The parts of a model for which `why_not` found nothing."""
 
     attach: Callable[[Parts, SparseAttention], Undoable]
-    """Makes the model use sparse attention; raises ValueError when the two do not fit."""
+    """Makes the model use sparse attention and do its policy's steps; raises ValueError when they do not fit."""
+
+    # STEPS: the kinds of generation steps that `attach` can do (sparvar_tune/generation). A family without it can do none.

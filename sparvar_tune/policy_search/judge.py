@@ -8,7 +8,7 @@ well: a machine that is busy now and idle in an hour changes both times, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, pvariance, stdev
 from typing import Any
@@ -19,6 +19,7 @@ from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.catalog.metrics import LEAD, METRICS
+from sparvar_tune.generation import why_not_steps
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
 from sparvar_tune.policy_search.menu import Table, assign, decision_scale, fixed_points
@@ -49,9 +50,18 @@ def build_policy(knobs: Knobs, adapter: Adapter, table: Table, points: Mapping[s
 
 
 def make_attention(adapter: Adapter, policy: Policy, launches: Mapping[int, Launch] | None = None) -> SparseAttention:
+    """A policy's attention for the model of `adapter`. Raises ValueError for a generation step that the adapter cannot do."""
+    reason = why_not_steps(policy.steps, steps_of(adapter), f"the adapter of {adapter.model.slug}")
+    if reason:
+        raise ValueError(f"policy: {reason}")
     return SparseAttention(
         policy, adapter.schedule, softmax_scale=adapter.softmax_scale, logit_bound=adapter.logit_bound, launches=launches
     )  # fmt: skip
+
+
+def steps_of(adapter: Adapter) -> Collection[str]:
+    """Kinds of generation steps an adapter can do; one that says nothing can do none."""
+    return getattr(adapter, "steps", ())
 
 
 def first_touched(adapter: Adapter) -> int:

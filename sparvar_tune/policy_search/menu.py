@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
 from sparvar_kernels.policy import Policy, Rule
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
+from sparvar_tune.generation import SkipScales
 
 PAPER_WINDOWS = (1, 1, 3, 5, 7)  # the last five key scales; the ones before are sinks or unseen
 WIDE_WINDOWS = (1, 3, 5, 9, 13)
@@ -73,7 +74,7 @@ def fixed_points(
     out = dict(shipped or {})
     if len(schedule) >= PAPER_SCALES:
         out["paper"] = paper_policy(schedule, layers, heads)
-    return out | {"drop last scale": Policy(("A" * heads,) * layers, (), (len(schedule) - 1,))}
+    return out | {"drop last scale": Policy(("A" * heads,) * layers, (), (SkipScales.last(schedule),))}
 
 
 def decision_scale(schedule: ScaleSchedule) -> int:

@@ -24,7 +24,8 @@ from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import CUSTOM, PRESETS
-from sparvar_tune.profile.identity import first_meaning
+from sparvar_tune.generation import SkipScales
+from sparvar_tune.profile.identity import first_meaning, used_by
 from sparvar_tune.profile.reader import Reader, ReadError, sealed_text, to_plain, unique_keys, why_not_sealed
 
 if TYPE_CHECKING:
@@ -368,7 +369,7 @@ class Profile:
         reason = why_not_sha256("kernel_hash", self.kernel_hash)
         if reason:
             return reason
-        used = {r.variant.kind for r in self.policy.rules} | {row.kernel for row in self.rows}
+        used = used_by(self.policy) | {row.kernel for row in self.rows}
         if not used <= {name for name, _ in self.meaning} or any(n < 1 for _, n in self.meaning):
             return f"meaning: got {dict(self.meaning)}, want numbers >= 1, one for each of {', '.join(sorted(used)) or 'nothing'}"
         w = self.workload
@@ -443,7 +444,7 @@ def from_json(text: str, where: str, *, check_seal: bool = True) -> Profile:
     try:
         # fields first: what is wrong with one says more than that the sum is off
         fields = {k: v for k, v in data.items() if k != "checksum"} if isinstance(data, dict) else data
-        profile = read(_with_metrics(from_schema_2(fields) if schema == 2 else fields))
+        profile = read(_with_skip(_with_metrics(from_schema_2(fields) if schema == 2 else fields)))
     except ReadError as error:
         raise ProfileError(f"{where}: {one_line(str(error))}; tune again or restore the file") from None
     edited = why_not_sealed(data) if check_seal else None
@@ -485,6 +486,14 @@ def _with_metrics(data: Any) -> Any:
     }
     kept = {name: value for name, value in flat.items() if not any(name in names for names in columns.values())}
     return data | {"evidence": kept | {"metrics": metrics}}
+
+
+def _with_skip(data: Any) -> Any:
+    """The values of a file from before steps of the generation had meanings, as today's have them."""
+    policy, meaning = (data.get("policy"), data.get("meaning")) if isinstance(data, dict) else (None, None)
+    if not isinstance(policy, dict) or not isinstance(meaning, dict) or not policy.get("skip_scales"):
+        return data
+    return data | {"meaning": {SkipScales.kind: 1} | meaning}
 
 
 def read(data: Any) -> Profile:

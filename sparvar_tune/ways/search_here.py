@@ -150,7 +150,7 @@ def tune(
         looked_at = set[Policy]()
         for candidate in candidates(done):
             policy = build_policy(candidate.knobs, adapter, table, points)
-            nothing = not policy.rules and not policy.skip_scales  # dense everywhere is no result
+            nothing = not policy.rules and not policy.steps  # dense everywhere is no result
             if candidate.verdict.shortfall_db > -needed or nothing or policy in looked_at:
                 continue
             if attempt == len(SHARES):
