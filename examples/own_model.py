@@ -24,7 +24,7 @@ class TinyAdapter(Adapter):
         self.model, self.schedule, self.device = model, SCHEDULE, device
         self.qkv = [torch.randn(HEADS * DIM, 3 * HEADS * DIM, device=device) / 8 for _ in range(LAYERS)]
         self.softmax_scale, self.logit_bound, self.temperature = 1.0, 10.0, 1.0
-        self.weights_sha256, self.num_classes, self.steps = "0" * 64, 10, ("skip_scales",)
+        self.weights_sha256, self.num_classes = "0" * 64, 10
         self.dense, self.dense_name = SparseAttention(Policy(("A" * HEADS,) * LAYERS, ()), SCHEDULE), "all dense"
 
     def start(self, pair: tuple[int, int], until: int):

@@ -19,6 +19,7 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.oracle import reference_attention
 from sparvar_kernels.variants import Dense
 from sparvar_tune import adapters
+from sparvar_tune.generation import DropUnconditional, SkipScales
 
 NAMES = ("slow_attn", "flash_attn_func", "memory_efficient_attention")
 
@@ -268,6 +269,31 @@ def scales_skipped(driven, **own) -> dict[str, bool]:
         "scales skipped = trunk_scale": same(got, want),
         "after skipping = untouched": same(plain, draw(driven)),
     }
+
+
+def policy_steps(driven, batch: int = 1, **own) -> dict[str, bool]:
+    """Both steps of one policy: the unconditional half dropped for the last three scales, the last of them left out.
+
+    own: what draws that with the untouched model, where it can say so; elsewhere its rows are replaced from outside.
+    """
+    _, parts = adapters.recognise(driven.model)
+    scales = len(driven.grids())
+    drop, last = scales - 3, scales - 1
+    plain = draw(driven, batch=batch)
+    prefix = parts.schedule.prefix if parts.schedule else 0
+    want = draw(driven, batch=batch, **own) if own else rows_replaced(driven, drop, prefix, batch=batch)
+    policy = Policy(("AB",) * len(driven.blocks), (), (SkipScales((last,)), DropUnconditional(drop)))
+    with no_warnings(), adapters.apply(driven.model, attention_of(driven, policy)[0]):
+        got = draw(driven, batch=batch)
+    with adapters.skip_scales(driven.model, last), adapters.drop_unconditional(driven.model, drop):
+        apart = draw(driven, batch=batch)
+    cut = Drawn(got.pictures, want.logits[: len(got.logits)])
+    return {
+        "a policy's steps = guidance 1 and fewer scales": same(got, want) if own else near(got, cut, driven.dtype),
+        "a policy's steps = each put in alone": same(got, apart) and len(got.logits) == last + bool(prefix) * (not own),
+        "a policy's steps change the picture": not same(got, Drawn(plain.pictures, plain.logits[: len(got.logits)])),
+        "after a policy's steps = untouched": same(plain, draw(driven, batch=batch)),
+    }  # fmt: skip
 
 
 def other_schedule(driven) -> dict[str, bool]:

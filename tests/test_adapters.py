@@ -118,6 +118,12 @@ def test_a_policy_skips_its_scales(driven):
         assert checks.same(checks.draw(driven), want)
 
 
+@pytest.mark.parametrize("kind", ["infinity", "hart", "hart-flash-bf16", "var", "var-xformers"])
+def test_a_policy_does_its_steps(kind):
+    own = {"cfg": [3.0] * 3 + [1.0] * 3, "trunk_scale": 5} if kind == "infinity" else {}
+    hold(checks.policy_steps(KINDS[kind](), 2, **own))
+
+
 def test_hart_draws_its_last_grid_in_rounds_densely_and_says_why():
     driven = lookalikes.Hart()
     with applied(driven) as live, pytest.warns(UserWarning, match="tokens after .* are no scale"):

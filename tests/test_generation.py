@@ -212,7 +212,7 @@ def test_a_step_that_fails_takes_everything_back(monkeypatch):
         with pytest.raises(ValueError, match="dropped already"):
             sparvar_tune.apply(driven.model, tuned_with(driven, "infinity-2b", SkipScales((5,)), DropUnconditional(3)))
         assert checks.everything(driven) == during
-    monkeypatch.setattr(infinity, "STEPS", {"skip_scales": infinity.skip_scales})
+    monkeypatch.setattr(infinity, "STEPS", {"skip_scales": infinity.STEPS["skip_scales"]})
     with pytest.raises(ValueError, match="drop_unconditional: the infinity adapter cannot do that; it can do skip_scales"):
         sparvar_tune.apply(driven.model, tuned_with(driven, "infinity-2b", SkipScales((5,)), DropUnconditional(3)))
     assert checks.everything(driven) == before

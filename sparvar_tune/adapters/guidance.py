@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparvar_kernels.policy import Step
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import DROPPED, LiveAttention, close_caches
 from sparvar_tune.adapters.protocol import Parts
@@ -27,19 +28,24 @@ def check_from(found: Parts, from_scale: int, first: int) -> None:
         raise ValueError(f"from_scale={from_scale}: want {first}{' or more' if last is None else f'..{last}'}")
 
 
-def take_steps(live: LiveAttention, can: Mapping[str, Callable[[Parts, int], Undos]]) -> LiveAttention:
-    """Adds the steps of the policy that `live` runs, for images of its schedule; a step that raises takes everything back.
+def with_steps(live: LiveAttention, can: Mapping[str, Callable[[Parts, Step], Undos]]) -> LiveAttention:
+    """`live` with the steps of its policy, for images of its schedule; one that raises takes everything back.
 
-    can: by kind of step, what does it to a model from some scale on.
+    can: by kind of step, what does it to a model.
     """
     found = replace(live.parts, schedule=live.attend.schedule)
     try:
         for step in live.attend.policy.steps:
-            live.add(can[step.kind](found, step.from_scale))
+            live.add(can[step.kind](found, step))
     except BaseException:
         live.undo()
         raise
     return live
+
+
+def by_scale(change: Callable[[Parts, int], Undos]) -> Callable[[Parts, Step], Undos]:
+    """What does a step that is all said by the first scale it changes."""
+    return lambda found, step: change(found, step.from_scale)
 
 
 class Drop(Undos):

@@ -8,7 +8,7 @@ from typing import Any
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters import live_attention
 from sparvar_tune.adapters.cross_attention import give_cross_attention
-from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from, take_steps
+from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, by_scale, check_from, with_steps
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import LiveAttention, schedule_of
 from sparvar_tune.adapters.protocol import Parts
@@ -65,7 +65,7 @@ def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
         found, attend, ATTENTION.parameters, bias="attn_bias_or_two_vector", schedule="scale_schedule", without=("attn_fn",)
     )
     live.add(give_cross_attention(found))
-    return take_steps(live, STEPS)
+    return with_steps(live, STEPS)
 
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:
@@ -123,7 +123,7 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     return drop
 
 
-STEPS = {"skip_scales": skip_scales, "drop_unconditional": drop_unconditional}
+STEPS = {"skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional)}
 
 
 def _is_other(found: Parts, given: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.generation import SkipScales
 
 BOUNDS = {
     "paper": {"psnr": 29.48, "ssim": 0.92},  # its CS4A + CSLA on Infinity-8B, its table 1
@@ -38,7 +39,7 @@ class Adapter(Protocol):
     num_classes: int
     dense: Any  # the dense attention callable, the baseline; `dense_name` names it
     dense_name: str
-    steps: Collection[str] = ()  # kinds of generation steps that `finish` does where the attention's policy has them
+    steps: Collection[str] = (SkipScales.kind,)  # kinds of generation steps that `finish` does where `attend` has them
 
     def start(self, pair: Pair, until: int) -> Any:
         """State of the dense generation of `pair` before scale `until`."""

@@ -7,7 +7,7 @@ from typing import Any
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters import live_attention
-from sparvar_tune.adapters.guidance import run_half, stop_before, take_steps
+from sparvar_tune.adapters.guidance import by_scale, run_half, stop_before, with_steps
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
@@ -43,7 +43,7 @@ def parts(model: Any) -> Parts:
 
 def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
     """Makes the model use `attend` and do its policy's steps."""
-    return take_steps(live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias"), STEPS)
+    return with_steps(live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias"), STEPS)
 
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:
@@ -56,7 +56,7 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     return run_half(found, from_scale, _scale_of(found), _cut)
 
 
-STEPS = {"skip_scales": skip_scales, "drop_unconditional": drop_unconditional}
+STEPS = {"skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional)}
 
 
 def _cut(given: dict[str, Any], half: int) -> dict[str, Any]:

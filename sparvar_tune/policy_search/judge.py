@@ -60,8 +60,8 @@ def make_attention(adapter: Adapter, policy: Policy, launches: Mapping[int, Laun
 
 
 def steps_of(adapter: Adapter) -> Collection[str]:
-    """Kinds of generation steps an adapter can do; one that says nothing can do none."""
-    return getattr(adapter, "steps", ())
+    """Kinds of generation steps an adapter can do, also one that does not derive from `Adapter`."""
+    return getattr(adapter, "steps", Adapter.steps)
 
 
 def first_touched(adapter: Adapter) -> int:
