@@ -124,6 +124,11 @@ def test_a_policy_does_its_steps(kind):
     hold(checks.policy_steps(KINDS[kind](), 2, **own))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_infinity_keeps_to_a_budget_of_caches(batch):
+    hold(checks.caches_budgeted(lookalikes.Infinity(), batch))
+
+
 def test_hart_draws_its_last_grid_in_rounds_densely_and_says_why():
     driven = lookalikes.Hart()
     with applied(driven) as live, pytest.warns(UserWarning, match="tokens after .* are no scale"):

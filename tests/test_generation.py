@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import adapter_checks as checks
 import lookalikes
@@ -17,8 +18,10 @@ from sparvar_kernels import Policy, Pooled, Reuse, Rule, SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune import adapters
 from sparvar_tune.adapters import infinity
+from sparvar_tune.adapters.cache_budget import kept_rows, window_places
 from sparvar_tune.catalog.gpus import find_gpu
-from sparvar_tune.generation import STEPS, DropUnconditional, SkipScales, drop_from, skip_from, why_not_steps
+from sparvar_tune.catalog.models import find_model
+from sparvar_tune.generation import STEPS, CacheBudget, DropUnconditional, SkipScales, drop_from, skip_from, why_not_steps
 from sparvar_tune.policy_search.judge import make_attention
 from sparvar_tune.profile import identity, schema
 from sparvar_tune.profile.describe import describe
@@ -52,6 +55,55 @@ def test_illegal_steps(rules, steps, reason):
         SparseAttention(policy, SCHEDULE)
 
 
+BUDGET = CacheBudget(3, ((9, 8), (12, 8)), window=4)
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"from_scale": 0}, "want 1..4"), ({"from_scale": 4}, "want 1 rows"), ({"keys": ((9, 8), (12,))}, "of 2 layers"),
+    ({"window": 5}, "want a square"), ({"window": 16}, "at most 3x3"), ({"window": 0}, "want a square"), ({"pool": 4}, "odd"),
+    ({"keys": ((9, 8), (12, 3))}, "at least the window's 4"),
+])  # fmt: skip
+def test_illegal_budgets(changes, reason):
+    assert BUDGET.why_not(SCHEDULE, 2) is None and Policy(("AA",) * 2, (), (BUDGET,)).why_not(SCHEDULE, 2, 2) is None
+    assert reason in (dataclasses.replace(BUDGET, **changes).why_not(SCHEDULE, 2) or "")
+    before = Policy(("AA",) * 2, (Rule(2, "A", Pooled(1, 2)),), (BUDGET,))
+    assert before.why_not(SCHEDULE, 2, 2) is None
+    ruled = dataclasses.replace(before, rules=(Rule(3, "A", Pooled(1, 2)),))
+    assert "leaves out tokens from scale 3 on; scale 3 has a rule" in ruled.why_not(SCHEDULE, 2, 2)
+
+
+def test_published_budgets_fit_their_models():
+    for name in ("infinity-2b", "infinity-8b"):
+        model, step = find_model(name), CacheBudget.published(name)
+        assert step.why_not(model.schedule("1M", "1.000"), model.layers) is None
+        means = [sum(row) / model.layers for row in step.keys]
+        assert all(abs(mean - 650) < 1 for mean in means), "its 10 % are 650 keys a layer at every scale"
+    assert step.before(8, 2) == 909 and step.before(8, 3) == 629 and step.before(7, 0) is None and step.before(13, 0) is None
+
+
+@pytest.mark.parametrize("pool", [1, 3, 5])
+def test_kept_keys_are_the_window_and_those_of_the_best_scores(pool):
+    """Any choice among equal scores is right, so it is the scores that are held against each other; fp64, by hand."""
+    g = torch.Generator().manual_seed(pool)
+    q, keys, window = torch.randn(2, 3, 4, 8, generator=g), torch.randn(2, 3, 40, 8, generator=g), torch.tensor([25, 27, 33, 35])
+    kept = kept_rows(q, keys, window, 17, pool)
+    assert kept.shape == (2, 3, 17)
+    for row in range(2):
+        for head in range(3):
+            mine = kept[row, head].tolist()
+            assert mine == sorted(set(mine)) and set(window.tolist()) <= set(mine)
+            score = (q[row, head].double() @ keys[row, head].double().T).sum(0).tolist()
+            score = [-math.inf if i in window else s for i, s in enumerate(score)]
+            pooled = [max(score[max(0, i - pool // 2) : i + pool // 2 + 1]) for i in range(40)]
+            others, left = (set(s) - set(window.tolist()) for s in (mine, set(range(40)) - set(mine)))
+            assert min(pooled[i] for i in others) >= max(pooled[i] for i in left) - 1e-5
+
+
+def test_the_window_is_the_middle_of_an_even_division():
+    assert window_places((8, 8), 16).tolist() == [y * 8 + x for y in (0, 2, 4, 6) for x in (0, 2, 4, 6)]
+    assert window_places((9, 12), 4).tolist() == [1 * 12 + 2, 1 * 12 + 8, 5 * 12 + 2, 5 * 12 + 8]
+
+
 def test_what_a_policy_says_of_its_steps():
     policy = Policy(("AA",), (Rule(3, "A", Pooled(2, 2)),), BOTH)
     assert policy.why_not(SCHEDULE, 1, 2) is None and policy.skip_scales == (4,)
@@ -63,6 +115,7 @@ def test_what_a_policy_says_of_its_steps():
 
 
 def test_who_can_do_what():
+    assert list(STEPS) == ["skip_scales", "drop_unconditional", "cache_budget"]
     assert why_not_steps(BOTH, STEPS, "it") is None and why_not_steps((), (), "it") is None
     assert why_not_steps(BOTH, ("skip_scales",), "it") == "drop_unconditional: it cannot do that; it can do skip_scales"
 
@@ -84,7 +137,13 @@ def edited(made: schema.Profile, change) -> str:
     return sealed_text(data)
 
 
-@pytest.mark.parametrize("steps", [(), (SkipScales((6,)),), (DropUnconditional(4),), (SkipScales((6,)), DropUnconditional(4))])
+IN_FILES = CacheBudget(6, ((40, 30),), window=9)
+
+
+@pytest.mark.parametrize("steps", [
+    (), (SkipScales((6,)),), (DropUnconditional(4),), (SkipScales((6,)), DropUnconditional(4)), (IN_FILES,),
+    (DropUnconditional(4), IN_FILES),
+])  # fmt: skip
 def test_a_profile_keeps_its_steps(steps):
     made = holding(*steps)
     assert made.why_not() is None
@@ -109,6 +168,8 @@ def test_a_file_from_before_there_were_steps_keeps_what_it_skips():
     (lambda p: p["steps"][0].pop("from_scale"), "policy.steps[0].from_scale: missing"),
     (lambda p: p["steps"][0].update(from_scale="4"), "policy.steps[0].from_scale: got '4', want an integer"),
     (lambda p: p["steps"][0].update(from_scale=7), "steps[0]: drop_unconditional: from_scale=7, want 0..6"),
+    (lambda p: p["steps"].append({"kind": "cache_budget", "from_scale": 6, "keys": [[9, 2.5]], "window": 9, "pool": 5}),
+     "policy.steps[1].keys[0][1]: got 2.5, want an integer"),
     (lambda p: p.update(steps={}), "policy.steps: got a dict, want a list"),
     (lambda p: p.update(steps=p["steps"] * 9), "want a list of at most"),
     (lambda p: p.update(skip_scales=[6]), "policy.skip_scales: got it beside steps"),
@@ -177,10 +238,23 @@ def test_steps_and_rules_of_a_profile_together_are_the_oracle():
     assert len(got.logits) == 5 and checks.near(got, want, "fp32")
 
 
-def test_an_image_of_another_aspect_keeps_its_scales_and_both_halves():
+def test_rules_before_a_budget_are_the_oracle():
+    """Up to the scale where caches are cut, attention is as sparse as ever; from there on it is the model's own, and silent."""
+    driven, rules = lookalikes.Infinity(), (Rule(3, "A", Pooled(2, 2)), Rule(3, "B", Reuse(2)))
+    schedule, step = ScaleSchedule(tuple(driven.grids())), CacheBudget(4, ((20, 16) * 2, (24, 12) * 2), window=4, pool=1)
+    tuned = tuned_with(driven, "infinity-2b", step, rules=rules)
+    with checks.Reference(driven, dataclasses.replace(tuned.policy(), steps=()), schedule, thinned=4):
+        want = checks.cut_by_hand(driven, step, schedule)
+    with checks.no_warnings(), sparvar_tune.apply(driven.model, tuned):
+        got = checks.draw(driven)
+    assert checks.near(got, want, "fp32")
+
+
+def test_an_image_of_another_aspect_keeps_its_scales_halves_and_keys():
     driven = lookalikes.Infinity()
     plain = checks.draw(driven, aspect=1.5)
-    with sparvar_tune.apply(driven.model, tuned_with(driven, "infinity-2b", SkipScales((5,)), DropUnconditional(3))) as on:
+    steps = SkipScales((5,)), DropUnconditional(3), CacheBudget(4, ((20,) * 4, (24,) * 4), window=4)
+    with sparvar_tune.apply(driven.model, tuned_with(driven, "infinity-2b", *steps)) as on:
         with pytest.warns(UserWarning, match="own attention"):
             assert checks.same(checks.draw(driven, aspect=1.5), plain)
         assert "the profile is for" in on.why_dense

@@ -24,11 +24,13 @@ class Step(Protocol):
     """What a generation does otherwise, beside attention, such as leaving out scales. The kernels carry it and never run it.
 
     kind: its name in files. meaning: raised when the same fields come to stand for another picture. from_scale: the first scale
-    it changes. skips: scales that are not drawn because of it, so that no attention is called there.
+    it changes. skips: scales that are not drawn because of it, so that no attention is called there. thins: whether from then on
+    a call has other keys or queries than the schedule says, so that no rule can stand there.
     """
 
     kind: ClassVar[str]
     meaning: ClassVar[int]
+    thins: ClassVar[bool]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
@@ -36,8 +38,8 @@ class Step(Protocol):
     @property
     def skips(self) -> tuple[int, ...]: ...
 
-    def why_not(self, schedule: ScaleSchedule) -> str | None:
-        """Why it cannot be done on this schedule, or None."""
+    def why_not(self, schedule: ScaleSchedule, layers: int) -> str | None:
+        """Why it cannot be done on this schedule in a model of so many layers, or None."""
 
     def describe(self) -> str:
         """A few words for people."""
@@ -91,9 +93,9 @@ class Policy:
             decision = rule.variant.decision_scale
             if decision is not None and (decision, rule.head_class) in seen:
                 return f"rules[{i}]: decision scale {decision} must be dense for class {rule.head_class!r}, but has a rule"
-        return self._why_not_steps(schedule)
+        return self._why_not_steps(schedule, layers)
 
-    def _why_not_steps(self, schedule: ScaleSchedule) -> str | None:
+    def _why_not_steps(self, schedule: ScaleSchedule, layers: int) -> str | None:
         kinds = set()
         for i, step in enumerate(self.steps):
             if not isinstance(step, Step):
@@ -101,13 +103,16 @@ class Policy:
             if step.kind in kinds:
                 return f"steps[{i}]: a second {step.kind}"
             kinds.add(step.kind)
-            reason = step.why_not(schedule)
+            reason = step.why_not(schedule, layers)
             if reason:
                 return f"steps[{i}]: {reason}"
         skipped = self.skip_scales
         for i, step in enumerate(self.steps):
             if not step.skips and step.from_scale in skipped:
                 return f"steps[{i}]: {step.kind} begins at scale {step.from_scale}, which is skipped"
+            ruled = [r.scale_index for r in self.rules if step.thins and r.scale_index >= step.from_scale]
+            if ruled:
+                return f"steps[{i}]: {step.kind} leaves out tokens from scale {step.from_scale} on; scale {ruled[0]} has a rule"
         if any(r.scale_index in skipped for r in self.rules):
             return f"skip_scales={skipped}: a skipped scale has a rule"
         return None

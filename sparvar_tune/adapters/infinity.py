@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from torch import Tensor
+
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters import live_attention
+from sparvar_tune.adapters.cache_budget import keep_budget
 from sparvar_tune.adapters.cross_attention import give_cross_attention
 from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, by_scale, check_from, with_steps
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
@@ -123,7 +126,26 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     return drop
 
 
-STEPS = {"skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional)}
+def budget_caches(found: Parts, step: Any) -> Undos:
+    """Cuts every layer's cache to its budget (`generation/cache_budget.py`)."""
+    return keep_budget(found, step, _raw_queries, _named, _is_other)
+
+
+def _raw_queries(attention: Any, x: Tensor) -> Tensor:
+    """[B, N, H, D] of x [B, N, C] as the projection gives them."""
+    width = attention.num_heads * attention.head_dim
+    q: Tensor = attention.mat_qkv(x)[..., :width]
+    return q.unflatten(-1, (attention.num_heads, attention.head_dim))
+
+
+def _named(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of an attention's call by name."""
+    return {**dict(zip(ATTENTION.parameters, args, strict=False)), **kwargs}
+
+
+STEPS = {
+    "skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional), "cache_budget": budget_caches,
+}  # fmt: skip
 
 
 def _is_other(found: Parts, given: dict[str, Any]) -> bool:

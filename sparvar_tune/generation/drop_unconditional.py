@@ -20,12 +20,13 @@ class DropUnconditional:
     from_scale: int
     kind: ClassVar[str] = "drop_unconditional"
     meaning: ClassVar[int] = 1
+    thins: ClassVar[bool] = False
 
     @property
     def skips(self) -> tuple[int, ...]:
         return ()
 
-    def why_not(self, schedule: ScaleSchedule) -> str | None:
+    def why_not(self, schedule: ScaleSchedule, layers: int) -> str | None:
         if not 0 <= self.from_scale < len(schedule):
             return f"drop_unconditional: from_scale={self.from_scale}, want 0..{len(schedule) - 1}"
         return None

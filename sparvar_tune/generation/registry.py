@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from sparvar_kernels.policy import Step
+from sparvar_tune.generation.cache_budget import CacheBudget
 from sparvar_tune.generation.drop_unconditional import DropUnconditional
 from sparvar_tune.generation.skip_scales import SkipScales
 
-STEPS: dict[str, type[Step]] = {step.kind: step for step in (SkipScales, DropUnconditional)}
+STEPS: dict[str, type[Step]] = {step.kind: step for step in (SkipScales, DropUnconditional, CacheBudget)}
 
 
 def why_not_steps(steps: Iterable[Step], can: Collection[str], who: str) -> str | None:

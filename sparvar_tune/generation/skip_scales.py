@@ -18,6 +18,7 @@ class SkipScales:
     scales: tuple[int, ...]
     kind: ClassVar[str] = "skip_scales"
     meaning: ClassVar[int] = 1
+    thins: ClassVar[bool] = False
 
     @classmethod
     def last(cls, schedule: ScaleSchedule, scales: int = 1) -> SkipScales:
@@ -32,7 +33,7 @@ class SkipScales:
     def skips(self) -> tuple[int, ...]:
         return self.scales
 
-    def why_not(self, schedule: ScaleSchedule) -> str | None:
+    def why_not(self, schedule: ScaleSchedule, layers: int) -> str | None:
         want = tuple(range(len(schedule) - len(self.scales), len(schedule)))
         if not self.scales or self.scales != want or len(want) >= len(schedule):
             return f"skip_scales={self.scales}: want the last scales in order, such as {(len(schedule) - 1,)}"

@@ -127,6 +127,7 @@ def run_infinity(checkout: str) -> None:
         for batch in (1, 2):
             say(driven, checks.guidance_drop(driven, tail, batch), batch=batch)
         say(driven, checks.scales_skipped(driven, trunk_scale=scales - 2))
+        say(driven, checks.caches_budgeted(driven, 2), batch=2)
         say(driven, checks.policy_steps(driven, cfg=[3.0] * (scales - 3) + [1.0] * 3, trunk_scale=scales - 1))
     common(driven)
     common(driven, batch=2)
