@@ -7,6 +7,7 @@ import json
 import math
 
 import adapter_checks as checks
+import block_lookalikes
 import lookalikes
 import pytest
 import tiny
@@ -199,15 +200,15 @@ def test_a_step_of_another_meaning_is_left_out(monkeypatch):
 # In a model
 
 
-def tuned_with(driven, model: str, *steps, rules=()) -> Tuned:
+def tuned_with(driven, model: str, *steps, rules=(), layers: int = 4) -> Tuned:
     _, parts = adapters.recognise(driven.model)
     schedule = parts.schedule or ScaleSchedule(tuple(driven.grids()))
     base = example()
     w = dataclasses.replace(
-        base.workload, model=model, grids=schedule.grids, prefix=schedule.prefix, layers=4, heads=2, head_dim=16,
+        base.workload, model=model, grids=schedule.grids, prefix=schedule.prefix, layers=layers, heads=2, head_dim=16,
         softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound and 100.0,
     )  # fmt: skip
-    policy = Policy(("AB",) * 4, rules, steps)
+    policy = Policy(("AB",) * layers, rules, steps)
     meaning = identity.meaning_of(policy, [])
     return Tuned(find_gpu("cpu"), dataclasses.replace(base, policy=policy, rows=(), workload=w, meaning=meaning), None, ())
 
@@ -276,6 +277,23 @@ def test_a_profile_brings_its_steps_to_hart_and_var(kind, model):
     with adapters.skip_scales(driven.model, scales - 1), adapters.drop_unconditional(driven.model, scales - 3):
         assert checks.same(checks.draw(driven), both)
     assert checks.same(checks.draw(driven), plain) and checks.everything(driven) == before
+
+
+def test_steps_go_around_the_fused_path():
+    """The whole blocks run as one, the half is cut before the first of them; what works inside the blocks cannot be there."""
+    driven = block_lookalikes.Infinity()
+    before = checks.everything(driven)
+    tuned = tuned_with(driven, "infinity-2b", SkipScales((5,)), DropUnconditional(3), rules=(Rule(4, "A", Reuse(2)),), layers=3)
+    with sparvar_tune.apply(driven.model, tuned, "attention"):
+        want = checks.draw(driven)
+    with sparvar_tune.apply(driven.model, tuned, "fused", graphs=False) as on:
+        got = checks.draw(driven)
+        assert on.why_not_fused is None
+    assert len(got.logits) == 5 and checks.near(got, want, "fp32") and checks.everything(driven) == before
+    thin = tuned_with(driven, "infinity-2b", CacheBudget(4, ((20,) * 3, (24,) * 3), window=4), layers=3)
+    with pytest.raises(ValueError, match="cannot run as one: cache_budget works inside the model's own"):
+        sparvar_tune.apply(driven.model, thin, "fused", graphs=False)
+    assert checks.everything(driven) == before
 
 
 def test_a_step_that_fails_takes_everything_back(monkeypatch):

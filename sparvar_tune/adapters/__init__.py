@@ -15,8 +15,8 @@ from sparvar_tune.adapters.cross_attention import flash_attn_stand_in
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Adapter, Family, Pair, Parts, Undoable
 from sparvar_tune.adapters.registry import FAMILIES, families, recognise
+from sparvar_tune.adapters.steps import attach
 from sparvar_tune.catalog.models import Model
-from sparvar_tune.generation import why_not_steps
 
 __all__ = [
     "ADAPTERS", "FAMILIES", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "attach", "drop_unconditional", "families",
@@ -37,16 +37,7 @@ def apply(model: Any, attend: SparseAttention) -> Undoable:
     """Makes `model` use `attend` and do the generation steps of its policy; `undo()` of what it returns takes it back.
 
     Raises ValueError, in one line, for a model that no adapter knows or that the policy does not fit."""
-    family, parts = recognise(model)
-    return attach(family, parts, attend)
-
-
-def attach(family: Family, parts: Parts, attend: SparseAttention) -> Undoable:
-    """`apply` to a model that was recognised."""
-    reason = why_not_steps(attend.policy.steps, getattr(family, "STEPS", ()), f"the {parts.family} adapter")
-    if reason:
-        raise ValueError(f"this profile does not fit the model: {reason}")
-    return family.attach(parts, attend)
+    return attach(*recognise(model), attend)
 
 
 def drop_unconditional(model: Any, from_scale: int) -> Undos:

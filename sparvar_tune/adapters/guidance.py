@@ -7,16 +7,13 @@ scales is then 1: for Infinity exactly, bit for bit, what the untouched model dr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparvar_kernels.policy import Step
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
-from sparvar_tune.adapters.live_attention import DROPPED, LiveAttention, close_caches
+from sparvar_tune.adapters.live_attention import DROPPED, close_caches
 from sparvar_tune.adapters.protocol import Parts
 
 GENERATE = "autoregressive_infer_cfg"
@@ -26,26 +23,6 @@ def check_from(found: Parts, from_scale: int, first: int) -> None:
     last = None if found.schedule is None else len(found.schedule) - 1
     if from_scale < first or (last is not None and from_scale > last):
         raise ValueError(f"from_scale={from_scale}: want {first}{' or more' if last is None else f'..{last}'}")
-
-
-def with_steps(live: LiveAttention, can: Mapping[str, Callable[[Parts, Step], Undos]]) -> LiveAttention:
-    """`live` with the steps of its policy, for images of its schedule; one that raises takes everything back.
-
-    can: by kind of step, what does it to a model.
-    """
-    found = replace(live.parts, schedule=live.attend.schedule)
-    try:
-        for step in live.attend.policy.steps:
-            live.add(can[step.kind](found, step))
-    except BaseException:
-        live.undo()
-        raise
-    return live
-
-
-def by_scale(change: Callable[[Parts, int], Undos]) -> Callable[[Parts, Step], Undos]:
-    """What does a step that is all said by the first scale it changes."""
-    return lambda found, step: change(found, step.from_scale)
 
 
 class Drop(Undos):

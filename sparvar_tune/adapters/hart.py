@@ -7,10 +7,11 @@ from typing import Any
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters import live_attention
-from sparvar_tune.adapters.guidance import by_scale, run_half, stop_before, with_steps
+from sparvar_tune.adapters.guidance import run_half, stop_before
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.steps import by_scale
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
 ATTENTION = Shape(
@@ -53,8 +54,8 @@ def parts(model: Any) -> Parts:
 
 
 def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
-    """Makes the model use `attend` and do its policy's steps."""
-    return with_steps(live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias"), STEPS)
+    """Makes the model use `attend`."""
+    return live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias")
 
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:

@@ -11,10 +11,11 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters import live_attention
 from sparvar_tune.adapters.cache_budget import keep_budget
 from sparvar_tune.adapters.cross_attention import give_cross_attention
-from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, by_scale, check_from, with_steps
+from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import LiveAttention, schedule_of
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.steps import by_scale
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
 ATTENTION = Shape(
@@ -63,12 +64,12 @@ def parts(model: Any) -> Parts:
 
 
 def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
-    """Makes the model use `attend`, do its policy's steps, and use our cross-attention where its code finds no flash-attn."""
+    """Makes the model use `attend`, and our cross-attention where its code finds no flash-attn."""
     live = live_attention.attach(
         found, attend, ATTENTION.parameters, bias="attn_bias_or_two_vector", schedule="scale_schedule", without=("attn_fn",)
     )
     live.add(give_cross_attention(found))
-    return with_steps(live, STEPS)
+    return live
 
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:

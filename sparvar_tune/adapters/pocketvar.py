@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Adapter, Parts
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.generation import SkipScales
@@ -23,7 +24,7 @@ from sparvar_tune.pocketvar.model import CLASSES, DENSE, WEIGHTS, Attend, Genera
 YARDSTICKS = Path(__file__).parents[1] / "pocketvar" / "yardsticks.json"
 REDRAW = "dense, noise redrawn at the last two scales"
 DROP = "dense, last scale left out"
-STEPS = (SkipScales.kind,)  # its sampling reads them off the attention
+STEPS = {SkipScales.kind: lambda found, step: Undos()}  # its sampling reads it off the attention
 
 
 @lru_cache(maxsize=4)
@@ -34,7 +35,7 @@ def weights_hash(path: Path = WEIGHTS) -> str:
 class PocketAdapter(Adapter):
     """pocketvar, driven. It has no guidance, so there is no half to drop."""
 
-    steps = STEPS
+    steps = tuple(STEPS)
 
     def __init__(self, model: Model, device: str) -> None:
         self.model, self.device = model, device

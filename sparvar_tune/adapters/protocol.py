@@ -109,6 +109,7 @@ class Family(Protocol):
         """The parts of a model for which `why_not` found nothing."""
 
     attach: Callable[[Parts, SparseAttention], Undoable]
-    """Makes the model use sparse attention and do its policy's steps; raises ValueError when they do not fit."""
+    """Makes the model use sparse attention; raises ValueError when the two do not fit."""
 
-    # STEPS: the kinds of generation steps that `attach` can do (sparvar_tune/generation). A family without it can do none.
+    # STEPS: what does each kind of generation step that it can do (sparvar_tune/generation), as a function of the parts, whose
+    # schedule is the policy's, and the step, which returns an Undoable. A family without it can do none.
