@@ -116,7 +116,7 @@ def test_what_a_policy_says_of_its_steps():
 
 
 def test_who_can_do_what():
-    assert list(STEPS) == ["skip_scales", "drop_unconditional", "cache_budget"]
+    assert list(STEPS) == ["skip_scales", "drop_unconditional", "cache_budget", "prune_tokens"]
     assert why_not_steps(BOTH, STEPS, "it") is None and why_not_steps((), (), "it") is None
     assert why_not_steps(BOTH, ("skip_scales",), "it") == "drop_unconditional: it cannot do that; it can do skip_scales"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import LiveAttention, schedule_of
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.prune_tokens import prune_tokens
 from sparvar_tune.adapters.steps import by_scale
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
@@ -90,7 +92,7 @@ def skip_scales(found: Parts, from_scale: int) -> Undos:
 
 def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     """Runs the conditional half alone from scale `from_scale` on: bit for bit what guidance 1 draws there."""
-    drop, text = Drop(found, from_scale), {"rows": 0}
+    drop, text, named = Drop(found, from_scale), {"rows": 0}, _named(BLOCK)
 
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(found, args, kwargs)
@@ -108,7 +110,7 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
 
     def block(attention: Any) -> Any:
         def forward(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(BLOCK.parameters, args, strict=False)), **kwargs}
+            given = named(*args, **kwargs)
             half = drop.half
             if not half or not attention.caching or given.get("scale_ind", 0) < from_scale:
                 return inner(*args, **kwargs)
@@ -129,7 +131,12 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
 
 def budget_caches(found: Parts, step: Any) -> Undos:
     """Cuts every layer's cache to its budget (`generation/cache_budget.py`)."""
-    return keep_budget(found, step, _raw_queries, _named, _is_other)
+    return keep_budget(found, step, _raw_queries, _named(ATTENTION), _is_other)
+
+
+def prune(found: Parts, step: Any) -> Undos:
+    """Lets the middle layers work on a part of the tokens (`generation/prune_tokens.py`)."""
+    return prune_tokens(found, step, _named(BLOCK), _is_other)
 
 
 def _raw_queries(attention: Any, x: Tensor) -> Tensor:
@@ -139,13 +146,14 @@ def _raw_queries(attention: Any, x: Tensor) -> Tensor:
     return q.unflatten(-1, (attention.num_heads, attention.head_dim))
 
 
-def _named(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Arguments of an attention's call by name."""
-    return {**dict(zip(ATTENTION.parameters, args, strict=False)), **kwargs}
+def _named(shape: Shape) -> Callable[..., dict[str, Any]]:
+    """Arguments of a module's call by name."""
+    return lambda *args, **kwargs: {**dict(zip(shape.parameters, args, strict=False)), **kwargs}
 
 
 STEPS = {
     "skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional), "cache_budget": budget_caches,
+    "prune_tokens": prune,
 }  # fmt: skip
 
 

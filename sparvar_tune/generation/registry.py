@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable
 from sparvar_kernels.policy import Step
 from sparvar_tune.generation.cache_budget import CacheBudget
 from sparvar_tune.generation.drop_unconditional import DropUnconditional
+from sparvar_tune.generation.prune_tokens import PruneTokens
 from sparvar_tune.generation.skip_scales import SkipScales
 
-STEPS: dict[str, type[Step]] = {step.kind: step for step in (SkipScales, DropUnconditional, CacheBudget)}
+STEPS: dict[str, type[Step]] = {step.kind: step for step in (SkipScales, DropUnconditional, CacheBudget, PruneTokens)}
 
 
 def why_not_steps(steps: Iterable[Step], can: Collection[str], who: str) -> str | None:

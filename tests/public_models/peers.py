@@ -1,12 +1,14 @@
 """Generation steps against the public code they come from: the same tiny Infinity at 1024x1024, drawn by both.
 
     python tests/public_models/peers.py scalekv INFINITY_CHECKOUT SCALEKV_CHECKOUT
+    python tests/public_models/peers.py fastvar INFINITY_CHECKOUT FASTVAR_CHECKOUT/Infinity
 
 Prints one JSON line. Each picture is drawn in a process of its own, since both checkouts call their package `infinity`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-DEPTH, PIXELS = 4, "1M"
+DEPTH, PIXELS = 6, "1M"
+STOOD_IN: set[str] = set()
 
 
 def build(checkout: str):
@@ -43,17 +46,35 @@ def scalekv_own(checkout: str):
     from sparvar_tune.generation import CacheBudget
 
     published = CacheBudget.published("infinity-2b")
-    return with_step(checkout, replace(published, keys=tuple(row[:DEPTH] for row in published.keys)))
+    return with_steps(checkout, lambda schedule: [replace(published, keys=tuple(row[:DEPTH] for row in published.keys))])
 
 
-def with_step(checkout: str, step):
+def fastvar_public(checkout: str):
+    """Their package as it is: it prunes and skips by the width of a grid."""
+    sys.path.insert(0, str(HERE.parent))
+    from public_models.stand_ins import put_module
+
+    for name in ("cv2", "matplotlib", "matplotlib.pyplot", "torchvision", "torchvision.transforms"):  # imported, never called
+        if importlib.util.find_spec(name.split(".")[0]) is None or name.split(".")[0] in STOOD_IN:
+            STOOD_IN.add(name.split(".")[0])
+            put_module(name, pyplot=None, transforms=None)
+    return build(checkout)
+
+
+def fastvar_own(checkout: str):
+    from sparvar_tune.generation import PruneTokens, SkipScales
+
+    return with_steps(checkout, lambda schedule: [SkipScales.last(schedule, 2), PruneTokens.published(schedule, DEPTH)])
+
+
+def with_steps(checkout: str, steps):
     tiny = build(checkout)
     import adapter_checks as checks
 
-    from sparvar_kernels import Policy
+    from sparvar_kernels import Policy, ScaleSchedule
     from sparvar_tune import adapters
 
-    policy = Policy(("AA",) * DEPTH, (), (step,))
+    policy = Policy(("AA",) * DEPTH, (), tuple(steps(ScaleSchedule(tuple(tiny.grids())))))
     adapters.apply(tiny.model, checks.attention_of(tiny, policy)[0])
     return tiny
 
