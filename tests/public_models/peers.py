@@ -1,7 +1,7 @@
 """Generation steps against the public code they come from: the same tiny Infinity at 1024x1024, drawn by both.
 
     python tests/public_models/peers.py scalekv INFINITY_CHECKOUT SCALEKV_CHECKOUT
-    python tests/public_models/peers.py fastvar INFINITY_CHECKOUT FASTVAR_CHECKOUT/Infinity
+    python tests/public_models/peers.py fastvar INFINITY_CHECKOUT FASTVAR_CHECKOUT
 
 Prints one JSON line. Each picture is drawn in a process of its own, since both checkouts call their package `infinity`.
 """
@@ -58,7 +58,7 @@ def fastvar_public(checkout: str):
         if importlib.util.find_spec(name.split(".")[0]) is None or name.split(".")[0] in STOOD_IN:
             STOOD_IN.add(name.split(".")[0])
             put_module(name, pyplot=None, transforms=None)
-    return build(checkout)
+    return build(str(Path(checkout) / "Infinity"))
 
 
 def fastvar_own(checkout: str):
