@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as slow_attn
 
 
 def turn(t: Tensor, table: Tensor) -> Tensor:
-    """t [B, H, L, D] turned by (cos, sin) [2, L, D / 2], as complex numbers."""
+    """t [B, H, L, D] turned by (cos, sin) [2, 1 or B, 1, L, D / 2], as complex numbers."""
     whole = torch.view_as_complex(t.double().unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*table.double())
     return torch.view_as_real(whole).flatten(-2).to(t.dtype)
 
@@ -25,7 +25,7 @@ class WholeAttention(lookalikes.InfinityAttention):
         q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
         q = F.normalize(q.float(), dim=-1) * self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp()
         start = sum(t * h * w for t, h, w in scale_schedule[:scale_ind])
-        table = rope2d_freqs_grid[str(tuple(scale_schedule))].squeeze()[:, start : start + x.shape[1]]
+        table = rope2d_freqs_grid[str(tuple(scale_schedule))][:, 0, :, :, start : start + x.shape[1]]
         q, k = turn(q, table), turn(F.normalize(k.float(), dim=-1), table)
         if self.caching:
             self.cached_k = k if self.cached_k is None else torch.cat((self.cached_k, k), 2)

@@ -20,6 +20,7 @@ from sparvar_kernels import Policy, Pooled, Reuse, Rule
 from sparvar_tune import runtime
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.generation import SkipScales
 from sparvar_tune.launch_search.compiling import Compiled
 from sparvar_tune.launch_search.timing_task import Times
 from sparvar_tune.profile import identity, machine, overlay, schema, store
@@ -90,10 +91,12 @@ def test_a_decision_scale_stays_while_a_later_scale_lives_on_it(tmp_path, home):
 
 
 def test_a_profile_whose_pictures_failed_is_all_dense(tmp_path, home):
-    policy = Policy(("AB", "BB"), (Rule(5, "A", Reuse(4)),), (6,))
-    tuned, _ = loaded(tmp_path, policy=policy, rows=profile().rows[:1])
+    policy = Policy(("AB", "BB"), (Rule(5, "A", Reuse(4)),), (SkipScales((6,)),))
+    meaning = meaning_of(policy, ["cpu"])
+    tuned, _ = loaded(tmp_path, policy=policy, rows=profile().rows[:1], meaning=meaning)
     assert tuned.policy().skip_scales == (6,)
-    after = leave(tuned, verdict=DEMOTED, reason="pictures: PSNR 20 dB", rows=[Verified(5, GOOD, OK, "")])
+    rows = [Verified(5, GOOD, OK, "")]
+    after = leave(tuned, verdict=DEMOTED, reason="pictures: PSNR 20 dB", rows=rows, meaning=meaning)
     assert after.policy() == Policy(("AB", "BB"), ()) and set(after.demoted) == {5} and "PSNR 20 dB" in after.explain()
 
 

@@ -58,6 +58,7 @@ class LiveAttention(Undos):
         self.parts, self.attend = found, attend
         self.reason: str | None = None
         self.starts = {start: s for s, start in enumerate(attend.schedule.starts[:-1])}
+        self.thinned = any(step.thins for step in attend.policy.steps)  # then caches are not the schedule's from some scale on
         self.sparse = [[_is_sparse(plan) for plan in plans] for plans in attend.plans]
         self._twin: SparseAttention | None = None  # serves the unconditional half where that is dropped later
         self._rows, self._split, self._scale = 0, False, 0
@@ -78,6 +79,8 @@ class LiveAttention(Undos):
             return None
         s = self.starts.get(cached)
         if s is None or length != self.attend.schedule.num_queries(s):
+            if self.thinned:
+                return None
             self._give_up(f"{length} tokens after {cached} are no scale of the profile's schedule")
             return None
         if not self.sparse[layer][s]:

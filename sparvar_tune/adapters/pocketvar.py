@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Adapter, Parts
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.generation import SkipScales
 from sparvar_tune.pocketvar.model import CLASSES, DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
 
 YARDSTICKS = Path(__file__).parents[1] / "pocketvar" / "yardsticks.json"
 REDRAW = "dense, noise redrawn at the last two scales"
 DROP = "dense, last scale left out"
+STEPS = {SkipScales.kind: lambda found, step: Undos()}  # its sampling reads it off the attention
 
 
 @lru_cache(maxsize=4)
@@ -30,7 +33,9 @@ def weights_hash(path: Path = WEIGHTS) -> str:
 
 
 class PocketAdapter(Adapter):
-    """pocketvar, driven."""
+    """pocketvar, driven. It has no guidance, so there is no half to drop."""
+
+    steps = tuple(STEPS)
 
     def __init__(self, model: Model, device: str) -> None:
         self.model, self.device = model, device

@@ -7,7 +7,7 @@ functions of `Family`; `registry.py` lists them, and the entry points `sparvar_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.generation import SkipScales
 
 BOUNDS = {
     "paper": {"psnr": 29.48, "ssim": 0.92},  # its CS4A + CSLA on Infinity-8B, its table 1
@@ -38,12 +39,15 @@ class Adapter(Protocol):
     num_classes: int
     dense: Any  # the dense attention callable, the baseline; `dense_name` names it
     dense_name: str
+    steps: Collection[str] = (SkipScales.kind,)  # kinds of generation steps that `finish` does where `attend` has them
 
     def start(self, pair: Pair, until: int) -> Any:
         """State of the dense generation of `pair` before scale `until`."""
 
     def finish(self, state: Any, attend: Any, redraw_from: int | None = None) -> Tensor:
-        """Picture [1, 3, H, W] in 0..1 from `state` on with `attend`; other noise from scale `redraw_from` on."""
+        """Picture [1, 3, H, W] in 0..1 from `state` on with `attend`; other noise from scale `redraw_from` on.
+
+        `attend.skip_scales` are left out; `attend.policy.steps` says what else the generation does otherwise."""
 
     def classes(self) -> Sequence[str]:
         """Names of the classes, by index."""
@@ -106,3 +110,6 @@ class Family(Protocol):
 
     attach: Callable[[Parts, SparseAttention], Undoable]
     """Makes the model use sparse attention; raises ValueError when the two do not fit."""
+
+    # STEPS: what does each kind of generation step that it can do (sparvar_tune/generation), as a function of the parts, whose
+    # schedule is the policy's, and the step, which returns an Undoable. A family without it can do none.

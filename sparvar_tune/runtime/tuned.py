@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparvar_tune import adapters, fused
 from sparvar_tune.adapters import Undoable
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.profile import identity
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.profile.overlay import DEMOTED, Overlay
 from sparvar_tune.profile.schema import Profile, Row
@@ -43,13 +44,20 @@ class Tuned:
     _attends: dict[float | None, SparseAttention] = field(default_factory=dict)  # by the bound of their logits
 
     def policy(self) -> Policy | None:
-        """The policy as it will run: demoted scales have lost their rules, and a demoted profile leaves out no scale."""
+        """The policy as it will run: demoted scales have lost their rules, a demoted profile every step of the generation.
+
+        `generation.drop_from` and `generation.skip_from` read its steps.
+        """
         if self.profile is None:
             return None
         full = self.profile.policy
         if self.overlay is not None and self.overlay.verdict == DEMOTED:
             return Policy(full.heads, ())
-        return Policy(full.heads, tuple(r for r in full.rules if r.scale_index not in self.demoted), full.skip_scales)
+        gone = identity.refused_steps(self.profile)
+        return replace(
+            full, rules=tuple(r for r in full.rules if r.scale_index not in self.demoted),
+            steps=tuple(step for step in full.steps if step.kind not in gone),
+        )  # fmt: skip
 
     def sparse_attention(self, logit_bound: float | None = 0.0) -> SparseAttention:
         """A fresh attention object for one image stream. Raises ValueError when there is no usable profile.
@@ -103,6 +111,7 @@ class Tuned:
                 lines.append(f"logit bound is {problem.logit_bound}, tuned for {w.logit_bound}: its gain was not measured")
             return "\n".join(lines)
         lines.append(f"policy ({self.profile.policy_state}; {self.profile.policy_source}): {describe(policy)}")
+        lines += [f"{kind}: left out, because {why}" for kind, why in identity.refused_steps(self.profile).items()]
         lines += [self._explain_scale(row.scale_index) for row in self.profile.rows]
         return "\n".join(lines)
 
@@ -168,7 +177,7 @@ class Applied:
 
 
 def apply(model: Any, tuned: Tuned, path: str = "auto", graphs: bool = True) -> Applied:
-    """Makes a live model sample with the profile; one without a profile leaves it dense.
+    """Makes a live model sample with the profile, generation steps and all; one without a profile leaves it dense.
 
     path: "attention" replaces the attention alone. "fused" runs all blocks as one (sparvar_tune.fused), without a profile
     too, then with dense attention; graphs: in one CUDA graph a scale. "auto" is fused where that is legal and the model on a GPU.
