@@ -57,7 +57,7 @@ def table(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "timm", "accelerate", "flash-attn"))
-    lines = [HEAD, f"Python {sys.version.split()[0]}, {packages}.", ""]
+    lines = [HEAD, f"sparvar-tune at {commit_of(str(HERE))}; Python {sys.version.split()[0]}, {packages}.", ""]
     for argument in sys.argv[1:]:
         model, _, place = argument.partition("=")
         checkout, _, commit = place.partition("@")
