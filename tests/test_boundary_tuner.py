@@ -408,6 +408,16 @@ def test_a_model_of_few_scales_is_tuned_from_end_to_end(home, tmp_path, monkeypa
     assert not any("(paper)" in line for line in said) and len(made.workload.grids) == len(sides)
 
 
+def test_compare_leaves_the_papers_setting_out_of_few_scales(home, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "SIDES", (1, 4, 8, 16))
+    tiny.install(monkeypatch.setattr)
+    monkeypatch.setattr("sparvar_tune.runtime.load.shipped_folder", lambda: home)  # those are of seven scales
+    assert parser.main(["compare", "--gpu", "cpu", "--model", "pocketvar", "--pairs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "left out the paper's fixed setting: pocketvar has 4 scales, it needs 6 at least" in said
+    assert "\n| dense |" in said and "\n| paper's" not in said
+
+
 def test_of_few_scales_only_options_that_hide_something_are_offered():
     from sparvar_kernels import Csla
     from sparvar_kernels.geometry.scales import ScaleSchedule

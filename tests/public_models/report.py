@@ -61,7 +61,7 @@ def table(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "timm", "accelerate", "flash-attn"))
-    lines = [HEAD, f"Python {sys.version.split()[0]}, {packages}.", ""]
+    lines = [HEAD, f"sparvar-tune at {commit_of(str(HERE))}; Python {sys.version.split()[0]}, {packages}.", ""]
     places = dict(argument.split("=", 1) for argument in sys.argv[1:])
     checkouts = {model: place.partition("@")[0] for model, place in places.items()}
     for model, checkout in checkouts.items():

@@ -13,7 +13,7 @@ from sparvar_tune.measure.lpips import Lpips
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search.certify import run_pairs
 from sparvar_tune.policy_search.judge import make_attention
-from sparvar_tune.policy_search.menu import paper_policy
+from sparvar_tune.policy_search.menu import PAPER_SCALES, paper_policy
 from sparvar_tune.profile import store
 from sparvar_tune.profile.machine import silicon, versions
 
@@ -23,7 +23,10 @@ def run(options: CompareOptions) -> int:
     require_here("compare", subject)
     adapter = load_adapter(model, subject.gpu.device)
     ways: dict[str, Any] = {"dense": adapter.dense}
-    ways["paper's fixed setting"] = make_attention(adapter, paper_policy(adapter.schedule, model.layers, model.heads))
+    if (scales := len(adapter.schedule)) >= PAPER_SCALES:
+        ways["paper's fixed setting"] = make_attention(adapter, paper_policy(adapter.schedule, model.layers, model.heads))
+    else:
+        say(f"left out the paper's fixed setting: {model.slug} has {scales} scales, it needs {PAPER_SCALES} at least")
     for quality in PRESETS:
         tuned = subject.load(quality=quality)
         if tuned.profile is None:
