@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparvar_tune.adapters import Adapter, Pair, load_adapter
+from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.profile.schema import Profile
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 
 def tune(
-    model: str, *, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
-    images: int = 1, bounds: Mapping[str, float] | None = None, budget: float | str = BUDGET_S,
+    model: str | Adapter, *, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None,
+    aspect: str | None = None, images: int = 1, bounds: Mapping[str, float] | None = None, budget: float | str = BUDGET_S,
     pairs: int = PAIRS, seed: int = 0, out: Path | str | None = None, resume: bool = False, search: bool = False,
     workers: int | None = None, mode: str = "eager", merge: Sequence[Path | str] = (), log: Path | str | None = None,
     storage: str | None = None, progress: Callable[[str], None] | None = None,
 ) -> Profile:  # fmt: skip
     """Tunes as `sparvar-tune` does, by the same code, and returns the profile that is then in its file.
 
+    model: a name as the command takes it, or an adapter, that of a model of one's own.
     quality: "near-lossless", "paper" or "fast"; bounds: such as {"psnr": 34.5, "ssim": 0.95}, what the confidence bound of
     the mean must reach instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for
     this user's. progress: gets every line the command would print, such as `print`; None for silence. The others are those
@@ -81,7 +82,7 @@ def capture(
 
     Raises ValueError for an unknown model, one without an adapter, and scales it does not have.
     """
-    adapter = load_adapter(Subject.of(model, "cpu").model, device) if isinstance(model, str) else model
+    adapter = Subject.of(model, device if device == "cpu" else "auto").adapter if isinstance(model, str) else model
     last = len(adapter.schedule) - 1
     kept = tuple(sorted(range(last - 1, last + 1) if scales is None else set(scales)))
     if not kept or not 0 <= kept[0] <= kept[-1] <= last:
