@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from live_images import TokenClock
 
 import sparvar_tune
 from sparvar_kernels import SparseAttention
@@ -17,6 +19,7 @@ from sparvar_tune.adapters.protocol import why_not_adapter
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.cli import parser
 from sparvar_tune.profile import store
+from sparvar_tune.ways import search_here
 from sparvar_tune.ways.check_adapter import check_adapter
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_model.py"
@@ -187,9 +190,17 @@ def test_an_installed_packages_model_is_opened_by_its_name(home, monkeypatch, mi
         sparvar_tune.ways.subject.Subject.of("pocketva", "cpu")
 
 
-def test_it_is_tuned_and_found_again_by_name(home, mine, capsys):
-    """Left out is the last scale: that is certainly faster on any machine, however busy."""
-    said: list[str] = []
+def test_it_is_tuned_and_found_again_by_name(home, mine, capsys, monkeypatch):
+    """Left out is the last scale: by a clock that tokens turn that is surely faster."""
+    clock, said = TokenClock(), []
+    draw = type(mine).draw
+
+    def counted(self, label, seed, attend):
+        clock.now += 1e-3 * self.schedule.starts[len(self.schedule) - len(attend.skip_scales)]
+        return draw(self, label, seed, attend)
+
+    monkeypatch.setattr(type(mine), "draw", counted)
+    monkeypatch.setattr(search_here, "tune", functools.partial(search_here.tune, clock=clock))
     profile = sparvar_tune.tune(mine, bounds={"psnr": 15}, budget="1s", pairs=20, progress=said.append)
     w = profile.workload
     assert (w.model, w.resolution, w.layers, w.weights_sha256) == ("mine", "16x16", 2, mine.weights_sha256)

@@ -1,7 +1,8 @@
 """The hash by which a profile knows the weights it was certified with, fast enough for billions of them.
 
-Of each tensor: its name, shape and dtype, the exact sum of its bits read as integers (every value counts, and the sum is the
-same on any device and in any order), and a sample of its values as they are (the sum alone does not see two exchanged).
+Of each tensor of two axes or more: its name, shape and dtype, the exact sum of its bits read as integers (every value counts, and
+the sum is the same on any device and in any order), and a sample of its values as they are (the sum alone does not see two
+exchanged). Vectors are left out where there are matrices: public code casts the factors of its norms at first use (HART).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ def weights_sha256(model: Any) -> str:
     state = model.state_dict() if hasattr(model, "state_dict") else model
     if not isinstance(state, Mapping) or not any(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"weights: got a {type(model).__name__} without tensors, want a module or a mapping of tensors")
-    digest = hashlib.sha256()
+    digest, least = hashlib.sha256(), min(2, max(t.ndim for t in state.values() if isinstance(t, Tensor)))
     for name, t in sorted(state.items()):
-        if isinstance(t, Tensor):
+        if isinstance(t, Tensor) and t.ndim >= least:
             digest.update(f"{name} {tuple(t.shape)} {t.dtype} ".encode())
             digest.update(_digest(t.detach()))
     return digest.hexdigest()

@@ -18,6 +18,7 @@ import torch
 from sparvar_kernels.backends.registry import KERNELS, kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter
+from sparvar_tune.adapters.opening import blame
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.names import CUSTOM
 from sparvar_tune.launch_search.choose import ChosenLaunches
@@ -147,7 +148,14 @@ class SearchHere(Way):
             open_shared(self.settings.storage)  # refuses now rather than after the model was loaded
         self.announce(say)
         probe_writable(self.out)
-        profile, log = self._take_over(say, status) or self._search(say, status)
+        try:
+            profile, log = self._take_over(say, status) or self._search(say, status)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            if self.subject.model.adapter is not None:
+                raise
+            raise ValueError(f"{self.subject.model.slug}: {blame(error)}") from error  # a user's code
         store.save(profile, self.out)
         if log is not None:
             self._keep_log(log, say)

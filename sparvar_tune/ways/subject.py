@@ -123,7 +123,7 @@ def _silicon_of(adapter: Adapter, asked: str, silicon: Gpu) -> Gpu:
     """The GPU an adapter's model is on. Raises ValueError for no adapter, and for one that is elsewhere than asked for."""
     reason = why_not_adapter(adapter)
     if reason:
-        raise ValueError(f"model: {reason}")
+        raise ValueError(f"model: {reason}; of a live model tune wants generate=... and prompts=... too")
     kind = adapter.device.split(":")[0]
     if asked == "auto" and kind == "cpu":
         return GPUS["cpu"]
