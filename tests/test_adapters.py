@@ -415,7 +415,8 @@ def tuned_for(driven, model: str, policy: Policy, **workload) -> Tuned:
     base = example()
     w = dataclasses.replace(
         base.workload, model=model, grids=schedule.grids, prefix=schedule.prefix, layers=4, heads=2, head_dim=16,
-        softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound and 100.0, **workload,
+        softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound and 100.0,
+        **{"weights_sha256": adapters.weights_sha256(driven.model), **workload},
     )  # fmt: skip
     return Tuned(find_gpu("cpu"), dataclasses.replace(base, policy=policy, rows=(), workload=w), None, ())
 

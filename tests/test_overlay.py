@@ -29,6 +29,7 @@ from sparvar_tune.profile.overlay import DEMOTED, OK, Overlay, Verified
 from sparvar_tune.profile.schema import ProfileError, Speedup
 from sparvar_tune.runtime import load
 from sparvar_tune.ways import verify
+from sparvar_tune.ways.subject import Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unverified")
 CPU = find_gpu("cpu")
@@ -233,7 +234,7 @@ def hart(tmp_path):
 
 def check(tmp_path, said, budget=55.0, write=False):
     tuned = runtime.load_profile("hart", gpu="h100-sxm", folders=(tmp_path,))
-    good = verify.verify(tuned, models.MODELS["hart"], 8, budget, write, said.append, lambda text: None)
+    good = verify.verify(tuned, None, 8, budget, write, said.append, lambda text: None)
     return good, runtime.load_profile("hart", gpu="h100-sxm", folders=(store.user_folder(), tmp_path))
 
 
@@ -320,7 +321,7 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(verify, "compare_on", faked)
-            good = verify.verify(tuned, models.find_model("pocketvar"), 6, budget, False, said.append, said.append)
+            good = verify.verify(tuned, Subject.of("pocketvar", "cpu").open, 6, budget, False, said.append, said.append)
         return good, runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
 
     proof = dataclasses.replace(profile().evidence, weights_sha256=None)
@@ -341,4 +342,4 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
     with pytest.raises(ValueError, match="other weights"):
         check(other)
     with pytest.raises(ValueError, match="at least 2"):
-        verify.verify(tuned, models.find_model("pocketvar"), 1, 9.0, False, said.append, said.append)
+        verify.verify(tuned, Subject.of("pocketvar", "cpu").open, 1, 9.0, False, said.append, said.append)

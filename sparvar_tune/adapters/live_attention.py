@@ -50,8 +50,34 @@ def other_schedule(got: ScaleSchedule, want: ScaleSchedule) -> str | None:
     return f"the image has {words[0]}, the profile is for {words[1]}" + (" with other grids between" * (words[0] == words[1]))
 
 
+class Inside:
+    """Any attention as `attend(q, k, v, layer, scale_index)` from scale `until` on, in the place of a `SparseAttention`.
+
+    attend: one, or something that wraps one as its `inner` (a stopwatch), or anything else that stands for `dense`. What is
+    sparse comes here; what stands for dense attention gets every call.
+    """
+
+    def __init__(self, attend: Any, until: int, dense: SparseAttention) -> None:
+        self.attend, self.target = attend, attend
+        while not isinstance(self.target, SparseAttention):
+            self.target = getattr(self.target, "inner", dense)
+        self.skip_scales: tuple[int, ...] = attend.skip_scales
+        every, scales = not self.target.policy.rules and attend is not self.target, range(len(self.target.schedule))
+        self.sparse = [[s >= until and (every or _is_sparse(plans[s])) for s in scales] for plans in self.target.plans]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
+        out: Tensor = self.attend(q, k, v, layer, scale_index)
+        return out
+
+
 class LiveAttention(Undos):
-    """Sparse attention in a live model. `reason`: why the last image ran dense (from some call on), None if it did not."""
+    """Sparse attention in a live model. `reason`: why the last image ran dense (from some call on), None if it did not.
+
+    images: how many were begun.
+    """
 
     def __init__(self, found: Parts, attend: SparseAttention) -> None:
         super().__init__()
@@ -59,7 +85,8 @@ class LiveAttention(Undos):
         self.reason: str | None = None
         self.starts = {start: s for s, start in enumerate(attend.schedule.starts[:-1])}
         self.thinned = any(step.thins for step in attend.policy.steps)  # then caches are not the schedule's from some scale on
-        self.sparse = [[_is_sparse(plan) for plan in plans] for plans in attend.plans]
+        self.sparse = attend.sparse if isinstance(attend, Inside) else [[_is_sparse(p) for p in plans] for plans in attend.plans]
+        self.images = 0
         self._twin: SparseAttention | None = None  # serves the unconditional half where that is dropped later
         self._rows, self._split, self._scale = 0, False, 0
         self._said: set[str] = set()
@@ -104,6 +131,7 @@ class LiveAttention(Undos):
 
     def _begin(self, rows: int, given: ScaleSchedule | str | None) -> None:
         self.reset()
+        self.images += 1
         self.reason, self._rows = None, rows
         reason = given if isinstance(given, str) else given and other_schedule(given, self.attend.schedule)
         if reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class TuneOptions:
 @dataclass(frozen=True)
 class GenerateOptions:
     subject: Subject
-    label: str
+    label: str | None
     seed: int
     out: Path
     profile: Path | None
@@ -94,3 +95,15 @@ class CompareOptions:
 @dataclass(frozen=True)
 class CheckOptions:
     gpu: str
+
+
+@dataclass(frozen=True)
+class CheckAdapterOptions:
+    """model: FILE.py:FUNCTION or an entry point's name. device: where it is opened."""
+
+    model: str
+    device: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise ValueError(f"--device: got {self.device[:40]!r}, want cpu or cuda")

@@ -24,7 +24,7 @@ from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check")
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "check-adapter")
 EXIT_CODES = """exit codes: 0 done; 1 a check did not pass, or not every miss was tuned; 2 bad input, or a bound of your own that
 nothing meets (one line on stderr says what to do); 130 interrupted (finished trials are kept, --resume goes on)"""
 
@@ -76,7 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         p.add_argument("--gpu", default="auto", help="slug of the GPU table, cpu, or auto for this machine (default)")
-        p.add_argument("--model", required=model, help="slug of the model table, such as pocketvar or hart")
+        p.add_argument(
+            "--model",
+            required=model,
+            help="name of the model table, such as pocketvar; FILE.py:FUNCTION that opens "
+            "one of your own; or the name of an installed package's",
+        )
         p.add_argument("--quality", "--preset", dest="quality", choices=PRESETS, default=DEFAULT_PRESET)
         p.add_argument("--resolution", help="one the model was published at (default: its largest)")
         p.add_argument("--aspect", help="height / width with three decimals, such as 1.000 (default)")
@@ -115,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
 
     generate = command("generate", "draw one picture dense and tuned, side by side, as a PNG")
-    generate.add_argument("--class", dest="label", default="cat", help="class name or number")
+    generate.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
     generate.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
     generate.add_argument("--out", type=Path, default=Path("sparvar.png"))
     generate.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
@@ -147,6 +152,12 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
     command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
+
+    text = "try every promise of a model of your own that is to be tuned, a line each (docs/your-model.md)"
+    own = commands.add_parser("check-adapter", help=text, description=text, epilog=EXIT_CODES,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    own.add_argument("model", metavar="FILE.py:FUNCTION", help="FUNCTION(device) returns the adapter; or an entry point's name")
+    own.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     return top
 
 
@@ -156,6 +167,8 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
     from sparvar_tune.cli import options as o
     from sparvar_tune.ways.subject import Subject
 
+    if w.command == "check-adapter":
+        return w.command, o.CheckAdapterOptions(w.model, w.device)
     subject = None
     if w.model is not None and w.command != "check":
         subject = Subject.of(w.model, w.gpu, w.quality, w.resolution, w.aspect, getattr(w, "images", 1))
@@ -205,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command, options = read_options(words)
         finally:
             sys.stdout.flush()  # help, to a pipe that may be closed
-        run: Callable[[Any], int] = importlib.import_module(f"sparvar_tune.cli.commands.{command}").run
+        run: Callable[[Any], int] = importlib.import_module(f"sparvar_tune.cli.commands.{command.replace('-', '_')}").run
         return run(options)
     except KeyboardInterrupt:
         kept = "; finished trials are kept, --resume goes on" if words[0] == "tune" else ""

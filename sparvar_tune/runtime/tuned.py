@@ -200,8 +200,8 @@ def apply(model: Any, tuned: Tuned, path: str = "auto", graphs: bool = True) -> 
                              "load the profile of this model")  # fmt: skip
     if _larger(w.logit_bound, parts.logit_bound) != w.logit_bound:
         reasons.append(f"the model's logits reach {parts.logit_bound}, the profile was tuned for {w.logit_bound}")
-    told = getattr(family, "weights_sha256", lambda model: None)(model)
-    if None not in (told, w.weights_sha256) and told != w.weights_sha256:
+    told = getattr(family, "weights_sha256", adapters.weights_sha256)
+    if w.weights_sha256 is not None and told(parts.model) != w.weights_sha256:
         reasons.append("the model has other weights than the profile was certified with: its bound on the picture does not hold")
         warnings.warn(f"{w.model}: {reasons[-1]}; tune again", stacklevel=2)
     return Applied(tuned, fused.put_on(family, parts, tuned.sparse_attention(parts.logit_bound), path, graphs), tuple(reasons))

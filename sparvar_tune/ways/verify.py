@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.policy import Policy
-from sparvar_tune.adapters import load_adapter
+from sparvar_tune.adapters import Adapter
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.metrics import METRICS
-from sparvar_tune.catalog.models import Model
 from sparvar_tune.launch_search.choose import DENSE_NAME
 from sparvar_tune.launch_search.compiling import machine_code, row_binaries
 from sparvar_tune.launch_search.layer_call import distinct_layers
@@ -58,17 +57,24 @@ class Finding:
     renewed: Profile | None
 
 
-def verify(tuned: runtime.Tuned, model: Model, pairs: int, budget_s: float, write: bool, say: Say, status: Say) -> bool:
+def verify(
+    tuned: runtime.Tuned, open_model: Callable[[], Adapter] | None, pairs: int, budget_s: float, write: bool, say: Say,
+    status: Say,
+) -> bool:  # fmt: skip
     """Whether the profile holds here; writes the overlay, and with `write` the new times of one that holds.
 
-    pairs: of pictures. Raises ValueError for other weights and ProfileError where a file cannot be written.
+    open_model: makes the adapter; None: nothing here draws its pictures. pairs: of pictures. Raises ValueError for other
+    weights and ProfileError where a file cannot be written.
     """
     begun, gpu, profile, path, sha256 = time.monotonic(), tuned.gpu, tuned.profile, tuned.path, tuned.sha256
     assert profile is not None and path is not None and sha256 is not None
-    if model.adapter is None and gpu.slug != "cpu":
+    if open_model is None and gpu.slug == "cpu":
+        raise ValueError(f"model {profile.workload.model}: no adapter yet, so it cannot be run; its shapes can still be tuned by "
+                         "prediction")  # fmt: skip
+    if open_model is None:
         found = time_rows(profile, gpu, write, begun + budget_s, say, status)
     else:
-        found = compare_pictures(profile, gpu, model, pairs, begun + budget_s, say, status)
+        found = compare_pictures(profile, gpu, open_model(), pairs, begun + budget_s, say, status)
     if write and found.renewed is None:
         say("not written as a profile: a check failed, or something was left out")
     elif write and found.renewed is not None:
@@ -91,15 +97,14 @@ def verify(tuned: runtime.Tuned, model: Model, pairs: int, budget_s: float, writ
 
 
 def compare_pictures(
-    profile: Profile, gpu: Gpu, model: Model, pairs: int, deadline: float, say: Say, status: Say
+    profile: Profile, gpu: Gpu, adapter: Adapter, pairs: int, deadline: float, say: Say, status: Say
 ) -> Finding:  # fmt: skip
     """Pictures no search and no certificate saw, and times of the whole generation, dense and tuned in alternation."""
     if pairs < 2:
         raise ValueError(f"--pairs {pairs}: want at least 2, an interval needs them")
-    adapter = load_adapter(model, gpu.device)
     proof = profile.evidence
     if {profile.workload.weights_sha256, proof.weights_sha256 if proof else None} - {None, adapter.weights_sha256}:
-        raise ValueError(f"{model.slug}: the profile's policy was certified on other weights; tune again")
+        raise ValueError(f"{adapter.model.slug}: the profile's policy was certified on other weights; tune again")
     launches = {row.scale_index: runtime.launch_of(row) for row in profile.rows}
     begun = time.monotonic()
 

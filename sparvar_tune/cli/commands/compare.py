@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparvar_tune.adapters import load_adapter
 from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.cli.compare_table import comparison
 from sparvar_tune.cli.console import require_here, say, status
@@ -21,7 +20,7 @@ from sparvar_tune.profile.machine import silicon, versions
 def run(options: CompareOptions) -> int:
     subject, model = options.subject, options.subject.model
     require_here("compare", subject)
-    adapter = load_adapter(model, subject.gpu.device)
+    adapter = subject.adapter
     ways: dict[str, Any] = {"dense": adapter.dense}
     if (scales := len(adapter.schedule)) >= PAPER_SCALES:
         ways["paper's fixed setting"] = make_attention(adapter, paper_policy(adapter.schedule, model.layers, model.heads))

@@ -21,5 +21,7 @@ def run(options: VerifyOptions) -> int:
     images = store.images_of(tuned.profile.workload, subject.model)
     if options.profile is None and images != subject.images:
         raise ValueError(f"verify: no profile for {subject.images} images at once; tune for that, or give --images {images}")
-    good = verify.verify(tuned, subject.model, options.pairs, options.budget_s, options.write, say, status)
+    good = verify.verify(
+        tuned, subject.open and (lambda: subject.adapter), options.pairs, options.budget_s, options.write, say, status
+    )
     return 0 if good else 1
