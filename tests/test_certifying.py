@@ -246,7 +246,7 @@ def test_verify_keeps_evidence_as_it_was_measured_or_refutes_it(
         return made
 
     monkeypatch.setattr(verify, "compare_on", faster)
-    assert verify.verify(tuned, find_model("pocketvar"), 6, 600.0, True, said.append, said.append) == good, said
+    assert verify.verify(tuned, find_model("pocketvar"), 6, 600.0, True, said.append, said.append).good == good, said
     assert tuple(drawn) == verify_pairs(10, 6), "none of the pairs that certified it"
     written = store.user_folder() / "cpu" / "pocketvar.json"
     assert written.exists() == good
