@@ -247,7 +247,8 @@ def test_verify_keeps_evidence_as_it_was_measured_or_refutes_it(
         return made
 
     monkeypatch.setattr(verify, "compare_on", faster)
-    assert verify.verify(tuned, Subject.of("pocketvar", "cpu").open, 6, 600.0, True, said.append, said.append) == good, said
+    found = verify.verify(tuned, Subject.of("pocketvar", "cpu").open, 6, 600.0, True, said.append, said.append)
+    assert found.good == good, said
     assert tuple(drawn) == verify_pairs(10, 6), "none of the pairs that certified it"
     written = store.user_folder() / "cpu" / "pocketvar.json"
     assert written.exists() == good

@@ -1,14 +1,17 @@
-"""What each command is told: one frozen dataclass a command, made by parser.py alone."""
+"""What each command is told: one frozen dataclass a command, made by parser.py alone. json: answer as one object."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparvar_tune.measure.pairs import MOST_PAIRS
 from sparvar_tune.ways.settings import Settings, seconds, whole
-from sparvar_tune.ways.subject import Subject
+
+if TYPE_CHECKING:  # `doctor` runs where torch does not
+    from sparvar_tune.ways.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class ShowOptions:
     models: bool
     trials: bool
     storage: str | None
+    json: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus or self.models:
@@ -62,6 +66,7 @@ class ShowOptions:
 class ExplainOptions:
     subject: Subject
     profile: Path | None
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class VerifyOptions:
     pairs: int
     budget_s: float
     write: bool
+    json: bool = False
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
@@ -87,6 +93,7 @@ class CompareOptions:
     pairs: int
     lpips: Path | None
     out: Path | None
+    json: bool = False
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
@@ -95,6 +102,7 @@ class CompareOptions:
 @dataclass(frozen=True)
 class CheckOptions:
     gpu: str
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,3 +115,8 @@ class CheckAdapterOptions:
     def __post_init__(self) -> None:
         if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", self.device):
             raise ValueError(f"--device: got {self.device[:40]!r}, want cpu or cuda")
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    json: bool = False

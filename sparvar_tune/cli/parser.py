@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from sparvar_tune import __version__
 from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS
+from sparvar_tune.cli.exit_codes import EPILOG, ExitCode
 from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "check-adapter")
-EXIT_CODES = """exit codes: 0 done; 1 a check did not pass, or not every miss was tuned; 2 bad input, or a bound of your own that
-nothing meets (one line on stderr says what to do); 130 interrupted (finished trials are kept, --resume goes on)"""
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "check-adapter", "doctor")
+DOCTOR = "say what this machine can do, what is missing and the command that mends it"
 
 
 def duration(text: str) -> float:
@@ -59,12 +59,12 @@ def whole(text: str) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line and exit code 2, without the usage block."""
-        self.exit(2, f"sparvar-tune: {_one_line(message)} (see {self.prog} --help)\n")
+        self.exit(ExitCode.BAD_INPUT, f"sparvar-tune: {_one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     top = _Parser(
-        prog="sparvar-tune", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES,
+        prog="sparvar-tune", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
         description="Tunes sparse attention of next-scale image models under a picture-level fidelity bound.\n"
         "`tune` is the default command: sparvar-tune --gpu cpu --model pocketvar",
     )  # fmt: skip
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:
         p: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=text, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+            name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         p.add_argument("--gpu", default="auto", help="slug of the GPU table, cpu, or auto for this machine (default)")
         p.add_argument(
@@ -151,13 +151,18 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
-    command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
+    check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
 
     text = "try every promise of a model of your own that is to be tuned, a line each (docs/your-model.md)"
-    own = commands.add_parser("check-adapter", help=text, description=text, epilog=EXIT_CODES,
+    own = commands.add_parser("check-adapter", help=text, description=text, epilog=EPILOG,
                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     own.add_argument("model", metavar="FILE.py:FUNCTION", help="FUNCTION(device) returns the adapter; or an entry point's name")
     own.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+
+    doctor = commands.add_parser("doctor", help=DOCTOR, description=DOCTOR, epilog=EPILOG,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    for p in (show, explain, verify, compare, check, doctor):
+        p.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there (docs/json.md)")
     return top
 
 
@@ -165,6 +170,9 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
     """The command's name and its options. Raises ValueError: an unknown name, a value out of range, options that clash."""
     w = build_parser().parse_args(words)
     from sparvar_tune.cli import options as o
+
+    if w.command == "doctor":  # before anything that needs torch
+        return w.command, o.DoctorOptions(w.json)
     from sparvar_tune.ways.subject import Subject
 
     if w.command == "check-adapter":
@@ -175,17 +183,17 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
     if w.command == "tune":
         return w.command, _tune_options(w, subject)
     if w.command == "show":
-        return w.command, o.ShowOptions(subject, w.profile, w.seal, w.gpus, w.models, w.trials, w.storage)
+        return w.command, o.ShowOptions(subject, w.profile, w.seal, w.gpus, w.models, w.trials, w.storage, w.json)
     if w.command == "check":
-        return w.command, o.CheckOptions(w.gpu)
+        return w.command, o.CheckOptions(w.gpu, w.json)
     assert subject is not None  # argparse wants --model there
     if w.command == "generate":
         return w.command, o.GenerateOptions(subject, w.label, w.seed, w.out, w.profile)
     if w.command == "explain":
-        return w.command, o.ExplainOptions(subject, w.profile)
+        return w.command, o.ExplainOptions(subject, w.profile, w.json)
     if w.command == "verify":
-        return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write)
-    return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out)
+        return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write, w.json)
+    return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out, w.json)
 
 
 def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
@@ -206,7 +214,11 @@ def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code, see EXIT_CODES."""
+    """Runs a command; returns its exit code, one of `ExitCode`."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next; it runs nothing
+        from sparvar_tune.cli.completion import complete
+
+        complete()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its number: work done stays done
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -223,17 +235,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = "; finished trials are kept, --resume goes on" if words[0] == "tune" else ""
         print(f"\nsparvar-tune: interrupted{kept}", file=sys.stderr)
-        return 130
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return ExitCode.FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"sparvar-tune: {_one_line(f'{where}{error.strerror or error}')}", file=sys.stderr)
-        return 2
+        return ExitCode.BAD_INPUT
     except ValueError as error:
         print(f"sparvar-tune: {_one_line(str(error))}", file=sys.stderr)
-        return 2
+        return ExitCode.BAD_INPUT
 
 
 def _one_line(text: str) -> str:

@@ -168,6 +168,10 @@ def _scalar(kind: Any, data: Any, where: str) -> Any:
         if isinstance(data, bool) or not isinstance(data, int) or abs(data) >= 1 << 63:
             raise ReadError(f"{where}: got {_short(data)}, want an integer")
         return data
+    if kind is bool:
+        if not isinstance(data, bool):
+            raise ReadError(f"{where}: got {_short(data)}, want true or false")
+        return data
     if kind is str:
         if not isinstance(data, str) or len(data) > MAX_TEXT or not data.isprintable():
             raise ReadError(f"{where}: got {_short(data)}, want printable text of at most {MAX_TEXT} characters")

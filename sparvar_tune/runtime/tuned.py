@@ -20,9 +20,9 @@ from sparvar_tune.adapters import Undoable
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.profile import identity
-from sparvar_tune.profile.describe import describe
 from sparvar_tune.profile.overlay import DEMOTED, Overlay
 from sparvar_tune.profile.schema import Profile, Row
+from sparvar_tune.runtime.explain import explained, explained_scale
 
 
 @dataclass
@@ -98,40 +98,16 @@ class Tuned:
 
     def explain(self, problem: AttentionProblem | None = None) -> str:
         """What runs here and why, in a few lines; for one problem if given."""
-        lines = [f"silicon: {self.gpu.slug} ({self.gpu.name})", *(f"- {reason}" for reason in self.reasons)]
-        policy = self.policy()
-        if self.profile is None or policy is None:
-            return "\n".join([*lines, "everything runs dense"])
-        if problem is not None:
-            lines.append(self._why_not(problem) or self._explain_scale(problem.scale_index))
-            w = self.profile.workload
-            if problem.batch != w.batch:
-                lines.append(f"batch is {problem.batch}, tuned for {w.batch}: its gain was not measured")
-            if _larger(w.logit_bound, problem.logit_bound) != w.logit_bound:
-                lines.append(f"logit bound is {problem.logit_bound}, tuned for {w.logit_bound}: its gain was not measured")
-            return "\n".join(lines)
-        lines.append(f"policy ({self.profile.policy_state}; {self.profile.policy_source}): {describe(policy)}")
-        lines += [f"{kind}: left out, because {why}" for kind, why in identity.refused_steps(self.profile).items()]
-        lines += [self._explain_scale(row.scale_index) for row in self.profile.rows]
+        found = explained(self)
+        if self.profile is None or problem is None:
+            return found.words
+        lines = [*found.found, self._why_not(problem) or explained_scale(self, problem.scale_index).words]
+        w = self.profile.workload
+        if problem.batch != w.batch:
+            lines.append(f"batch is {problem.batch}, tuned for {w.batch}: its gain was not measured")
+        if _larger(w.logit_bound, problem.logit_bound) != w.logit_bound:
+            lines.append(f"logit bound is {problem.logit_bound}, tuned for {w.logit_bound}: its gain was not measured")
         return "\n".join(lines)
-
-    def _explain_scale(self, scale_index: int) -> str:
-        assert self.profile is not None
-        if scale_index in self.demoted:
-            return f"scale {scale_index}: dense, because {self.demoted[scale_index]}"
-        row = next((r for r in self.profile.rows if r.scale_index == scale_index), None)
-        if row is None:
-            return f"scale {scale_index}: dense, because the policy has no rule for it"
-        config = ", ".join(f"{k}={v}" for k, v in row.config)
-        local = next((v.speedup for v in self.overlay.rows if v.scale_index == scale_index), None) if self.overlay else None
-        s = local or row.speedup
-        if s is None:
-            cost = f"{row.tuned_predicted_ms:.3g} ms predicted against {row.dense_predicted_ms:.3g} dense"
-        else:
-            when = f" here by verify on {self.overlay.created}" if local and self.overlay else ""
-            cost = f"{s.median:.2f}x measured{when} (95 % interval {s.low:.2f}..{s.high:.2f}, n={s.n}) against {row.dense_name}"
-            cost += "; its time holds the ranking that later scales live on" if s.low <= 1 else ""
-        return f"scale {scale_index}: kernel {row.kernel} ({config}), {cost}"
 
 
 def launch_of(row: Row) -> Launch:

@@ -31,7 +31,7 @@ from sparvar_tune.profile import overlay, store
 from sparvar_tune.profile.identity import meaning_of, stamp
 from sparvar_tune.profile.machine import device_name, silicon, versions
 from sparvar_tune.profile.overlay import DEMOTED, LEAST, OK, Overlay, Verified
-from sparvar_tune.profile.schema import Evidence, MachineCode, Profile, Row, Speedup, Workload, one_line
+from sparvar_tune.profile.schema import Evidence, Generation, MachineCode, Profile, Row, Speedup, Workload, one_line
 from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.runtime.demote import deciding
 from sparvar_tune.ways import time_only
@@ -43,11 +43,33 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Look:
+    """One metric over the pictures drawn here: its mean and the two-sided 90 % interval of that, the bound that a certificate
+    says the mean has, and whether the interval bears it out.
+    """
+
+    metric: str
+    mean: float
+    low: float
+    high: float
+    bound: float
+    good: bool
+
+    @property
+    def text(self) -> str:
+        metric = METRICS[self.metric]
+        interval = f"{self.low:.{metric.digits}f}..{self.high:.{metric.digits}f}"
+        return f"{metric.title} {metric.say(self.mean)} (90 % interval {interval}, to bear out {self.bound:.{metric.digits}f})"
+
+
+@dataclass(frozen=True)
 class Finding:
     """What one look at a profile found.
 
     verdict, reason: of the profile as a whole. rows: those re-timed, by scale. good: every check passed. renewed: the
     profile with this machine's times; None where a check failed or something was not measured.
+    pairs, looks, picture: how many pictures were drawn, how close they are, and the time of a whole one; 0, none and None
+    for a model without an adapter.
     """
 
     verdict: str
@@ -55,12 +77,36 @@ class Finding:
     rows: tuple[Verified, ...]
     good: bool
     renewed: Profile | None
+    pairs: int = 0
+    looks: tuple[Look, ...] = ()
+    picture: Generation | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found and wrote. good: every check passed; verdict, reason, rows, pairs, looks, picture: as `Finding`.
+
+    left: scales it did not re-time. overlay: the file that makes what failed run dense here. written: the profile with the
+    new times, None where there is none. seconds: it took.
+    """
+
+    good: bool
+    verdict: str
+    reason: str
+    rows: tuple[Verified, ...]
+    left: tuple[int, ...]
+    pairs: int
+    looks: tuple[Look, ...]
+    picture: Generation | None
+    overlay: str
+    written: str | None
+    seconds: float
 
 
 def verify(
     tuned: runtime.Tuned, open_model: Callable[[], Adapter] | None, pairs: int, budget_s: float, write: bool, say: Say,
     status: Say,
-) -> bool:  # fmt: skip
+) -> Verification:  # fmt: skip
     """Whether the profile holds here; writes the overlay, and with `write` the new times of one that holds.
 
     open_model: makes the adapter; None: nothing here draws its pictures. pairs: of pictures. Raises ValueError for other
@@ -68,6 +114,7 @@ def verify(
     """
     begun, gpu, profile, path, sha256 = time.monotonic(), tuned.gpu, tuned.profile, tuned.path, tuned.sha256
     assert profile is not None and path is not None and sha256 is not None
+    written = None
     if open_model is None and gpu.slug == "cpu":
         raise ValueError(f"model {profile.workload.model}: no adapter yet, so it cannot be run; its shapes can still be tuned by "
                          "prediction")  # fmt: skip
@@ -78,7 +125,7 @@ def verify(
     if write and found.renewed is None:
         say("not written as a profile: a check failed, or something was left out")
     elif write and found.renewed is not None:
-        path = store.user_folder() / gpu.slug / store.name_of(found.renewed)
+        path = written = store.user_folder() / gpu.slug / store.name_of(found.renewed)
         store.save(found.renewed, path)
         sha256 = hashlib.sha256(store.read_bytes(path)).hexdigest()
         say(f"wrote {path}")
@@ -92,8 +139,14 @@ def verify(
     failed = [str(v.scale_index) for v in found.rows if v.verdict == DEMOTED]
     dense = "everything" if found.verdict == DEMOTED else f"scale {', '.join(failed)}" if failed else "nothing"
     say(f"wrote {where}: {dense} runs dense here because of it")
-    say(f"verified in {time.monotonic() - begun:.0f} s")
-    return found.good
+    seconds = time.monotonic() - begun
+    say(f"verified in {seconds:.0f} s")
+    seen = {v.scale_index for v in found.rows}
+    return Verification(
+        found.good, found.verdict, found.reason, found.rows,
+        tuple(r.scale_index for r in profile.rows if r.scale_index not in seen), found.pairs, found.looks, found.picture,
+        str(where), str(written) if written else None, seconds,
+    )  # fmt: skip
 
 
 def compare_pictures(
@@ -138,15 +191,7 @@ def compare_pictures(
         notes=decision_cost(seen, adapter, profile.policy),
     )  # fmt: skip
     good = faithful and faster
-    return Finding(verdict, reason, judged, good, renewed if good and n == pairs else None)
-
-
-@dataclass(frozen=True)
-class Look:
-    """One metric over the pictures drawn here: whether they bear its certificate out, and the words for it."""
-
-    good: bool
-    text: str
+    return Finding(verdict, reason, judged, good, renewed if good and n == pairs else None, n, looks, gain)
 
 
 def certified(proof: Evidence) -> dict[str, float]:
@@ -165,10 +210,8 @@ def look_at_pictures(seen: Comparison, bounds: Mapping[str, float]) -> tuple[Loo
     for name, bound in bounds.items():
         metric, values = METRICS[name], [f[name] for f in seen.found]
         mean, worst = class_mean(values, classes), worst_mean(metric, values, classes)
-        best, digits = mean + (mean - worst), metric.digits
-        low, high = sorted((worst, best))
-        looks.append(Look(metric.missing(best, bound) <= 0, f"{metric.title} {metric.say(mean)} (90 % interval "
-                          f"{low:.{digits}f}..{high:.{digits}f}, to bear out {bound:.{digits}f})"))  # fmt: skip
+        best = mean + (mean - worst)
+        looks.append(Look(name, mean, min(worst, best), max(worst, best), bound, metric.missing(best, bound) <= 0))
     return tuple(looks)
 
 

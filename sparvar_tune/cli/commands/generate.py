@@ -7,6 +7,7 @@ import torch
 from sparvar_tune.adapters import Adapter
 from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.cli.console import require_here, say
+from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.options import GenerateOptions
 from sparvar_tune.cli.picture_sheet import save_png, side_by_side
 from sparvar_tune.measure.fidelity import compare_pictures
@@ -14,7 +15,7 @@ from sparvar_tune.measure.timing import Stopwatch
 from sparvar_tune.policy_search.judge import first_touched
 
 
-def run(options: GenerateOptions) -> int:
+def run(options: GenerateOptions) -> ExitCode:
     subject, seed = options.subject, options.seed
     require_here("generate", subject)
     adapter = subject.adapter
@@ -42,7 +43,7 @@ def run(options: GenerateOptions) -> int:
     save_png(image, options.out)
     say(f"dense {times['dense'] / 1e3:.2f} s, tuned {times['tuned'] / 1e3:.2f} s ({ratio:.2f}x, one run each); "
         f"{close}; wrote {options.out}")  # fmt: skip
-    return 0
+    return ExitCode.DONE
 
 
 def class_index(text: str | None, adapter: Adapter) -> int:
