@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparvar_tune.measure.pairs import MOST_PAIRS
 from sparvar_tune.ways.settings import Settings, seconds, whole
 from sparvar_tune.ways.subject import Subject
+
+if TYPE_CHECKING:
+    from sparvar_tune.report.make import Request
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,14 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """request: what the report is made from; out: the file it goes to."""
+
+    request: Request
+    out: Path
 
 
 @dataclass(frozen=True)
