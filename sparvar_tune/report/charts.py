@@ -26,6 +26,7 @@ KINDS = {"dense": "var(--kind-dense)", "csla": "var(--kind-csla)", "cs4a": "var(
 SHADES = ("", " 66%, var(--text)", " 72%, var(--paper)", " 44%, var(--text)", " 52%, var(--paper)")
 MARKS = {"certified": "*", "preset": "o", "paper": "s", "other": "D"}
 COLOURS = {"certified": BEST, "preset": TUNED, "paper": PAPER_WAY, "other": MUTED}
+MOST_CELLS = 50_000  # of a map; Infinity-8B has 3,360
 LETTERS = 14  # heads beside each other that leave room for a letter in each cell
 
 
@@ -249,11 +250,11 @@ def colour_of(kind: HeadKind) -> str:
 
 
 def heads(facts: Facts) -> Chart | None:
-    """Which head does what: layers down, heads across, a panel a scale."""
+    """Which head does what: layers down, heads across, a panel a scale. None where all are dense, or too many to see."""
     scales = facts.head_scales
-    if not scales:
-        return None
     layers, width = facts.profile.workload.layers, facts.profile.workload.heads
+    if not scales or layers * width * len(scales) > MOST_CELLS:
+        return None
 
     def paint(figure: Figure, ink: Ink, wide: bool) -> None:
         across = min(len(scales), 3 if wide else 1)
@@ -292,7 +293,7 @@ def _map(axes: Axes, ink: Ink, facts: Facts, scale: int, labelled: bool, lettere
         for layer, row in enumerate(rows):
             for head, kind in enumerate(row):
                 colour = ink(MUTED if kind.kind == "dense" else "var(--on-fill)")
-                axes.text(head + 0.5, layer + 0.5, kind.letter, ha="center", va="center", color=colour)
+                axes.text(head + 0.5, layer + 0.5, kind.letter, ha="center", va="center", color=colour, in_layout=False)
     axes.set_xlim(0, len(rows[0]))
     axes.set_ylim(len(rows), 0)
     axes.set_title(facts.scale_name(scale), loc="left")

@@ -63,9 +63,9 @@ def draw(
 
     Pictures are looked at, not timed: whatever runs here draws them.
     """
-    reason = "None were asked for (--pictures 0)." if count == 0 else why_not(subject, profile)
+    reason = why_not(subject, profile) or ("" if count else "None were asked for (--pictures 0).")
     if reason or subject is None:
-        return (), reason or ""
+        return (), reason
     adapter = load_adapter(subject.model, subject.gpu.device)
     if adapter.weights_sha256 != profile.workload.weights_sha256:
         return (), "The weights here are not those that the profile was tuned with."
