@@ -13,6 +13,9 @@ from sparvar_tune.ways.settings import Settings, seconds, whole
 if TYPE_CHECKING:  # `doctor` runs where torch does not
     from sparvar_tune.ways.subject import Subject
 
+if TYPE_CHECKING:
+    from sparvar_tune.report.make import Request
+
 
 @dataclass(frozen=True)
 class TuneOptions:
@@ -97,6 +100,14 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """request: what the report is made from; out: the file it goes to."""
+
+    request: Request
+    out: Path
 
 
 @dataclass(frozen=True)

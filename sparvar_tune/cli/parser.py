@@ -25,7 +25,7 @@ from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "check-adapter", "doctor")
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "report", "check", "check-adapter", "doctor")
 DOCTOR = "say what this machine can do, what is missing and the command that mends it"
 
 
@@ -151,6 +151,22 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
+    report = command("report", "one page about a profile: front, times, heads, pictures, certificate, cost", model=False)
+    images(report)
+    report.add_argument("--profile", type=Path, nargs="+", metavar="FILE", default=(), help="these files instead of the ones "
+                        "found: the first is the report's own, the others stand beside it")  # fmt: skip
+    report.add_argument("--out", type=Path, help="file to write (default: report.html or report.md)")
+    report.add_argument("--format", choices=("html", "md"), help="default: by the name of --out, else html; md for pull requests")
+    report.add_argument("--trials", type=Path, metavar="FILE", help="a search's trials.journal, or a CSV of show --trials "
+                        "(default: the last search of --model here)")  # fmt: skip
+    report.add_argument("--log", type=Path, metavar="FILE", help="launch measurements (default: those of --model here)")
+    report.add_argument("--trace", type=Path, nargs="+", metavar="CSV", default=(), help="tables that sparvar-tune trace wrote")
+    report.add_argument("--compare", type=Path, metavar="JSON", help="raw numbers that sparvar-tune compare --out wrote")
+    report.add_argument("--pictures", type=whole, default=2, help="how many to draw dense and tuned, 0..6 (default 2)")
+    report.add_argument("--images-per-day", type=whole, default=100_000, help="of the cost's stated load (default 100000)")
+    report.add_argument("--price", type=float, default=2.0, help="of one GPU-hour, an assumption of yours (default 2)")
+    report.add_argument("--currency", default="USD", help="of the price (default USD)")
+
     check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
 
     text = "try every promise of a model of your own that is to be tuned, a line each (docs/your-model.md)"
@@ -186,6 +202,8 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
         return w.command, o.ShowOptions(subject, w.profile, w.seal, w.gpus, w.models, w.trials, w.storage, w.json)
     if w.command == "check":
         return w.command, o.CheckOptions(w.gpu, w.json)
+    if w.command == "report":
+        return w.command, _report_options(w, subject)
     assert subject is not None  # argparse wants --model there
     if w.command == "generate":
         return w.command, o.GenerateOptions(subject, w.label, w.seed, w.out, w.profile)
@@ -211,6 +229,19 @@ def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
         bounds, w.budget, w.pairs, w.seed, w.out, w.resume, w.search, w.workers, w.mode, tuple(w.merge), w.log, w.storage
     )
     return TuneOptions(subject, w.gpu, settings, w.dry_run)
+
+
+def _report_options(w: argparse.Namespace, subject: Any) -> options.ReportOptions:
+    from sparvar_tune.cli.options import ReportOptions
+    from sparvar_tune.report.cost import Load
+    from sparvar_tune.report.make import Request
+
+    form = w.format or ("md" if w.out is not None and w.out.suffix in (".md", ".markdown") else "html")
+    request = Request(
+        subject, tuple(w.profile), form, w.trials, w.log, tuple(w.trace), w.compare, w.pictures,
+        Load(w.images_per_day, w.price, w.currency),
+    )  # fmt: skip
+    return ReportOptions(request, w.out or Path(f"report.{form}"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -275,13 +275,19 @@ def _read_or_none(trial: optuna.trial.FrozenTrial) -> FinishedTrial | FailedTria
 def read_trials(folder: Path) -> list[FinishedTrial]:
     """Finished trials of the newest search kept in `folder`; none if there is no journal. Raises DamagedJournal."""
     journal = folder / "trials.journal"
-    if not journal.exists():
-        return []
+    return read_journal(journal)[1] if journal.exists() else []
+
+
+def read_journal(journal: Path) -> tuple[str, list[FinishedTrial]]:
+    """The newest study's name (`tune` gives it: model, then a hash; "" where there is none) and its finished trials.
+
+    Nothing is written, so the folder may be read-only; a last line that a kill cut short is not counted. Raises DamagedJournal.
+    """
     _why_no_journal(journal)
     with _reading(journal) as studies:
         names = optuna.get_all_study_names(studies)
         trials = optuna.load_study(study_name=names[-1], storage=studies).get_trials(deepcopy=False) if names else []
-        return [read for t in trials if isinstance(read := _read(t), FinishedTrial)]
+        return names[-1] if names else "", [read for t in trials if isinstance(read := _read(t), FinishedTrial)]
 
 
 def shared_trials(shared: Shared, model: str) -> dict[str, list[FinishedTrial]]:
