@@ -24,9 +24,11 @@ from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check")
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check", "trace")
+TRACERS, WAYS = ("torch", "nvtx", "proton", "nsys", "ncu"), ("tuned", "dense", "paper")
 EXIT_CODES = """exit codes: 0 done; 1 a check did not pass, or not every miss was tuned; 2 bad input, or a bound of your own that
-nothing meets (one line on stderr says what to do); 130 interrupted (finished trials are kept, --resume goes on)"""
+nothing meets (one line on stderr says what to do); 3 a tool is not here (its command is printed, to run where it is);
+130 interrupted (finished trials are kept, --resume goes on)"""
 
 
 def duration(text: str) -> float:
@@ -146,6 +148,22 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
+    trace = command("trace", "run one annotated picture or layer: time by scale and step, and a file for a profiler's window")
+    images(trace)
+    trace.add_argument("--with", dest="tell", choices=TRACERS, default=TRACERS[0],
+                       help="who hears of the ranges: torch.profiler (a file for Perfetto; default), NVTX, Triton's proton, or "
+                       "Nsight's nsys or ncu around this command")  # fmt: skip
+    trace.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
+    trace.add_argument("--way", choices=WAYS, default=WAYS[0], help="as tuned (default), dense, or the paper's fixed setting")
+    trace.add_argument("--layer", type=whole, help="this layer's attention on random inputs, not a picture; models known by "
+                       "their shapes alone run so anyway (layer 0)")  # fmt: skip
+    trace.add_argument("--class", dest="label", default="cat", help="class name or number")
+    trace.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
+    trace.add_argument("--mode", choices=MODES, default=MODES[0], help="graph: a layer captured in CUDA graphs and replayed")
+    trace.add_argument("--cold", action="store_true", help="no run before it: what is planned and compiled once is in it")
+    trace.add_argument("--out", type=Path, default=Path("sparvar-trace"), help="folder that gets the files")
+    trace.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+
     command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
     return top
 
@@ -170,6 +188,10 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
         return w.command, o.GenerateOptions(subject, w.label, w.seed, w.out, w.profile)
     if w.command == "explain":
         return w.command, o.ExplainOptions(subject, w.profile)
+    if w.command == "trace":
+        return w.command, o.TraceOptions(
+            subject, w.profile, w.tell, w.way, w.layer, w.label, w.seed, w.mode == "graph", w.cold, w.out, w.json
+        )
     if w.command == "verify":
         return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write)
     return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out)
