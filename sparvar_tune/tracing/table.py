@@ -51,13 +51,30 @@ def _kinds(variants: Iterable[str]) -> str:
 
 
 def text(table: pandas.DataFrame) -> str:
-    """The table for people, and under it the same by step alone."""
-    lines = [f"{'scale':>5}  {'step':10} {'variant':12} {'calls':>6} {'ms':>10} {'share':>7} {'% of limit':>10}"]
-    for scale, step, variant, calls, ms, share, of_limit in table.drop(columns=["gflop", "mbytes", "limit_ms"]).values.tolist():
-        limit = f"{of_limit:.0%}" if of_limit == of_limit else ""
-        which = f"{scale:5}" if isinstance(scale, int) else f"{'-':>5}"
-        lines.append(f"{which}  {step:10} {variant:12} {calls:6} {ms:10.3f} {share:7.1%} {limit:>10}")
-    steps = table.groupby("step", sort=False)[["calls", "ms", "share"]].sum().sort_values("ms", ascending=False)
-    lines += ["", *(f"{'all':>5}  {step:10} {'':12} {int(calls):6} {ms:10.3f} {share:7.1%}" for step, calls, ms, share in
-                    steps.itertuples())]  # fmt: skip
-    return "\n".join(line.rstrip() for line in lines)
+    """The table for people: a line a scale, a column a step; milliseconds, then % of limit where work is known."""
+    steps = [step for step in STEPS if step in set(table.step)]
+    table = table.assign(scale=["-" if missing else str(s) for s, missing in zip(table.scale, table.scale.isna(), strict=True)])
+    scales = list(dict.fromkeys(table.scale))
+    ms = table.pivot(index="scale", columns="step", values="ms").reindex(index=scales, columns=steps)
+    whole = float(table.ms.sum())
+    lines = ["ms, by scale and step", _line("scale", [*steps, "all", "share"])]
+    for scale in scales:
+        own = float(ms.loc[scale].sum())
+        lines.append(_line(scale, [*(_number(x) for x in ms.loc[scale]), _number(own), f"{own / whole:.1%}"]))
+    lines.append(_line("all", [*(_number(x) for x in ms.sum()), _number(whole), ""]))
+    lines.append(_line("share", [*(f"{x / whole:.1%}" for x in ms.sum()), "", ""]))
+    known = [step for step in steps if table[table.step == step].of_limit.notna().any()]
+    if known:
+        limit = table.pivot(index="scale", columns="step", values="of_limit").reindex(index=scales, columns=known)
+        lines += ["", "% of limit, where the work of every call is known", _line("scale", known)]
+        lines += [_line(scale, [f"{x:.0%}" if x == x else "" for x in limit.loc[scale]])
+                  for scale in scales if limit.loc[scale].notna().any()]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:>5} {' '.join(f'{cell:>9}' for cell in cells)}".rstrip()
+
+
+def _number(ms: float) -> str:
+    return f"{ms:.2f}" if ms == ms else ""
