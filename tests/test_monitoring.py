@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 import adapter_checks as checks
+import block_lookalikes
 import lookalikes
 import numpy
 import pytest
@@ -197,16 +198,22 @@ def test_single_calls():
         sparvar_tune.monitor(tuned, to=Told(), every=3)
 
 
-@pytest.mark.parametrize("kind, model", [("Var", "var-d16"), ("Infinity", "infinity-2b"), ("Hart", "hart")])
-def test_a_live_model_is_watched_by_itself(kind, model):
+@pytest.mark.parametrize(
+    "kind, model, path",
+    [("Var", "var-d16", "attention"), ("Infinity", "infinity-2b", "attention"), ("Hart", "hart", "attention"),
+     ("Infinity", "infinity-2b", "fused")],
+)  # fmt: skip
+def test_a_live_model_is_watched_by_itself(kind, model, path):
     """Sampling, its dense twin and the fallback of another aspect, with nothing said but `monitor`."""
-    driven = getattr(lookalikes, kind)()
-    policy = checks.policies(4, len(driven.grids()))["windows"]
+    driven = getattr(lookalikes if path == "attention" else block_lookalikes, kind)()
+    layers = len(driven.blocks)
+    policy = checks.policies(layers, len(driven.grids()))["windows"]
     dense = checks.draw(driven)
     tuned = tuned_for(driven, model, policy)
+    workload = dataclasses.replace(tuned.profile.workload, layers=layers)
     row = dataclasses.replace(profile().rows[0], scale_index=max(r.scale_index for r in policy.rules))
-    tuned.profile = dataclasses.replace(tuned.profile, rows=(row,))
-    with sparvar_tune.apply(driven.model, tuned) as on:
+    tuned.profile = dataclasses.replace(tuned.profile, rows=(row,), workload=workload)
+    with sparvar_tune.apply(driven.model, tuned, path) as on:
         sparse, before = checks.draw(driven), checks.everything(driven)
         pairs = zip(pictures_of(sparse.pictures), pictures_of(dense.pictures), strict=True)
         want = [METRICS["psnr"].compare(*pair) for pair in pairs]
@@ -225,6 +232,7 @@ def test_a_live_model_is_watched_by_itself(kind, model):
                 with pytest.warns(UserWarning, match="own attention"):
                     driven.sample(aspect=1.5)
                 assert told.counts[("sparvar.dense.fallbacks", "all", "schedule")] == 1
+                assert told.counts[("sparvar.unfused",)] == (path == "fused")
         assert checks.everything(driven) == before
         assert checks.same(checks.draw(driven), sparse)
     assert checks.same(checks.draw(driven), dense)

@@ -13,6 +13,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import adapter_checks as checks
+import block_lookalikes
 import pytest
 import tiny
 import torch
@@ -22,6 +24,7 @@ from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Pooled, Reuse,
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.configs import CpuConfig, TritonConfig
 from sparvar_kernels.policy import plan_layers
+from sparvar_tune import adapters, fused
 from sparvar_tune.adapters.pocketvar import PocketAdapter
 from sparvar_tune.catalog import models
 from sparvar_tune.cli import parser
@@ -124,6 +127,27 @@ def test_every_step_is_named_and_no_pixel_changes(adapter):
     for step in ("qk path", "attention", "products"):
         assert {key[1:3] for key in seen if key[0] == step} >= {(s, la) for s in range(7) for la in (0, 1)}, step
     assert spans[0].own_ms + sum(s.own_ms for s in spans[1:]) == spans[0].ms  # every moment is in one range's own time
+
+
+def test_blocks_that_run_as_one_are_named():
+    driven = block_lookalikes.Infinity()
+    layers = len(driven.blocks)
+    attend, _ = checks.attention_of(driven, checks.policies(layers, len(driven.grids()))["windows"])
+    family, parts = adapters.recognise(driven.model)
+    with fused.put_on(family, parts, attend, "fused"):
+        plain = checks.draw(driven)
+        tracer = Tracer("m", Steps())
+        with traced(tracer):
+            assert checks.same(checks.draw(driven), plain)
+    spans = [s for s in tracer.spans() if s.label.scale is not None]
+    seen = collections.Counter((s.label.step, s.label.scale, s.label.layer) for s in spans)
+    last = len(driven.grids()) - 1
+    for s in range(last + 1):
+        assert seen["norm", s, None] == 3 * layers + 1 and seen["products", s, None] == 2 * layers  # of the MLP
+        for layer in range(layers):
+            assert seen["qk path", s, layer] == seen["text", s, layer] == 1 and seen["products", s, layer] == 4
+            assert seen["dense", s, layer] == (s < last - 1 or (s == last - 1 and seen["gathered", s, layer] == 1))
+    assert {key[1] for key in seen if key[0] == "gathered"} == {last - 1, last}
 
 
 def test_the_models_own_attention_is_dense(adapter):

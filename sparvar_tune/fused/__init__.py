@@ -6,6 +6,8 @@ stack.py says what a family tells of its blocks, engine.py runs it (buffers, gra
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
@@ -42,6 +44,20 @@ class OnPath(Undos):
         for change in (live, fused):
             if change is not None:
                 self.add(change)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While it lasts the model draws by its own code, one image at a time; nothing may be undone meanwhile."""
+        live: Any = self.live
+        with live.paused() if live is not None else nullcontext():
+            before = self.fused is not None and self.fused.enabled
+            if self.fused is not None:
+                self.fused.enabled = False
+            try:
+                yield
+            finally:
+                if self.fused is not None:
+                    self.fused.enabled = before
 
     @property
     def why_not_fused(self) -> str | None:

@@ -57,6 +57,7 @@ ROWS = {row.name: row for row in (
     Row("sparvar.rows.used", "counter", "", "scales run by a row of the profile", ("scale", "kernel")),
     Row("sparvar.dense.fallbacks", "counter", "", "generations, or scales of them, that ran dense all the same",
         ("scale", "reason")),
+    Row("sparvar.unfused", "counter", "", "generations whose blocks did not run as one, though they were put on that path"),
     Row("sparvar.sampling.every", "gauge", "", "every how manyth generation is drawn dense as well; 0: none"),
     Row("sparvar.samples.failed", "counter", "", "sampled generations whose dense twin could not be drawn"),
     *_fidelity("psnr_db", DECIBELS), *_fidelity("ssim", SIMILARITY), *_fidelity("ms_ssim", SIMILARITY),

@@ -20,6 +20,7 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters.instance_forward import Replaced, Undos, replace_method
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.catalog.metrics import METRICS
+from sparvar_tune.fused import FusedPath
 from sparvar_tune.monitoring.images import RandomState, generators_in, pictures_of
 from sparvar_tune.monitoring.metrics import FIDELITY
 from sparvar_tune.monitoring.sinks import Sink, open_sink
@@ -68,6 +69,8 @@ class Monitor:
     def __init__(self, what: Applied | Tuned, sink: Sink, every: int, picture: Callable[[Any], list[Tensor]]) -> None:
         self.tuned = what if isinstance(what, Tuned) else what.tuned
         self.change: Any = what._change if isinstance(what, Applied) else None
+        self.live: Any = getattr(self.change, "live", self.change)  # the attention; the stack around it, where that is on
+        self.fused: FusedPath | None = getattr(self.change, "fused", None)
         self.sink, self.every, self.picture = sink, every, picture
         profile, policy = self.tuned.profile, self.tuned.policy()
         self.labels = {"model": profile.workload.model if profile else "unknown", "gpu": self.tuned.gpu.slug,
@@ -101,13 +104,18 @@ class Monitor:
                 self._hang_on_attention(made)
             self.hooks.add(replace_method(what, "sparse_attention", self._made))
             self.hooks.add(replace_method(what, "attention", self._asked))
-        elif isinstance(self.change, LiveAttention):
-            self.hooks.add(replace_method(self.change, "scale_of", self._scale_of))
-            ours = [c for c in self.change.changes if isinstance(c, Replaced) and c.body == self.change.generate]
-            for change in ours:
-                self.hooks.add(replace_method(change.owner, change.name, self._generate))
-        elif isinstance(attend := getattr(self.change, "attend", None), SparseAttention):
+            return
+        if isinstance(self.live, LiveAttention):
+            self.hooks.add(replace_method(self.live, "scale_of", self._scale_of))
+        elif isinstance(attend := getattr(self.live, "attend", None), SparseAttention):
             self._hang_on_attention(attend)
+        if self.fused is not None:
+            self.hooks.add(replace_method(self.fused, "_run", self._stack))
+        for change in (self.live, self.fused):
+            ours = [c for c in getattr(change, "changes", ()) if isinstance(c, Replaced) and c.body == change.generate]
+            if ours:
+                self.hooks.add(replace_method(ours[0].owner, ours[0].name, self._generate))
+                break
 
     def _hang_on_attention(self, attend: SparseAttention) -> None:
         last = len(attend.plans) - 1
@@ -132,11 +140,18 @@ class Monitor:
     def _scale_of(self, inner: Callable[..., int | None], layer: int, cached: int, x: Tensor, given: Any) -> int | None:
         scale = inner(layer, cached, x, given)
         if layer == 0:
-            self.begins(self.change.starts.get(cached) if scale is None else scale, cached == 0, self.change.reason is None)
+            self.begins(self.live.starts.get(cached) if scale is None else scale, cached == 0, self.live.reason is None)
         return scale
 
+    def _stack(self, inner: Callable[..., None], work: Any, x: Tensor, at: Any) -> None:
+        self.begins(at.scale_index, at.start == 0)
+        inner(work, x, at)
+
     def _generate(self, inner: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        return self.draw(lambda: inner(*args, **kwargs), generators_in(args, kwargs, self.change.parts.model))
+        return self.draw(lambda: inner(*args, **kwargs), generators_in(args, kwargs, self._model()))
+
+    def _model(self) -> Any:
+        return self.fused.found.model if self.fused is not None else self.live.parts.model
 
     # What is seen
 
@@ -172,7 +187,9 @@ class Monitor:
         if done is None:
             return
         if self.last_reason is not None:
-            self._fell_back(self.change.about, WHOLE)
+            self._fell_back(self.live.about, WHOLE)
+        if self.fused is not None and self.fused.reason is not None:
+            self.sink.add("sparvar.unfused", 1, self.labels)
         done.end = done.end or done.last
         if done.end is not None:
             self.pending = [*self.pending, done][-MOST_PENDING:]
@@ -319,6 +336,6 @@ def monitor(
     if every and isinstance(what, Tuned):
         raise ValueError("monitor: every: single calls make no picture; give what sparvar_tune.apply returned")
     change = what._change if isinstance(what, Applied) else None
-    if every and change is not None and not hasattr(change, "paused"):
+    if every and change is not None and not hasattr(getattr(change, "live", change), "paused"):
         raise ValueError("monitor: every: this model's adapter has no `paused`, so it cannot be drawn densely in between")
     return Monitor(what, open_sink(to), every, picture or pictures_of)

@@ -15,7 +15,8 @@ from sparvar_kernels.policy import Policy
 # In the order of a block. "attention" is what of a call of attention no other step is, "rest" what of a picture none is: norms,
 # gates, sampling, the tokenizer.
 STEPS = (
-    "qk path", "attention", "plan", "decide", "gathered", "dense", "pooled", "residual", "products", "decoder", "replay", "rest",
+    "norm", "qk path", "attention", "plan", "decide", "gathered", "dense", "pooled", "residual", "text", "products", "decoder",
+    "replay", "rest",
 )  # fmt: skip
 OUTER = "trace"  # the range around a whole run: what a kernel profiler is told to look at
 

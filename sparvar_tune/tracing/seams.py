@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from sparvar_tune.fused import STACKS
 from sparvar_tune.tracing import work
 from sparvar_tune.tracing.ranges import OUTER, Tracer
 
 CPU, TRITON, VARIANTS = "sparvar_kernels.backends.cpu.layer", "sparvar_kernels.backends.triton.layer", "sparvar_kernels.variants"
-ATTENTION, POCKETVAR = "sparvar_kernels.attention", "sparvar_tune.pocketvar.model"
+ATTENTION, POCKETVAR, FUSED = "sparvar_kernels.attention", "sparvar_tune.pocketvar.model", "sparvar_tune.fused.engine"
 
 Call = Callable[..., Any]
 Around = Callable[[Tracer, Call, tuple[Any, ...], dict[str, Any]], Any]
@@ -82,6 +83,35 @@ def _block(step: str) -> Around:
     return around
 
 
+def _stack(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """FusedPath._run(self, work, x, at): all blocks at one scale; where a graph of them is replayed no Python runs inside."""
+    _, work_space, _, at = args
+    replayed = (at.start, at.length, at.rows) in work_space.graphs
+    with tracer.inside(at.scale_index), tracer.range("replay" if replayed else "rest"):
+        return call(*args, **kwargs)
+
+
+def _pass(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """OnePass.attend(self, layer, q): attention where all blocks run as one."""
+    with tracer.inside(args[0].scale_index, args[1]), tracer.range("attention"):
+        return call(*args, **kwargs)
+
+
+def _in_layer(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """method(self, layer, ...): says which layer it is, and is no range itself."""
+    with tracer.inside(tracer.scale, args[1]):
+        return call(*args, **kwargs)
+
+
+def _product(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Product.__call__ and Product.gelu(self, x), where they multiply themselves; else they call what does."""
+    self, x = args
+    if self.weight is None or (call.__name__ == "gelu" and (self.bias is None or not x.is_cuda)):
+        return call(*args, **kwargs)
+    with tracer.range("products", work=work.linear(self, x) if tracer.clock is not None else None):
+        return call(*args, **kwargs)
+
+
 def _generation(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Generation.step(self): one scale of the picture."""
     with tracer.inside(args[0].scale), tracer.range("rest"):
@@ -103,6 +133,13 @@ def _gather(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     with tracer.range("pooled" if pooled else "gathered", "pooled" if pooled else tracer.variant_of(), later):
         return call(*args, **kwargs)
 
+
+# What a family's stack of blocks is made of, by the names its file knows them by; each has those it needs.
+_STACKS = tuple(
+    Seam(module, name, around)
+    for module in STACKS.values()
+    for name, around in (("append_qkv", _step("qk path")), ("residual_norm", _step("norm")), ("text_attention", _step("text")))
+)
 
 SEAMS = (
     Seam(ATTENTION, "SparseAttention.__call__", _attend),
@@ -132,6 +169,14 @@ SEAMS = (
     Seam(POCKETVAR, "Generation.step", _generation),
     Seam(POCKETVAR, "Generation.pictures", _step("decoder")),
     Seam("torch.nn", "Linear.forward", _step("products", work.linear)),
+    Seam(FUSED, "FusedPath._run", _stack),
+    Seam(FUSED, "OnePass.attend", _pass),
+    Seam(FUSED, "dense_attention", _step("dense", work.dense_call)),
+    Seam("sparvar_tune.fused.product", "Product.__call__", _product),
+    Seam("sparvar_tune.fused.product", "Product.gelu", _product),
+    Seam("sparvar_tune.fused.infinity", "InfinityStack._attend", _in_layer),
+    Seam("sparvar_tune.fused.infinity", "InfinityStack._attend_text", _in_layer),
+    *_STACKS,
 )
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -169,7 +214,7 @@ def _owner(seam: Seam) -> tuple[Any, str] | None:
     *classes, name = seam.name.split(".")
     for step in classes:
         owner = getattr(owner, step)
-    return owner, name
+    return None if seam in _STACKS and name not in vars(owner) else (owner, name)
 
 
 def _with_range(tracer: Tracer, call: Call, around: Around) -> Call:
