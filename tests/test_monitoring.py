@@ -33,7 +33,7 @@ from test_runtime import profile
 import sparvar_tune
 from sparvar_kernels import AttentionProblem, Policy, Pooled, Rule
 from sparvar_kernels.backends.cpu.layer import Layer
-from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.catalog.gpus import device_row, find_gpu
 from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.monitoring import metrics, watch
@@ -164,6 +164,24 @@ def test_what_cannot_be_compared_is_counted_and_served(applied):
     assert ("sparvar.generation.seconds",) not in told.values
 
 
+def test_random_state_is_that_of_one_drawing(applied):
+    """Also where drawings take more of it each time, or fail."""
+    model, on = applied
+    takes = iter((3, 5, 7, 11))
+
+    def draw():
+        torch.rand(next(takes)), numpy.random.rand(2)
+        return drawing(model, seed=int(torch.randint(1 << 30, (1,))))()
+
+    torch.manual_seed(3), numpy.random.seed(3)
+    torch.rand(3), numpy.random.rand(2), torch.randint(1 << 30, (1,))
+    want, more = torch.get_rng_state(), numpy.random.rand()
+    torch.manual_seed(3), numpy.random.seed(3)
+    with sparvar_tune.monitor(on, to=Told(), every=1) as watched, pytest.warns(UserWarning, match="two drawings"):
+        watched.draw(draw)
+    assert next(takes) == 7 and torch.equal(torch.get_rng_state(), want) and numpy.random.rand() == more
+
+
 def test_reasons_for_running_dense():
     model = tiny.make_model()
     on = sparvar_tune.apply(model, Tuned(find_gpu("cpu"), None, None, ("none",)))
@@ -236,6 +254,16 @@ def test_a_live_model_is_watched_by_itself(kind, model, path):
         assert checks.everything(driven) == before
         assert checks.same(checks.draw(driven), sparse)
     assert checks.same(checks.draw(driven), dense)
+
+
+def test_a_twin_needs_what_the_model_cannot_run_without(monkeypatch):
+    """Infinity without flash-attn: our cross-attention stays while the dense twin is drawn."""
+    driven = lookalikes.Infinity()
+    monkeypatch.setattr(lookalikes, "flash_attn_varlen_kvpacked_func", None)
+    tuned = tuned_for(driven, "infinity-2b", checks.policies(4, len(driven.grids()))["windows"])
+    with sparvar_tune.apply(driven.model, tuned) as on, sparvar_tune.monitor(on, to=(told := Told()), every=1):
+        driven.sample()
+    assert len(told.values[("sparvar.sampled.psnr_db",)]) == 1
 
 
 def test_a_gpu_is_not_waited_for(applied, monkeypatch):
@@ -480,3 +508,26 @@ def test_a_policy_of_one_layer_has_first_and_last_at_once():
             problem = AttentionProblem(small.schedule, s, 1, 2, 32, "fp32", small.softmax_scale, small.logit_bound)
             tuned.attention(problem)(*problem.make_inputs(0), layer=0)
     assert len(told.values[("sparvar.scale.seconds", "6")]) == 1 and told.counts[("sparvar.rows.used", "5", "cpu")] == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_times_come_without_waiting(monkeypatch):
+    """Real events: nothing synchronises while pictures are drawn that nobody samples, and every time is there in the end."""
+    model = tiny.make_model().to("cuda")
+    tuned = Tuned(device_row(), dataclasses.replace(profile(), rows=()), None, ())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        on = sparvar_tune.apply(model, tuned)
+    drawing(model)()
+    waited, synchronize = [], torch.cuda.synchronize
+    watched = sparvar_tune.monitor(on, to=(told := Told()), every=4)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: waited.append(a))
+    for _ in range(3):
+        watched.draw(drawing(model))
+    assert not waited and watched.on_gpu
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    watched.draw(drawing(model))
+    watched.undo()
+    assert all(len(told.values[("sparvar.scale.seconds", str(s))]) == 4 for s in range(7))
+    assert min(min(found) for found in told.values.values()) > 0
+    assert len(told.values[("sparvar.sampled.psnr_db",)]) == 1 and ("sparvar.samples.failed",) not in told.counts

@@ -23,7 +23,9 @@ from test_cli import refused, run
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Pooled, Reuse, Rule, ScaleSchedule, SparseAttention, Tile
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.configs import CpuConfig, TritonConfig
+from sparvar_kernels.geometry.scales import partition
 from sparvar_kernels.policy import plan_layers
+from sparvar_kernels.variants.lists import KeyLists
 from sparvar_tune import adapters, fused
 from sparvar_tune.adapters.pocketvar import PocketAdapter
 from sparvar_tune.catalog import models
@@ -173,6 +175,12 @@ def test_work_of_lists_counts_every_pair_once():
         pairs += count * int(lists.tiles.counts[tile])
         seen |= set(lists.keys[0, 0, tile, :count].tolist())
     assert got == Work(4.0 * 16 * pairs * 6, 2.0 * 4 * 16 * (99 + len(seen)) * 6)
+    # what only fills a list, here key 29, is not read
+    short = KeyLists(partition((1, 4), Tile(1, 2)), torch.tensor([[[[0, 1], [1, 29]]]], dtype=torch.int32),
+                     torch.tensor([[[2, 1]]], dtype=torch.int32))  # fmt: skip
+    assert work.gathered_lists(q, k, v, short, (0,), q, problem, CpuConfig())() == Work(
+        4.0 * 16 * (2 * 2 + 2 * 1) * 2, 2.0 * 4 * 16 * (4 + 2) * 2
+    )
     from sparvar_kernels.backends.triton.layer import Layer
 
     policy = Policy.uniform(1, 3, {4: variant})
@@ -371,3 +379,5 @@ def test_a_graphs_kernels_have_names(tmp_path):
     (path,) = runs.tell(subject, "torch", tmp_path / "a", graph=True)
     found = chrome.kernels(chrome.read_trace(path))
     assert {"gathered", "decide", "dense"} <= set(found.step)
+    (tree,) = runs.tell(subject, "proton", tmp_path / "b")
+    assert "step=gathered" in tree.read_text() and "scale=4" in tree.read_text()

@@ -81,7 +81,7 @@ class Monitor:
         self.on_gpu = self.tuned.gpu.device == "cuda" and torch.cuda.is_available()
         self.hooks = Undos()
         self.begun = 0  # generations that `draw` saw
-        self.drawing = self.quiet = self.repeats = False
+        self.drawing = self.repeats = False
         self.on = True
         self.now: _Generation | None = None
         self.pending: list[_Generation] = []
@@ -111,6 +111,7 @@ class Monitor:
             self._hang_on_attention(attend)
         if self.fused is not None:
             self.hooks.add(replace_method(self.fused, "_run", self._stack))
+        change: Any
         for change in (self.live, self.fused):
             ours = [c for c in getattr(change, "changes", ()) if isinstance(c, Replaced) and c.body == change.generate]
             if ours:
@@ -157,7 +158,7 @@ class Monitor:
 
     def begins(self, scale: int | None, first: bool, by_policy: bool = True) -> None:
         """The first layer's attention of a scale is about to run. first: of an image. by_policy: not by the model's own code."""
-        if self.quiet or (self.on_gpu and torch.cuda.is_current_stream_capturing()):
+        if self.on_gpu and torch.cuda.is_current_stream_capturing():
             return
         if first and not self.drawing:
             self._close()
@@ -170,7 +171,7 @@ class Monitor:
 
     def ended(self) -> None:
         """The last layer's attention of a scale was queued."""
-        if self.now is not None and not (self.drawing or self.quiet):
+        if self.now is not None and not self.drawing:
             self.now.last = _Mark(self.on_gpu)
 
     def _open(self) -> None:
@@ -228,7 +229,7 @@ class Monitor:
         state = RandomState(generators) if sampled else None
         self._close()
         self._open()
-        self.drawing = True
+        self.drawing = True  # also while a twin is drawn: what begins then is of no generation
         try:
             returned = draw()
             seen = self.now
@@ -242,7 +243,7 @@ class Monitor:
         return returned
 
     def _sample(self, returned: T, draw: Callable[[], T], before: RandomState, seen: bool) -> None:
-        after, self.quiet = RandomState(before.generators), True
+        after = RandomState(before.generators)
         try:
             if not seen:
                 raise ValueError("no attention of this model was called; a captured graph has no dense twin, sample eager ones")
@@ -262,7 +263,6 @@ class Monitor:
             self.sink.add("sparvar.samples.failed", 1, self.labels)
             warnings.warn(f"a sampled picture could not be compared with a dense one: {error}", stacklevel=4)
         finally:
-            self.quiet = False
             after.restore()
 
     def _compare(self, sparse: Tensor, dense: Tensor) -> None:
