@@ -26,6 +26,7 @@ import numpy
 import pytest
 import tiny
 import torch
+import var_hart_lookalikes
 from PIL import Image
 from test_adapters import tuned_for
 from test_runtime import profile
@@ -219,11 +220,12 @@ def test_single_calls():
 @pytest.mark.parametrize(
     "kind, model, path",
     [("Var", "var-d16", "attention"), ("Infinity", "infinity-2b", "attention"), ("Hart", "hart", "attention"),
-     ("Infinity", "infinity-2b", "fused")],
+     ("Infinity", "infinity-2b", "fused"), ("Var", "var-d16", "fused"), ("Hart", "hart", "fused")],
 )  # fmt: skip
 def test_a_live_model_is_watched_by_itself(kind, model, path):
     """Sampling, its dense twin and the fallback of another aspect, with nothing said but `monitor`."""
-    driven = getattr(lookalikes if path == "attention" else block_lookalikes, kind)()
+    whole = block_lookalikes if kind == "Infinity" else var_hart_lookalikes
+    driven = getattr(whole if path == "fused" else lookalikes, kind)()
     layers = len(driven.blocks)
     policy = checks.policies(layers, len(driven.grids()))["windows"]
     dense = checks.draw(driven)

@@ -137,9 +137,13 @@ def _gather(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str,
 # What a family's stack of blocks is made of, by the names its file knows them by; each has those it needs.
 _STACKS = tuple(
     Seam(module, name, around)
-    for module in STACKS.values()
-    for name, around in (("append_qkv", _step("qk path")), ("residual_norm", _step("norm")), ("text_attention", _step("text")))
-)
+    for family, module in STACKS.items()
+    for name, around in (
+        ("append_qkv", _step("qk path")), ("residual_norm", _step("norm")), ("gated_silu", _step("norm")),
+        ("text_attention", _step("text")), (f"{family.capitalize()}Stack._attend", _in_layer),
+        (f"{family.capitalize()}Stack._attend_text", _in_layer),
+    )
+)  # fmt: skip
 
 SEAMS = (
     Seam(ATTENTION, "SparseAttention.__call__", _attend),
@@ -174,8 +178,6 @@ SEAMS = (
     Seam(FUSED, "dense_attention", _step("dense", work.dense_call)),
     Seam("sparvar_tune.fused.product", "Product.__call__", _product),
     Seam("sparvar_tune.fused.product", "Product.gelu", _product),
-    Seam("sparvar_tune.fused.infinity", "InfinityStack._attend", _in_layer),
-    Seam("sparvar_tune.fused.infinity", "InfinityStack._attend_text", _in_layer),
     *_STACKS,
 )
 
