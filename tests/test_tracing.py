@@ -11,6 +11,8 @@ import itertools
 import json
 import os
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from sparvar_tune.tracing.seams import SEAMS, TRITON
 from sparvar_tune.tracing.table import text
 
 WINDOWS = (-1, -1, -1, -1, 3, 3, 3)
+TRACE = ["trace", "--gpu", "cpu", "--model", "pocketvar", "--way", "paper"]
 TILE = Tile(4, 4)
 # layer 0: pooled and CS4A heads; layer 1: CSLA heads alone; scale 4 is the decision scale of scale 6
 MIXED = Policy(("AC", "BB"), (Rule(5, "A", Pooled(3, 2)), Rule(6, "A", Cs4a(4, 0.2, TILE)), Rule(6, "B", Csla(WINDOWS, 2, TILE)),
@@ -274,6 +277,24 @@ def test_nvtx_hears_the_ranges_of_its_domain(adapter, monkeypatch, tmp_path):
     assert heard.stack == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler here")
+def test_a_tool_that_listens_hears_the_ranges(tmp_path):
+    """As Nsight does: a library that the process is told to load hears them by NVTX's own way."""
+    pytest.importorskip("nvtx")
+    library, heard = tmp_path / "listener.so", tmp_path / "heard"
+    here = Path(__file__).parent
+    subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", library, here / "nvtx_listener.c"], check=True)
+    told = {"NVTX_INJECTION64_PATH": str(library), "NVTX_HEARD": str(heard), "SPARVAR_TUNE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, here / "tiny.py", "0", "1", *TRACE, "--with", "nvtx", "--out", tmp_path / "out"],
+                          env={**os.environ, **told}, capture_output=True, text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = heard.read_text().splitlines()
+    pushed = [line.removeprefix("sparvar push ") for line in lines if line.startswith("sparvar push ")]
+    assert pushed[0] == "trace" and "model=pocketvar scale=6 layer=1 step=gathered variant=csla" in pushed
+    assert len(pushed) == lines.count("sparvar pop") == len(lines) / 2
+
+
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--with nvtx: .* pip install 'sparvar-tune\[profile\]'"):
@@ -291,9 +312,6 @@ def test_proton_scopes_nest(monkeypatch):
         scopes.push(name)
     scopes.pop(), scopes.pop()
     assert said == ["+a", "+b", "-b", "-a"]
-
-
-TRACE = ["trace", "--gpu", "cpu", "--model", "pocketvar", "--way", "paper"]
 
 
 @pytest.fixture

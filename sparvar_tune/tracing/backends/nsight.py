@@ -14,7 +14,7 @@ OURS = "regex:gathered|fetched|mass|select"  # the kernels of this package; a pi
 
 def nsys(stem: Path, words: Sequence[str]) -> list[str]:
     """The timeline: every kernel, also those of a CUDA graph one by one, under the ranges it was launched or captured in."""
-    return ["nsys", "profile", "--trace=cuda,nvtx,cublas,cudnn", "--cuda-graph-trace=node", f"--nvtx-domain-include={DOMAIN}",
+    return ["nsys", "profile", "--trace=cuda,nvtx", "--cuda-graph-trace=node", f"--nvtx-domain-include={DOMAIN}",
             "--sample=none", "--force-overwrite=true", f"--output={stem}", *_ours(words)]  # fmt: skip
 
 
