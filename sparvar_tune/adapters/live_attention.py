@@ -19,7 +19,7 @@ from torch import Tensor
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters.attention_names import attention_names, forward_with
-from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
+from sparvar_tune.adapters.instance_forward import Replaced, Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.protocol import Parts
 
 # model -> the scale from which on only the conditional half runs; set by guidance.py
@@ -77,12 +77,14 @@ class LiveAttention(Undos):
     """Sparse attention in a live model. `reason`: why the last image ran dense (from some call on), None if it did not.
 
     images: how many were begun.
+    about: what the reason is about, "schedule" or "batch".
     """
 
     def __init__(self, found: Parts, attend: SparseAttention) -> None:
         super().__init__()
         self.parts, self.attend = found, attend
         self.reason: str | None = None
+        self.about = ""
         self.starts = {start: s for s, start in enumerate(attend.schedule.starts[:-1])}
         self.thinned = any(step.thins for step in attend.policy.steps)  # then caches are not the schedule's from some scale on
         self.sparse = attend.sparse if isinstance(attend, Inside) else [[_is_sparse(p) for p in plans] for plans in attend.plans]
@@ -113,7 +115,7 @@ class LiveAttention(Undos):
         if not self.sparse[layer][s]:
             return None
         if rows not in ((self._rows, self._rows // 2) if self._split else (self._rows,)) and self._takes(layer, s):
-            self._give_up(f"scale {s} has {rows} batch rows, but its decision scale had {self._rows}")
+            self._give_up(f"scale {s} has {rows} batch rows, but its decision scale had {self._rows}", "batch")
             return None
         self._scale = s
         return s
@@ -150,11 +152,14 @@ class LiveAttention(Undos):
         """Whether a scale takes something from a decision scale."""
         return any(variant.decision_scale is not None for variant, _ in self.attend.plans[layer][s].groups)
 
-    def _give_up(self, reason: str) -> None:
-        self.reason = reason
+    def _give_up(self, reason: str, about: str = "schedule") -> None:
+        self.reason, self.about = reason, about
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"the model's own attention runs for this image: {reason}", stacklevel=2)
+
+    def _pausable(self) -> list[Replaced]:
+        return [change for change in super()._pausable() if change.body != self.generate]  # one image at a time, always
 
     # An image
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -131,6 +132,17 @@ class Attached:
         _, ours = self._of.setdefault(model, (model.attend, []))
         ours.append(self)
         model.attend = attend
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While it lasts the model attends as it did before any of ours."""
+        now = self.model.attend
+        before, _ = self._of.get(self.model, (now, []))
+        self.model.attend = before
+        try:
+            yield
+        finally:
+            self.model.attend = now
 
     def undo(self) -> None:
         before, ours = self._of.get(self.model, (None, []))

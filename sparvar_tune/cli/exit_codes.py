@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     DONE = 0, "done; also where no policy certified the preset: a line says why, and what runs here instead"
     FAILED = 1, "a check did not pass, or not every recorded miss was tuned"
     BAD_INPUT = 2, "bad input, or a bound of your own that nothing meets: one line on stderr says what to do"
+    MISSING_TOOL = 3, "`trace --with nsys` or `ncu`: the tool is not on the PATH; its command is printed"
     INTERRUPTED = 130, "interrupted: finished trials are kept, `--resume` goes on"
 
 

@@ -111,6 +111,47 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
+class TraceOptions:
+    """tell: who hears of the ranges, of TRACERS. way: of WAYS. layer: one layer on random inputs, None for a picture where the
+    model can be run. graph: captured in CUDA graphs and replayed. cold: the first run, planning included.
+    """
+
+    subject: Subject
+    profile: Path | None
+    tell: str
+    way: str
+    layer: int | None
+    label: str
+    seed: int
+    graph: bool
+    cold: bool
+    out: Path
+    json: bool
+
+    def __post_init__(self) -> None:
+        whole("seed", self.seed, 0, 2**62 - 1)
+        if self.layer is not None:
+            whole("layer", self.layer, 0, self.subject.model.layers - 1)
+        if self.graph and self.subject.gpu.slug == "cpu":
+            raise ValueError("trace --mode graph: want a CUDA GPU; a CPU has no CUDA graphs")
+        if self.graph and self.layer is None and self.subject.model.adapter is not None:
+            raise ValueError("trace --mode graph: want --layer N; a whole picture is not captured")
+        if self.profile is not None and self.way != "tuned":
+            raise ValueError(f"trace --profile: runs with --way tuned, got --way {self.way}")
+
+    @property
+    def words(self) -> list[str]:
+        """The command line that traces the same with NVTX ranges, for a tool to run under itself."""
+        s = self.subject
+        given = {"--model": s.model.slug, "--gpu": s.asked, "--quality": s.quality, "--resolution": s.resolution,
+                 "--aspect": s.aspect, "--images": s.images, "--profile": self.profile, "--way": self.way, "--layer": self.layer,
+                 "--class": self.label, "--seed": self.seed, "--mode": "graph" if self.graph else "eager", "--out": self.out,
+                 "--with": "nvtx"}  # fmt: skip
+        words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        return ["trace", *words, *["--cold"] * self.cold]
+
+
+@dataclass(frozen=True)
 class CheckOptions:
     gpu: str
     json: bool = False

@@ -25,8 +25,9 @@ from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "report", "check", "check-adapter", "doctor")
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "trace", "report", "check", "check-adapter", "doctor")
 DOCTOR = "say what this machine can do, what is missing and the command that mends it"
+TRACERS, WAYS = ("torch", "nvtx", "proton", "nsys", "ncu"), ("tuned", "dense", "paper")
 
 
 def duration(text: str) -> float:
@@ -151,6 +152,22 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
+    trace = command("trace", "run one annotated picture or layer: time by scale and step, and a file for a profiler's window")
+    images(trace)
+    trace.add_argument("--with", dest="tell", choices=TRACERS, default=TRACERS[0],
+                       help="who hears of the ranges: torch.profiler (a file for Perfetto; default), NVTX, Triton's proton, or "
+                       "Nsight's nsys or ncu around this command")  # fmt: skip
+    trace.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
+    trace.add_argument("--way", choices=WAYS, default=WAYS[0], help="as tuned (default), dense, or the paper's fixed setting")
+    trace.add_argument("--layer", type=whole, help="this layer's attention on random inputs, not a picture; models known by "
+                       "their shapes alone run so anyway (layer 0)")  # fmt: skip
+    trace.add_argument("--class", dest="label", default="cat", help="class name or number")
+    trace.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
+    trace.add_argument("--mode", choices=MODES, default=MODES[0], help="graph: a layer captured in CUDA graphs and replayed")
+    trace.add_argument("--cold", action="store_true", help="no run before it: what is planned and compiled once is in it")
+    trace.add_argument("--out", type=Path, default=Path("sparvar-trace"), help="folder that gets the files")
+    trace.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+
     report = command("report", "one page about a profile: front, times, heads, pictures, certificate, cost", model=False)
     images(report)
     report.add_argument("--profile", type=Path, nargs="+", metavar="FILE", default=(), help="these files instead of the ones "
@@ -209,6 +226,10 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
         return w.command, o.GenerateOptions(subject, w.label, w.seed, w.out, w.profile)
     if w.command == "explain":
         return w.command, o.ExplainOptions(subject, w.profile, w.json)
+    if w.command == "trace":
+        return w.command, o.TraceOptions(
+            subject, w.profile, w.tell, w.way, w.layer, w.label, w.seed, w.mode == "graph", w.cold, w.out, w.json
+        )
     if w.command == "verify":
         return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write, w.json)
     return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out, w.json)

@@ -6,6 +6,8 @@ stack.py says what a family tells of its blocks, engine.py runs it (buffers, gra
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
@@ -48,6 +50,20 @@ class OnPath(Undos):
         """Raises ValueError where the fused path was asked for by name and is not on."""
         if path == "fused" and self.fused is None:
             raise ValueError(self._why_not_fused)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While it lasts the model draws by its own code, one image at a time; nothing may be undone meanwhile."""
+        live: Any = self.live
+        with live.paused() if live is not None else nullcontext():
+            before = self.fused is not None and self.fused.enabled
+            if self.fused is not None:
+                self.fused.enabled = False
+            try:
+                yield
+            finally:
+                if self.fused is not None:
+                    self.fused.enabled = before
 
     @property
     def why_not_fused(self) -> str | None:

@@ -138,6 +138,10 @@ class Evidence:
                 return measured
         raise ValueError(f"{metric}: the evidence has {', '.join(name for name, _ in self.metrics) or 'nothing'}")
 
+    def certified(self) -> dict[str, float]:
+        """The bounds it says the means have, by metric: of those that were asked for."""
+        return {name: m.bound for name, m in self.metrics if m.bound is not None and m.required is not None}
+
     def why_not(self) -> str | None:
         if self.n < 2:
             return f"n: got {self.n}, want >= 2"

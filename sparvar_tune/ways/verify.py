@@ -31,7 +31,7 @@ from sparvar_tune.profile import overlay, store
 from sparvar_tune.profile.identity import meaning_of, stamp
 from sparvar_tune.profile.machine import device_name, silicon, versions
 from sparvar_tune.profile.overlay import DEMOTED, LEAST, OK, Overlay, Verified
-from sparvar_tune.profile.schema import Evidence, Generation, MachineCode, Profile, Row, Speedup, Workload, one_line
+from sparvar_tune.profile.schema import Generation, MachineCode, Profile, Row, Speedup, Workload, one_line
 from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.runtime.demote import deciding
 from sparvar_tune.ways import time_only
@@ -167,7 +167,7 @@ def compare_pictures(
 
     seen = compare_on(adapter, profile.policy, launches, verify_pairs(adapter.num_classes, pairs), status, late)
     gain = generation(seen, adapter)
-    looks = look_at_pictures(seen, certified(proof) if proof else adapter.required(profile.preset))
+    looks = look_at_pictures(seen, proof.certified() if proof else adapter.required(profile.preset))
     n, faithful, faster = len(seen.found), all(look.good for look in looks), gain.speedup.low > 1
     pictures = f"{', '.join(look.text for look in looks)}, over {n} pairs the certificate did not use"
     say(f"pictures: {_said(faithful)}: {pictures}")
@@ -192,11 +192,6 @@ def compare_pictures(
     )  # fmt: skip
     good = faithful and faster
     return Finding(verdict, reason, judged, good, renewed if good and n == pairs else None, n, looks, gain)
-
-
-def certified(proof: Evidence) -> dict[str, float]:
-    """The bounds a certificate says the means have, by metric: of those that were asked for."""
-    return {name: m.bound for name, m in proof.metrics if m.bound is not None and m.required is not None}
 
 
 def look_at_pictures(seen: Comparison, bounds: Mapping[str, float]) -> tuple[Look, ...]:
