@@ -15,6 +15,7 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import load_adapter
 from sparvar_tune.cli.commands.generate import class_index
 from sparvar_tune.cli.console import require_here, say
+from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.options import TraceOptions
 from sparvar_tune.measure.limits import machine_limits
 from sparvar_tune.policy_search.menu import paper_policy
@@ -26,8 +27,6 @@ from sparvar_tune.tracing.backends.nsight import TOOLS, WRITES
 
 if TYPE_CHECKING:
     import pandas
-
-NOT_HERE = 3  # exit code: the tool is not on the PATH
 
 
 def run(options: TraceOptions) -> int:
@@ -81,7 +80,7 @@ def _under_tool(options: TraceOptions, stem: Path) -> int:
             say(json.dumps({"command": "trace", "run": command, "files": []}))
         else:
             say(f"{command[0]} is not on the PATH; where it is, run\n{shlex.join(command)}\nand open {report}")
-        return NOT_HERE
+        return ExitCode.MISSING_TOOL
     require_here("trace", options.subject)
     if options.tell == "ncu" and options.subject.gpu.device == "cpu":
         raise ValueError("--with ncu: it counts what a GPU's kernels do; want a CUDA GPU, or --with torch")
