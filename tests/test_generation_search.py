@@ -9,6 +9,7 @@ from statistics import fmean
 import pytest
 import replayed
 import tiny
+import torch
 
 from sparvar_kernels.policy import Policy
 from sparvar_tune.catalog.gpus import GPUS
@@ -64,10 +65,11 @@ class Guided(replayed.Adapter):
         policy = getattr(attend, "inner", attend).policy
         if not policy.steps:
             return super().finish(state, attend, redraw_from)
+        nothing = torch.empty(1, 1, 0, 1)
         for s in self.scales:
             for layer in range(self.model.layers):
                 if s not in policy.skip_scales:
-                    attend(None, None, None, layer, s)
+                    attend(nothing, nothing, nothing, layer, s)
         self.clock.now += self.other_ms(policy) / 1e3
         noise, texture, signs = replayed.picture_parts(*state)
         levels = replayed.recording()["class_levels"]
