@@ -90,6 +90,19 @@ class WholeBlock(nn.Module):
         return x + self.ffn(ada_norm(WIDTH, 1e-6, x, scale2, shift2)) * gamma2
 
 
+class HeadNorm(nn.Module):
+    """AdaLN before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ada_lin, self.norm_eps = nn.Linear(WIDTH, 2 * WIDTH), 1e-6
+        self.ln_wo_grad = nn.LayerNorm(WIDTH, eps=1e-6, elementwise_affine=False)
+
+    def forward(self, x_BLC, cond_BD):
+        scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, WIDTH).unbind(2)
+        return ada_norm(WIDTH, 1e-6, x_BLC, scale, shift)
+
+
 class WholeInfinity(InfinityLike):
     """An InfinityLike of whole blocks."""
 
@@ -104,6 +117,16 @@ class WholeInfinity(InfinityLike):
             self.rope2d_freqs_grid[str(tuple((1, h, w) for h, w in grids))] = table
         self.start.data *= 0.3
         self.shared_ada_lin = nn.Sequential(nn.Linear(WIDTH, 6 * WIDTH), nn.Unflatten(1, (1, 6, WIDTH)))
+        self.lvl_embed, self.head_nm = nn.Embedding(8, WIDTH), HeadNorm()
+
+    def add_lvl_embeding(self, feature, scale_ind, scale_schedule, need_to_pad=0):
+        _, height, width = scale_schedule[scale_ind]
+        places = scale_ind * torch.ones((feature.shape[0], height * width), dtype=torch.int)
+        feature[:, : height * width] += self.lvl_embed(places.to(feature.device))
+        return feature
+
+    def get_logits(self, x, cond_BD):
+        return self.head(self.head_nm(x.float(), cond_BD.float())).float()
 
 
 class Infinity(lookalikes.Infinity):

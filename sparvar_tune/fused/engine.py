@@ -275,8 +275,6 @@ class FusedPath(Undos):
     def _why_not(self, given: Mapping[str, Any]) -> str | None:
         if any(block.training for block in self.found.blocks):
             return "the model is in training mode"
-        if not self.found.attentions[0].caching:
-            return "its key-value cache is off"
         schedule = self.stack.schedule(given)
         if isinstance(schedule, str):
             return schedule
