@@ -181,6 +181,14 @@ class Shape:
         return -(-self.size // self.length)
 
     @property
+    def line(self) -> int:
+        return self.channels if self.last else self.size
+
+    @property
+    def aligned(self) -> bool:
+        return gcd(self.line, self.length) % ALIGNMENT == 0
+
+    @property
     def even(self) -> bool:
         return self.size % self.length == 0 and self.channels % self.wide == 0
 
@@ -219,8 +227,7 @@ class GroupNormLaunch:
     def __init__(self, shape: Shape, groups: int, builds: tuple[PathBuild, PathBuild, PathBuild], device: torch.device) -> None:
         across, many = -(-shape.channels // shape.wide), shape.many
         self.parts = 2, shape.batch, shape.channels, many
-        line = shape.channels if shape.last else shape.size
-        self.sizes = shape.channels * shape.size, line, shape.size, many, shape.length
+        self.sizes = shape.channels * shape.size, shape.line, shape.size, many, shape.length
         spans = -(-shape.size // shape.span)
         grids = (across * many, shape.batch, 1), (groups, shape.batch, 1), (across * spans, shape.batch, 1)
         self.passes: list[tuple[Launcher, tuple[int, int, int]]] = [
@@ -240,7 +247,6 @@ def group_norm_launch(
     assert x is not None
     batch, channels, height, width = x[0]
     shape = Shape(batch, channels, height * width, last)
-    line = channels if last else shape.size
-    aligned = gcd(line, shape.length) % ALIGNMENT == 0 and not any(t[3] for t in (x, weight, bias) if t is not None)
+    aligned = shape.aligned and not any(t[3] for t in (x, weight, bias) if t is not None)
     scale, shift = (None if t is None else t[2] for t in (weight, bias))
     return GroupNormLaunch(shape, groups, group_norm_builds(shape, groups, x[2], out, scale, shift, silu, aligned), device)
