@@ -361,3 +361,30 @@ def test_the_public_decoder(family):
             assert apart(decoder(z), want) <= apart(half, want)
     assert_same_state(before, state(decoder))
     assert torch.equal(decoder(z), want)
+
+
+def test_the_block_path_puts_it_on_with_the_first_image_and_takes_it_off():
+    """Off while the path is switched off, back on with it, and gone when it is undone."""
+    import adapter_checks as checks
+    import block_lookalikes
+
+    from sparvar_tune import adapters
+    from sparvar_tune.fused import put_on
+
+    driven = block_lookalikes.Infinity()
+    driven.model.quantiser.decoder = decoder = made()
+    before = checks.everything(driven)
+    with put_on(*adapters.recognise(driven.model), None, "fused") as path:
+        assert path.fused.decoder is None and "no image" in path.fused.why_not_decoder
+        checks.draw(driven)
+        assert path.fused.decoder.decoder is decoder and path.fused.why_not_decoder is None and "forward" in vars(decoder)
+        path.fused.enabled = False
+        assert "forward" not in vars(decoder)
+        path.fused.enabled = True
+        assert "forward" in vars(decoder)
+        driven.model.quantiser.decoder = nn.Linear(1, 1)
+        checks.draw(driven)
+        assert "forward" not in vars(decoder) and "it has no conv_in" in path.fused.why_not_decoder
+        driven.model.quantiser.decoder = decoder
+        checks.draw(driven)
+    assert checks.everything(driven) == before

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparvar_kernels.path import group_norm_silu
 from sparvar_kernels.path.door import FLOATS
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
+from sparvar_tune.fused.compile_ahead import compile_ahead
 from sparvar_tune.fused.product import why_not_owned
 
 SHORTCUTS = ("nin_shortcut", "conv_shortcut")
@@ -101,6 +102,7 @@ class FusedDecoder(Undos):
         super().__init__()
         self.decoder = decoder
         self.reason: str | None = None
+        self.compiled: set[torch.Size] = set()  # latents whose binaries were made
         if channels_last:
             for module in decoder.modules():
                 if isinstance(module, nn.Conv2d):
@@ -157,7 +159,14 @@ class FusedDecoder(Undos):
 
     def _forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         self.reason = self._why_not(args, kwargs)
-        return inner(*args, **kwargs) if self.reason else self(*args)
+        if self.reason:
+            return inner(*args, **kwargs)
+        z: Tensor = args[0]
+        if z.is_cuda and z.shape not in self.compiled:
+            self.compiled.add(z.shape)
+            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else z.dtype
+            compile_ahead(self.builds((z.shape[0], z.shape[1], z.shape[2], z.shape[3]), dtype), z.device)
+        return self(z)
 
     def _why_not(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:
