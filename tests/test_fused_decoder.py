@@ -246,6 +246,26 @@ def test_weights_made_in_inference_mode():
         assert_same_state(before, state(decoder))
 
 
+def test_attached_in_inference_mode_the_weights_can_learn_afterwards():
+    decoder = made()
+    before = state(decoder)
+    with torch.inference_mode():
+        path = attach_decoder(decoder)
+        decoder(latent())
+    decoder.requires_grad_(True)
+    decoder(latent()).sum().backward()
+    path.undo()
+    decoder.zero_grad()
+    decoder(latent()).sum().backward()
+    assert_same_state(before, state(decoder))
+    assert decoder.conv_in.weight.grad.stride() == decoder.conv_in.weight.stride()
+
+
+def test_writes_an_fp32_picture_as_autocast_reads_it():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fused._normed(nn.GroupNorm(2, 4), torch.randn(1, 4, 3, 3).transpose(2, 3)).dtype == torch.bfloat16
+
+
 def test_where_a_gradient_is_asked_for_the_own_code_runs():
     decoder = made()
     z = latent().requires_grad_()
@@ -265,6 +285,12 @@ def _hooked():
     return decoder
 
 
+def _hooked_norm():
+    decoder = made(Held)
+    decoder.mid.block_2.norm1.norm.register_forward_hook(lambda *a: None)
+    return decoder
+
+
 def _changed(change):
     decoder = made()
     change(decoder)
@@ -275,6 +301,7 @@ REFUSED = {
     "another function between the modules": (lambda: made(Rectified), "another picture"),
     "a part of one": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3)), "it has no conv_in"),
     "a hook": (_hooked, r"up\.0\.block\.1: another tool's hook"),
+    "a hook within a norm": (_hooked_norm, r"mid\.block_2: another tool's hook is on its GroupNorm"),
     "another norm": (lambda: _changed(lambda d: setattr(d.mid.block_1, "norm2", nn.BatchNorm2d(16))), "BatchNorm2d"),
     "another norm at the end": (lambda: _changed(lambda d: setattr(d, "norm_out", nn.Identity())), "norm_out: its norm"),
     "convolution in three dimensions": (lambda: _changed(lambda d: setattr(d, "conv_in", nn.Conv3d(4, 16, 3))), "Conv3d"),

@@ -188,15 +188,17 @@ class ChannelsLast:
         t = self.weight
         if type(t) is nn.Parameter and t.is_contiguous() and not t.is_contiguous(memory_format=torch.channels_last):
             self.before = t.stride()
-            self._lay(torch.empty_like(t.detach(), memory_format=torch.channels_last))
+            _, channels, height, width = t.shape
+            self._lay((height * width * channels, 1, width * channels, channels))
 
-    def _lay(self, memory: Tensor) -> None:
-        with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
-            self.weight.data = memory.copy_(self.weight)
+    def _lay(self, strides: tuple[int, ...]) -> None:
+        t = self.weight
+        with torch.inference_mode(False), torch.no_grad():  # memory made in inference mode could not learn afterwards
+            t.data = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
     def undo(self) -> None:
         if self.before is not None and self.weight.is_contiguous(memory_format=torch.channels_last):
-            self._lay(torch.empty_strided(self.weight.shape, self.before, dtype=self.weight.dtype, device=self.weight.device))
+            self._lay(self.before)
         self.before = None
 
 
