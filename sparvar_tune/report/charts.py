@@ -175,7 +175,7 @@ def times(facts: Facts) -> Chart | None:
         axes.set_xlim(0, max(sums) * (1.1 if wide else 1.24))
         axes.invert_yaxis()
         what = "a picture" if facts.profile.generation else "in all layers"
-        axes.set_xlabel(f"{unit} {what}{', predicted' if facts.predicted else ''}")
+        axes.set_xlabel(f"{'seconds' if unit == 's' else unit} {what}{', predicted' if facts.predicted else ''}")
         axes.spines["left"].set_visible(False)
         axes.tick_params(left=False)
         axes.grid(True, axis="x")
@@ -205,7 +205,7 @@ def steps(facts: Facts) -> Chart | None:
         axes.set_yticks(range(len(bars)), [_short(f"{scale}, {trace}", 34 if wide else 20) for scale, trace, _ in bars])
         axes.set_xlim(0, max(left) * 1.15 or 1)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{unit}, one traced run")
+        axes.set_xlabel(f"{'seconds' if unit == 's' else unit}, one traced run each")
         axes.spines["left"].set_visible(False)
         axes.tick_params(left=False)
         axes.grid(True, axis="x")
