@@ -99,7 +99,11 @@ def test_nothing_a_file_says_becomes_markup(tmp_path):
     quoted = '"' + EVIL.replace('"', '""') + '"'
     trials.write_text(CSV + f"2,{quoted},0.6,-1.0,36,0.98,True,True\n")
     trace.write_text(f"scale,step,ms\n12,{quoted},3.5\n,decoder,1.0\n")
-    request = make.Request(profiles=(path,), trials=trials, traces=(trace,), pictures=0)
+    raw = json.loads((ROOT / "reports/cpu/pocketvar.json").read_text())
+    raw["outcomes"][EVIL] = raw["outcomes"]["paper's fixed setting"]  # stands in the front's chart
+    compared = tmp_path / "c.json"
+    compared.write_text(json.dumps(raw))
+    request = make.Request(profiles=(path,), trials=trials, traces=(trace,), compared=compared, pictures=0)
     text = make.make(request)
     page, clean = Page(text), Page(html_of(POCKETVAR))
     assert [tag for tag, _ in page.elements].count("script") == 1 and page.code["script"] == clean.code["script"]
