@@ -108,7 +108,8 @@ def comparison(
         known = {"psnr": f"{psnr_db:.2f} ", "ssim": f"{similarity:.4f} "}
         lines.append(f"| *yardstick: {name}* | | | | | {'| '.join(known.get(m.name, '') for m in metrics)}|")
     raw = {
-        "machine": dataclasses.asdict(machine), "versions": dataclasses.asdict(versions), "pairs": list(pairs),
+        "model": adapter.model.slug, "machine": dataclasses.asdict(machine), "versions": dataclasses.asdict(versions),
+        "pairs": list(pairs),
         "outcomes": {name: [dataclasses.asdict(o) for o in found] for name, found in outcomes.items()},
     }  # fmt: skip
     return "\n".join(lines) + "\n", json.dumps(raw, indent=1, sort_keys=True) + "\n"
