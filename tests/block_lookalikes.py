@@ -126,7 +126,8 @@ class WholeInfinity(InfinityLike):
         return feature
 
     def get_logits(self, x, cond_BD):
-        return self.head(self.head_nm(x.float(), cond_BD.float())).float()
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.head_nm(x.float(), cond_BD.float())).float()
 
 
 class Infinity(lookalikes.Infinity):

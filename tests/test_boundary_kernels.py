@@ -397,3 +397,25 @@ def test_the_second_gpu_runs_what_lies_on_it():
                 outs[device] = attend(*(t.to(device) for t in inputs[s]), 0, s)
             assert str(outs[device].device) == device
         assert torch.cuda.current_device() == 0 and torch.equal(outs["cuda:0"].cpu(), outs["cuda:1"].cpu())
+
+
+def test_the_callers_default_device_is_not_where_plans_are_made():
+    """As `torch.set_default_device("cuda")` around everything; here the device that holds nothing."""
+    schedule = ScaleSchedule.square((1, 2, 3, 5, 6))
+    policy = Policy(
+        ("ABCD",),
+        (
+            Rule(4, "A", Cs4a(3, 0.5, Tile(4, 4))),
+            Rule(4, "B", Csla((-1, -1, 3, 3, 5), 2, Tile(4, 4), decision_scale=3)),
+            Rule(4, "C", Pooled(2, 2)),
+        ),
+    )
+    problems = [AttentionProblem(schedule, s, 2, 4, 16, "fp32", 1.0, 12.0) for s in range(5)]
+    inputs = [p.make_inputs(s, "cpu") for s, p in enumerate(problems)]
+    plain = SparseAttention(policy, schedule, logit_bound=12.0)
+    want = [plain(*t, 0, s) for s, t in enumerate(inputs)]
+    with torch.device("meta"):
+        attend = SparseAttention(policy, schedule, logit_bound=12.0)
+        for _ in range(2):
+            got = [attend(*t, 0, s) for s, t in enumerate(inputs)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

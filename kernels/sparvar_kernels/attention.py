@@ -87,6 +87,9 @@ class SparseAttention:
         ready = self._ready.get(form)
         if ready is None:
             ready = self._ready[form] = self._prepare(q, k, v, layer, scale_index)
+            with torch.device("cpu"):  # what a first call plans is the host's, whatever the caller's default device
+                first: Tensor = ready(q, k, v, scale_index)
+            return first
         return ready(q, k, v, scale_index)
 
     def _prepare(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Any:

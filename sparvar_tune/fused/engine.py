@@ -75,9 +75,10 @@ class Workspace:
             first = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
             p = first[0]
             kind = (p.batch, p.heads, p.head_dim, self.dtype, device)
-            layers: list[Any] = attend._build(first, device)  # what its first call would make
+            with torch.device("cpu"):  # plans are the host's, whatever the caller's default device
+                layers: list[Any] = attend._build(first, device)  # what its first call would make
+                builds += [build for layer in layers for s in scales for build in layer.builds(s)]
             attend._layers[kind] = layers
-            builds += [build for layer in layers for s in scales for build in layer.builds(s)]
         compile_ahead(builds, device)
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:

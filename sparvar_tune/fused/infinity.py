@@ -123,7 +123,7 @@ class InfinityStack:
             ("none", gated),
         ):  # fmt: skip
             made.append(residual_norm_build(fp32, dtype if norm == "layer" else fp32, width, norm, True, operands))
-        return made
+        return [*made, residual_norm_build(fp32, fp32, width, "layer", True, modulated)]  # before the head
 
     def begin(self, given: Mapping[str, Any]) -> None:
         condition = given["cond_BD"].float()

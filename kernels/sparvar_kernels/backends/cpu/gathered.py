@@ -29,9 +29,9 @@ def gathered_attention(
     num_tiles, each = rows.shape
     width, dim = lists.keys.shape[-1], q.shape[-1]
     step = min(num_tiles, max(1, config.score_elements // (each * width)))
-    gathered_k, gathered_v = (torch.empty(step * width, dim, dtype=k.dtype) for _ in range(2))
-    scores = torch.empty(step, each, width, dtype=work)
-    tiled = torch.empty(num_tiles, each, dim, dtype=work)
+    gathered_k, gathered_v = (torch.empty(step * width, dim, dtype=k.dtype, device=k.device) for _ in range(2))
+    scores = torch.empty(step, each, width, dtype=work, device=k.device)
+    tiled = torch.empty(num_tiles, each, dim, dtype=work, device=k.device)
     bounded = problem.logit_bound is not None and problem.logit_bound <= SAFE_LOGIT
     flat_rows = rows.flatten()
     for b in range(q.shape[0]):
