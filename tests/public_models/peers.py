@@ -134,7 +134,8 @@ def main() -> None:
     public, ours, untouched = found.values()
     equal = public.keys() == ours.keys() and all(bool((public[name] == ours[name]).all()) for name in public)
     changed = not bool((public["picture"] == untouched["picture"]).all())
-    print(json.dumps({"peer": peer, "check": "picture and logits = its public code's, bit for bit", "scales": len(ours) - 1,
+    dtype = "bf16" if peer == "fastvar_hart" else "fp32"
+    print(json.dumps({"options": peer, "dtype": dtype, "check": "picture and logits = its public code's, bit for bit", "scales": len(ours) - 1,
                       "holds": equal and changed}))  # fmt: skip
 
 
