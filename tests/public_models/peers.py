@@ -135,8 +135,8 @@ def main() -> None:
     equal = public.keys() == ours.keys() and all(bool((public[name] == ours[name]).all()) for name in public)
     changed = not bool((public["picture"] == untouched["picture"]).all())
     dtype = "bf16" if peer == "fastvar_hart" else "fp32"
-    print(json.dumps({"options": peer, "dtype": dtype, "check": "picture and logits = its public code's, bit for bit", "scales": len(ours) - 1,
-                      "holds": equal and changed}))  # fmt: skip
+    check = "picture and logits = its public code's, bit for bit"
+    print(json.dumps({"options": peer, "dtype": dtype, "check": check, "scales": len(ours) - 1, "holds": equal and changed}))
 
 
 if __name__ == "__main__":
