@@ -12,7 +12,9 @@ import lookalikes
 import pytest
 import torch
 import torch.nn.functional as F
+import var_hart_lookalikes
 from block_lookalikes import DIM, HEADS
+from lookalikes import SIDES
 
 from sparvar_kernels import Policy, Pooled, Rule
 from sparvar_kernels.geometry.scales import ScaleSchedule
@@ -111,8 +113,64 @@ def by_hand(driven, step: PruneTokens, schedule: ScaleSchedule):
             del block.forward
 
 
+@contextlib.contextmanager
+def hart_by_hand(driven, step: PruneTokens, schedule: ScaleSchedule):
+    """The same of HART's look-alike: no AdaLN, no text; places turn a token by its row and column and its prompt's length."""
+    for layer, block in enumerate(driven.blocks):
+        given = {}
+
+        def attend(row, tokens, y, si, places, caches, block=block):
+            sa, (keys, values), queries = block.attn, caches, []
+            side = SIDES[si]
+            for place, token in zip(tokens, y, strict=True):
+                bias = torch.cat((sa.q_bias, sa.zero_k_bias, sa.v_bias)).double()
+                q, k, v = (sa.qkv_proj.weight.double() @ token + bias).view(3, HEADS, DIM)
+                at = [places[row, place]] if si == 0 else [a / side * SIDES[-1] + places[row, -1] for a in divmod(place, side)]
+                rates = (sa.context_rotary_emb if si == 0 else sa.rotary_emb).inv_freq.double()
+                angles = torch.cat([rates * float(a) for a in at for _ in range(2)])
+                q, k = (t * angles.cos() + torch.cat((-t[:, DIM // 2 :], t[:, : DIM // 2]), 1) * angles.sin() for t in (q, k))
+                queries.append(q)
+                keys.append(k)
+                values.append(v)
+            weights = torch.softmax(sa.scale * torch.einsum("qhd,khd->hqk", torch.stack(queries), torch.stack(keys)), -1)
+            out = torch.einsum("hqk,khd->qhd", weights, torch.stack(values)).flatten(1)
+            return out @ sa.proj.weight.double().T + sa.proj.bias.double()
+
+        def forward(x, si=-1, context_position_ids=None, *, layer=layer, block=block, given=given, attend=attend, **_rest):
+            s = si - 1  # the text comes first
+            keep = step.at(s) if s >= 0 and step.first_layer <= layer <= step.last_layer else None
+            if s < 0:
+                given["caches"] = [([], []) for _ in range(x.shape[0])]
+            for part in ("attention", "mlp"):
+                added = []
+                for row in range(x.shape[0]):
+                    r, count = x[row].double(), x.shape[1]
+                    far = [float((token - r.mean(0)).square().sum()) for token in r]
+                    tokens = list(range(count)) if keep is None else sorted(range(count), key=lambda i: -far[i])[:keep]
+                    y = block.ln_wo_grad(r[tokens].float())
+                    out = block.ffn(y).double()
+                    if part == "attention":
+                        out = attend(row, tokens, y.double(), si, context_position_ids, given["caches"][row])
+                    if keep is not None:
+                        whole = on_grid(given[part, row], schedule.grids[step.cached_scale], schedule.grids[s])
+                        whole[tokens] = out
+                        out = whole
+                    if s == step.cached_scale:
+                        given[part, row] = out
+                    added.append(out)
+                x = x + torch.stack(added).float()
+            return x
+
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in driven.blocks:
+            del block.forward
+
+
 def schedule_of(driven) -> ScaleSchedule:
-    return ScaleSchedule(tuple(driven.grids()))
+    return adapters.recognise(driven.model)[1].schedule or ScaleSchedule(tuple(driven.grids()))
 
 
 def drawn(driven, *steps, rules=(), **given):
@@ -121,22 +179,33 @@ def drawn(driven, *steps, rules=(), **given):
         return checks.draw(driven, **given)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_pruned_tokens_are_the_oracle(batch):
-    driven = block_lookalikes.Infinity()
+@pytest.mark.parametrize(("kind", "hand", "step", "batch"), [
+    (block_lookalikes.Infinity, by_hand, STEP, 1), (block_lookalikes.Infinity, by_hand, STEP, 2),
+    (var_hart_lookalikes.Hart, hart_by_hand, PruneTokens(3, (20, 16), 2, 0, 1), 2),
+])  # fmt: skip
+def test_pruned_tokens_are_the_oracle(kind, hand, step, batch):
+    driven = kind()
     plain, before = checks.draw(driven, batch=batch), checks.everything(driven)
-    with by_hand(driven, STEP, schedule_of(driven)):
+    with hand(driven, step, schedule_of(driven)):
         want = checks.draw(driven, batch=batch)
-    got = drawn(driven, STEP, batch=batch)
+    got = drawn(driven, step, batch=batch)
     assert checks.near(got, want, "fp32") and not checks.near(got, plain, "fp32")
     assert checks.same(checks.draw(driven, batch=batch), plain) and checks.everything(driven) == before
 
 
-def test_by_hand_without_pruning_is_the_model():
-    driven = block_lookalikes.Infinity()
+@pytest.mark.parametrize(("kind", "hand"), [(block_lookalikes.Infinity, by_hand), (var_hart_lookalikes.Hart, hart_by_hand)])
+def test_by_hand_without_pruning_is_the_model(kind, hand):
+    driven = kind()
     plain = checks.draw(driven)
-    with by_hand(driven, dataclasses.replace(STEP, from_scale=6), schedule_of(driven)):
+    with hand(driven, dataclasses.replace(STEP, from_scale=6), schedule_of(driven)):
         assert checks.near(checks.draw(driven), plain, "fp32")
+
+
+def test_the_last_grid_in_rounds_has_all_its_tokens():
+    driven = var_hart_lookalikes.Hart()
+    step = PruneTokens(4, (16,), 3, 0, 2)  # the last grid, 8x8
+    plain = checks.draw(driven, rounds=2)
+    assert checks.same(drawn(driven, step, rounds=2), plain) and not checks.same(drawn(driven, step), checks.draw(driven))
 
 
 def test_with_the_half_dropped_and_rules_before():
@@ -182,9 +251,13 @@ def test_what_cannot_be_pruned(changes, reason):
 def test_the_published_form():
     for name, last in (("infinity-2b", 27), ("infinity-8b", 27)):
         model = find_model(name)
-        step = PruneTokens.published(model.schedule("1M", "1.000"), model.layers)
+        step = PruneTokens.published("infinity", model.schedule("1M", "1.000"), model.layers)
         assert step == PruneTokens(9, (615, 800), 8, 3, last)
-        other = PruneTokens.published(model.schedule("1M", "1.333"), model.layers)
+        other = PruneTokens.published("infinity", model.schedule("1M", "1.333"), model.layers)
         assert other.from_scale == 9 and other.why_not(model.schedule("1M", "1.333"), model.layers) is None
-    with pytest.raises(ValueError, match="at least 6 scales"):
-        PruneTokens.published(ScaleSchedule.square((1, 2, 3, 4, 5)), 32)
+    hart = find_model("hart")
+    assert PruneTokens.published("hart", hart.schedule(), hart.layers) == PruneTokens(11, (1152, 1024), 10, 0, 23)
+    with pytest.raises(ValueError, match="5 scales, 32 layers: FastVAR wants 6 and 4 at least"):
+        PruneTokens.published("infinity", ScaleSchedule.square((1, 2, 3, 4, 5)), 32)
+    with pytest.raises(ValueError, match="var: FastVAR has no form for it"):
+        PruneTokens.published("var", ScaleSchedule.square((1, 2, 3, 4, 5)), 32)

@@ -11,6 +11,7 @@ from sparvar_tune.adapters.guidance import run_half, stop_before
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.prune_tokens import HartBlock, prune_tokens
 from sparvar_tune.adapters.steps import by_scale
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
@@ -71,7 +72,14 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     return run_half(found, from_scale, _scale_of(found), _cut)
 
 
-STEPS = {"skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional)}
+def prune(found: Parts, step: Any) -> Undos:
+    """Lets its layers work on a part of the tokens (`generation/prune_tokens.py`). The last grid in rounds has all of them."""
+    return prune_tokens(step, lambda layer: HartBlock(found, step, layer, BLOCK.named))
+
+
+STEPS = {
+    "skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional), "prune_tokens": prune,
+}  # fmt: skip
 
 
 def _cut(given: dict[str, Any], half: int) -> dict[str, Any]:

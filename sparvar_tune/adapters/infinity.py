@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import LiveAttention, schedule_of
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.adapters.prune_tokens import prune_tokens
+from sparvar_tune.adapters.prune_tokens import InfinityBlock, prune_tokens
 from sparvar_tune.adapters.steps import by_scale
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
@@ -92,7 +91,7 @@ def skip_scales(found: Parts, from_scale: int) -> Undos:
 
 def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     """Runs the conditional half alone from scale `from_scale` on: bit for bit what guidance 1 draws there."""
-    drop, text, named = Drop(found, from_scale), {"rows": 0}, _named(BLOCK)
+    drop, text, named = Drop(found, from_scale), {"rows": 0}, BLOCK.named
 
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(found, args, kwargs)
@@ -131,12 +130,12 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
 
 def budget_caches(found: Parts, step: Any) -> Undos:
     """Cuts every layer's cache to its budget (`generation/cache_budget.py`)."""
-    return keep_budget(found, step, _raw_queries, _named(ATTENTION), _is_other)
+    return keep_budget(found, step, _raw_queries, ATTENTION.named, _is_other)
 
 
 def prune(found: Parts, step: Any) -> Undos:
     """Lets the middle layers work on a part of the tokens (`generation/prune_tokens.py`)."""
-    return prune_tokens(found, step, _named(BLOCK), _is_other)
+    return prune_tokens(step, lambda layer: InfinityBlock(found, step, layer, BLOCK.named, _is_other))
 
 
 def _raw_queries(attention: Any, x: Tensor) -> Tensor:
@@ -144,11 +143,6 @@ def _raw_queries(attention: Any, x: Tensor) -> Tensor:
     width = attention.num_heads * attention.head_dim
     q: Tensor = attention.mat_qkv(x)[..., :width]
     return q.unflatten(-1, (attention.num_heads, attention.head_dim))
-
-
-def _named(shape: Shape) -> Callable[..., dict[str, Any]]:
-    """Arguments of a module's call by name."""
-    return lambda *args, **kwargs: {**dict(zip(shape.parameters, args, strict=False)), **kwargs}
 
 
 STEPS = {

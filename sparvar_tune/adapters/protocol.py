@@ -92,7 +92,7 @@ class Adapter(Protocol):
 
 def why_not_adapter(found: Any) -> str | None:
     """Why `found` is no adapter, by its attributes alone: half a line, or None."""
-    wanted = [name for name in Adapter.__annotations__ if not hasattr(found, name)]
+    wanted = [name for name in Adapter.__annotations__ if name != "steps" and not hasattr(found, name)]
     wanted += [
         name
         for name in ("start", "finish", "classes", "required", "class_levels", "yardsticks")

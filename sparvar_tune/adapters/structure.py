@@ -42,6 +42,10 @@ class Shape:
             return f"{self.what}: {self.method} calls none of {', '.join(self.calls)}"
         return None
 
+    def named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """A call's arguments by name."""
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+
 
 def why_not_alike(modules: Iterable[Any], *names: str) -> str | None:
     """Why the modules, one per layer, are not alike in the attributes `names`, or None."""

@@ -7,20 +7,24 @@ from typing import ClassVar
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 
-SHARES = (0.4, 0.5)  # of the tokens left out, at the fourth- and third-last scale: grids 32 and 40 of 13 scales
+# FastVAR's forms by family: the first scale from the end, shares of the tokens left out from there on, layers (None: the last)
+_PUBLISHED: dict[str, tuple[int, tuple[float, ...], int, int | None]] = {
+    "infinity": (4, (0.4, 0.5), 3, 27),  # grids 32 and 40 of 13; it leaves out the last two besides
+    "hart": (2, (0.5, 0.75), 0, None),  # grids 48 and 64
+}
 
 
 @dataclass(frozen=True)
 class PruneTokens:
     """At scale `from_scale + i` layers `first_layer`..`last_layer` work on `kept[i]` tokens of a grid, each batch row its own.
 
-    Each of a block's three parts (attention, text, MLP) chooses anew: the tokens whose residual is farthest, by squared distance,
+    Each of a block's parts (attention, text, MLP) chooses anew: the tokens whose residual is farthest, by squared distance,
     from the mean over the grid. They keep their places in RoPE, and they alone are appended to the cache. What the part gave at
     `cached_scale`, after its gate, is brought to this grid (each cell the mean of those it covers), and the results of the chosen
     tokens stand in it; then it is added to the residual.
 
     Oracle: the same in fp64, a row at a time, on Infinity's look-alike (tests/test_prune_tokens.py). Source: FastVAR (arXiv
-    2503.23367), whose public code draws the same picture from `published`, and leaves the last two scales out besides.
+    2503.23367), whose public code draws the same picture from `published`; of Infinity it leaves the last two scales out besides.
     """
 
     from_scale: int
@@ -33,17 +37,20 @@ class PruneTokens:
     thins: ClassVar[bool] = True
 
     @classmethod
-    def published(cls, schedule: ScaleSchedule, layers: int) -> PruneTokens:
-        """Of FastVAR's code for Infinity at 13 square scales; at others the same by scale index.
+    def published(cls, family: str, schedule: ScaleSchedule, layers: int) -> PruneTokens:
+        """That of FastVAR's code for "infinity" or "hart", square and of 13 scales; at others the same by scale index.
 
-        Raises ValueError for schedules too short and models too shallow for it.
+        Raises ValueError for another family, schedules too short and models too shallow for it.
         """
-        first, n = 3, len(schedule)
-        if n < 6 or layers <= first:
-            raise ValueError(f"{n} scales, {layers} layers: FastVAR wants at least 6 scales and {first + 1} layers")
-        counts = (schedule.num_queries(n - 4 + i) for i in range(len(SHARES)))
-        kept = tuple(count - int(count * share) for count, share in zip(counts, SHARES, strict=True))
-        return cls(n - 4, kept, n - 5, first, min(27, layers - 1))
+        if family not in _PUBLISHED:
+            raise ValueError(f"{family}: FastVAR has no form for it; want one of {', '.join(_PUBLISHED)}")
+        back, shares, first, last = _PUBLISHED[family]
+        begin = len(schedule) - back
+        if begin < 2 or layers <= first:
+            raise ValueError(f"{len(schedule)} scales, {layers} layers: FastVAR wants {back + 2} and {first + 1} at least")
+        counts = (schedule.num_queries(begin + i) for i in range(len(shares)))
+        kept = tuple(count - int(count * share) for count, share in zip(counts, shares, strict=True))
+        return cls(begin, kept, begin - 1, first, layers - 1 if last is None else min(last, layers - 1))
 
     @property
     def skips(self) -> tuple[int, ...]:

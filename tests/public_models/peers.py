@@ -1,7 +1,8 @@
-"""Generation steps against the public code they come from: the same tiny Infinity at 1024x1024, drawn by both.
+"""Generation steps against the public code they come from: the same tiny Infinity or HART at 1024x1024, drawn by both.
 
     python tests/public_models/peers.py scalekv INFINITY_CHECKOUT SCALEKV_CHECKOUT
     python tests/public_models/peers.py fastvar INFINITY_CHECKOUT FASTVAR_CHECKOUT
+    python tests/public_models/peers.py fastvar_hart HART_CHECKOUT FASTVAR_CHECKOUT
 
 Prints one JSON line. Each picture is drawn in a process of its own, since both checkouts call their package `infinity`.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 DEPTH, PIXELS = 6, "1M"
+HART_DEPTH, HART_SIDES = 4, (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 STOOD_IN: set[str] = set()
 
 
@@ -64,23 +66,49 @@ def fastvar_public(checkout: str):
 def fastvar_own(checkout: str):
     from sparvar_tune.generation import PruneTokens, SkipScales
 
-    return with_steps(checkout, lambda schedule: [SkipScales.last(schedule, 2), PruneTokens.published(schedule, DEPTH)])
+    return with_steps(
+        checkout, lambda schedule: [SkipScales.last(schedule, 2), PruneTokens.published("infinity", schedule, DEPTH)]
+    )
 
 
-def with_steps(checkout: str, steps):
+def fastvar_hart_public(checkout: str):
+    return build_hart(str(Path(checkout) / "HART"))
+
+
+def fastvar_hart_own(checkout: str):
+    from sparvar_tune.generation import PruneTokens
+
+    return with_steps(checkout, lambda schedule: [PruneTokens.published("hart", schedule, HART_DEPTH)], build_hart)
+
+
+def build_hart(checkout: str):
+    """In bf16: their code runs with flash-attn's layout alone."""
+    sys.path.insert(0, str(HERE.parent))
+    from public_models import tiny_hart
+
+    tiny_hart.SIDES = HART_SIDES
+    return tiny_hart.Tiny(checkout, "bf16", flash=True)
+
+
+def with_steps(checkout: str, steps, build=build):
     tiny = build(checkout)
     import adapter_checks as checks
 
     from sparvar_kernels import Policy, ScaleSchedule
     from sparvar_tune import adapters
 
-    policy = Policy(("AA",) * DEPTH, (), tuple(steps(ScaleSchedule(tuple(tiny.grids())))))
+    schedule = adapters.recognise(tiny.model)[1].schedule or ScaleSchedule(tuple(tiny.grids()))
+    policy = Policy(("AA",) * len(tiny.blocks), (), tuple(steps(schedule)))
     adapters.apply(tiny.model, checks.attention_of(tiny, policy)[0])
     return tiny
 
 
 def plain(checkout: str):
     return build(checkout)
+
+
+def plain_hart(checkout: str):
+    return build_hart(checkout)
 
 
 def main() -> None:
@@ -98,15 +126,17 @@ def main() -> None:
     peer, own, theirs = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         found = {}
-        for way, checkout in ((f"{peer}_public", theirs), (f"{peer}_own", own), ("plain", own)):
+        untouched = "plain_hart" if peer == "fastvar_hart" else "plain"
+        for way, checkout in ((f"{peer}_public", theirs), (f"{peer}_own", own), (untouched, own)):
             file = str(Path(folder) / f"{way}.safetensors")
             subprocess.run([sys.executable, __file__, "draw", way, checkout, file], check=True)
             found[way] = load_file(file)
     public, ours, untouched = found.values()
     equal = public.keys() == ours.keys() and all(bool((public[name] == ours[name]).all()) for name in public)
     changed = not bool((public["picture"] == untouched["picture"]).all())
-    print(json.dumps({"peer": peer, "check": "picture and logits = its public code's, bit for bit", "scales": len(ours) - 1,
-                      "holds": equal and changed}))  # fmt: skip
+    dtype = "bf16" if peer == "fastvar_hart" else "fp32"
+    check = "picture and logits = its public code's, bit for bit"
+    print(json.dumps({"options": peer, "dtype": dtype, "check": check, "scales": len(ours) - 1, "holds": equal and changed}))
 
 
 if __name__ == "__main__":

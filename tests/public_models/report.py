@@ -20,6 +20,7 @@ SOURCES = {
     "infinity": "github.com/FoundationVision/Infinity", "hart": "github.com/mit-han-lab/hart",
     "var": "github.com/FoundationVision/VAR", "scalekv": "github.com/StargazerX0/ScaleKV", "fastvar": "github.com/csguoh/FastVAR",
 }  # fmt: skip
+PEERS = {"scalekv": [("scalekv", "infinity")], "fastvar": [("fastvar", "infinity"), ("fastvar_hart", "hart")]}
 HEAD = """# Adapters on the public code, on a CPU
 
 Tiny models with random weights, built from unmodified checkouts; the sizes are in tests/public_models. Written by
@@ -42,11 +43,13 @@ def commit_of(checkout: str) -> str:
 
 
 def rows_of(model: str, checkouts: dict[str, str]) -> list[dict]:
-    """What run.py finds of a model, or peers.py of a step's public code beside ours on Infinity."""
-    ours = {"scalekv", "fastvar"} & {model}
-    call = ["peers.py", model, checkouts["infinity"], checkouts[model]] if ours else ["run.py", model, checkouts[model]]
-    done = subprocess.run([sys.executable, str(HERE / call[0]), *call[1:]], stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """What run.py finds of a model, or peers.py of a step's public code beside ours."""
+    calls = [("peers.py", peer, checkouts[of], checkouts[model]) for peer, of in PEERS.get(model, ())]
+    lines = []
+    for script, *arguments in calls or [("run.py", model, checkouts[model])]:
+        call = [sys.executable, str(HERE / script), *arguments]
+        lines += subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def table(rows: list[dict]) -> list[str]:

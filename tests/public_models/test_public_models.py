@@ -1,5 +1,5 @@
 """The adapters on the public code, for each checkout that the environment names (SPARVAR_INFINITY, SPARVAR_HART, SPARVAR_VAR),
-and generation steps beside the code they come from (SPARVAR_SCALEKV, SPARVAR_FASTVAR, with SPARVAR_INFINITY).
+and generation steps beside the code they come from (SPARVAR_SCALEKV, SPARVAR_FASTVAR, with those of the models).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def test_every_check_holds(model):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("peer", ["scalekv", "fastvar"])
-def test_a_step_is_its_public_code(peer):
-    hold(PEERS, peer, checkout_of("infinity"), checkout_of(peer))
+@pytest.mark.parametrize(("peer", "model"), [("scalekv", "infinity"), ("fastvar", "infinity"), ("fastvar_hart", "hart")])
+def test_a_step_is_its_public_code(peer, model):
+    hold(PEERS, peer, checkout_of(model), checkout_of(peer.split("_")[0]))
 
 
 def checkout_of(name: str) -> str:

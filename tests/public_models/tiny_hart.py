@@ -37,7 +37,9 @@ class Tiny:
             from hart.modules.networks import basic_hart
 
             if flash:  # imported by now, so that transformers does not look for the package
-                basic_hart.flash_attn_func = dense_attention_bnhd
+                for module in [m for name, m in sys.modules.items() if name.startswith("hart.modules.networks.")]:
+                    if hasattr(module, "flash_attn_func"):
+                        module.flash_attn_func = dense_attention_bnhd
             coder = HARTAutoEncoder(HARTAutoEncoderConfig(
                 vocab_size=640, z_channels=8, ch=32, v_patch_nums=SIDES, quantizer_type="var_hybrid", test_mode=True
             ))  # fmt: skip
