@@ -8,12 +8,12 @@ import adapter_checks as checks
 import pytest
 import torch
 import var_hart_lookalikes as whole
-from test_fused import BOUND, errors, on
+from test_fused import BOUND, Adds, errors, on
 
 from sparvar_tune import adapters
 
 FAMILIES = {"var": whole.Var, "shared": lambda *a: whole.Var(*a, shared=True), "flash": lambda *a: whole.Var(*a, flash=True),
-            "hart": whole.Hart}  # fmt: skip
+            "hart": whole.Hart, "cosine": lambda *a: whole.Hart(*a, cosine=True)}  # fmt: skip
 
 
 def poison(path) -> None:
@@ -24,7 +24,7 @@ def poison(path) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"batch": 2}, {"batch": 3, "cfg": 3.0}], ids=str)
-@pytest.mark.parametrize("family", ["var", "shared", "hart"])
+@pytest.mark.parametrize("family", ["var", "shared", "hart", "cosine"])
 def test_dense_equals_the_untouched_model(family, given):
     driven = FAMILIES[family]()
     before, plain = checks.everything(driven), checks.draw(driven, **given)
@@ -121,6 +121,21 @@ def test_a_last_grid_in_rounds_runs_the_models_own_blocks():
             warnings.simplefilter("error")
             checks.draw(driven)
         assert path.why_not_fused is None
+
+
+@pytest.mark.parametrize(("family", "where"), [
+    ("var", "ffn.fc1"), ("var", "attn.proj"), ("hart", "ffn.gate_proj"), ("hart", "ffn.down_proj"), ("hart", "attn.proj"),
+])  # fmt: skip
+def test_a_module_that_is_no_plain_linear_is_called(family, where):
+    driven = FAMILIES[family]()
+    plain = checks.draw(driven)
+    owner, _, name = where.rpartition(".")
+    parent = driven.blocks[1].get_submodule(owner)
+    setattr(parent, name, Adds(getattr(parent, name)).requires_grad_(False))
+    own = checks.draw(driven)
+    with on(driven):
+        ours = checks.draw(driven)
+    assert max(errors(ours, own)) < 1e-5 < max(errors(own, plain))
 
 
 def _affine(block):

@@ -75,8 +75,9 @@ class Rotary(nn.Module):
 
 
 class WholeHartAttention(lookalikes.HartAttention):
-    def __init__(self, **options) -> None:
+    def __init__(self, cosine: bool = False, **options) -> None:
         super().__init__(**options)
+        self.attn_l2_norm, self.scale = cosine, 1 if cosine else self.scale
         self.rotary_emb, self.context_rotary_emb = Rotary(2), Rotary(1)
 
     def turned(self, t: Tensor, si: int, text: Tensor, m_maskgit) -> Tensor:
@@ -95,6 +96,9 @@ class WholeHartAttention(lookalikes.HartAttention):
     def forward(self, x, attn_bias, si=-1, context_position_ids=None, context_mask=None, m_maskgit=None):
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         q, k, v = F.linear(x, self.qkv_proj.weight, bias).unflatten(-1, (3, HEADS, DIM)).unbind(2)
+        if self.attn_l2_norm:
+            q, k = (F.normalize(t, dim=-1) for t in (q, k))
+            q = q * self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp().transpose(1, 2)
         q, k = (self.turned(t, si, context_position_ids, m_maskgit) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.caching:
@@ -116,9 +120,9 @@ class SwiGlu(nn.Module):
 
 
 class WholeHartBlock(nn.Module):
-    def __init__(self, **options) -> None:
+    def __init__(self, cosine: bool = False, **options) -> None:
         super().__init__()
-        self.attn, self.ffn, self.ln_wo_grad = WholeHartAttention(**options), SwiGlu(), LlamaRMSNormFused()
+        self.attn, self.ffn, self.ln_wo_grad = WholeHartAttention(cosine, **options), SwiGlu(), LlamaRMSNormFused()
         self.disable_aln, self.shared_aln, self.cross_attn = True, False, None
 
     def forward(self, x, cond_BD, attn_bias, si=-1, context_position_ids=None, context_mask=None, m_maskgit=None):
@@ -130,9 +134,9 @@ class WholeHartBlock(nn.Module):
 class WholeHart(HartLike):
     """stream: dtype of what goes into the blocks."""
 
-    def __init__(self, layers: int = 3, stream: torch.dtype = torch.float32, **options) -> None:
+    def __init__(self, layers: int = 3, stream: torch.dtype = torch.float32, cosine: bool = False, **options) -> None:
         super().__init__(layers, **options)
-        self.blocks = self.made = nn.ModuleList(WholeHartBlock(**options) for _ in range(layers))
+        self.blocks = self.made = nn.ModuleList(WholeHartBlock(cosine, **options) for _ in range(layers))
         self.stream = stream
 
     def embed(self, following, at):

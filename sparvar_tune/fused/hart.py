@@ -51,7 +51,7 @@ class HartStack:
         self.found = found
         self.blocks: list[Block] = []
         self.held = torch.float32
-        self.rotation = torch.empty(0)
+        self.places = self.rotation = torch.empty(0)
 
     def why_not(self) -> str | None:
         first = self.found.attentions[0]
@@ -83,6 +83,7 @@ class HartStack:
         x, places = given["x"], schedule.num_keys(len(schedule) - 1)
         self.held = x.dtype  # what the stream is kept in
         self.blocks = [Block(block, dtype, self.held) for block in self.found.blocks]
+        self.places = _grid_places(schedule, x.device)
         self.rotation = torch.empty(rows, places, self.found.head_dim, 2, device=x.device)
 
     def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
@@ -102,8 +103,7 @@ class HartStack:
         """The table of all places, by the model's own rotary modules and as they round it."""
         attention, text = self.found.attentions[0], given["context_position_ids"]
         like = text.new_empty(0, dtype=self.blocks[0].qkv.dtype)  # they take dtype and device from it
-        assert self.found.schedule is not None
-        grids = _grid_places(self.found.schedule, text.device) + text[:, -1, None, None]
+        grids = self.places + text[:, -1, None, None]
         at = 0
         for table in (attention.context_rotary_emb(like, text), attention.rotary_emb(like, grids)):
             for i, part in enumerate(table):
