@@ -28,7 +28,6 @@ from lab.recorded_spaces import File, TriedConfig, write_space
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.backends.triton.layer import Layer
-from sparvar_kernels.backends.triton.table import Column
 from sparvar_kernels.backends.triton.work import shared_stage
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
@@ -39,11 +38,13 @@ from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.launch_search.choose import legal, space
 from sparvar_tune.launch_search.compiling import binaries, compile_all, compilers
 from sparvar_tune.launch_search.layer_call import Bench, variants_of
+from sparvar_tune.measure.limits import machine_limits
 from sparvar_tune.measure.timing import interleaved, paired_speedup, timing
 from sparvar_tune.policy_search.menu import paper_policy, paper_windows
 from sparvar_tune.profile.machine import version_of
 from sparvar_tune.profile.schema import Speedup, Workload, one_line
 from sparvar_tune.profile.store import write_atomic
+from sparvar_tune.tracing.work import stage_work
 
 ROUNDS = 30
 DENSE = ("FA2", "cuDNN", "FA3")  # FlashAttention-2 and -3
@@ -142,28 +143,10 @@ def cases() -> list[Case]:
 
 
 def work_of(case: Case, attend: SparseAttention, problem: AttentionProblem) -> tuple[float, float]:
-    """(FLOPs, bytes) the sparse heads must spend: two products over each list; q, out and every listed K and V row once."""
+    """(FLOPs, bytes) the sparse heads must spend."""
     layer: Any = next(iter(attend._layers.values()))[0]
-    size = 4 if problem.dtype == "fp32" else 2
-    row = problem.head_dim * size
-    flops, moved = 0.0, 0.0
-    for (scale, _), (stage, _) in layer.stages.items():
-        if scale != case.scale_index:
-            continue
-        table = stage.table.cpu().long()
-        count, rows = table[:, Column.COUNT], table[:, Column.END_ROW] - table[:, Column.FIRST_ROW]
-        flops += 4.0 * problem.head_dim * float((rows * count).sum()) * problem.batch
-        moved += 2.0 * float(rows.sum()) * problem.batch * row
-        keys, known = stage.keys.cpu().long(), dict[tuple[tuple[int, int], ...], int]()
-        for b in range(problem.batch):
-            for head in table[:, Column.HEAD].unique().tolist():
-                mine = table[table[:, Column.HEAD] == head]
-                at = mine[:, Column.LIST_AT] + b * mine[:, Column.LIST_STEP]
-                lists = tuple(sorted(set(zip(at.tolist(), mine[:, Column.COUNT].tolist(), strict=True))))
-                if lists not in known:  # heads that share lists share the count
-                    known[lists] = len(torch.cat([keys[at : at + count] for at, count in lists]).unique())
-                moved += 2.0 * known[lists] * row
-    return flops, moved
+    spent = [stage_work(stage, problem) for (scale, _), (stage, _) in layer.stages.items() if scale == case.scale_index]
+    return sum(w.flops for w in spent), sum(w.moved for w in spent)
 
 
 def error_of(case: Case, attend: SparseAttention, bench: Bench, samples: int = 12) -> float:
@@ -254,17 +237,6 @@ def _parts(case: Case, bench: Bench, config: TritonConfig) -> Callable[[], objec
         attend = one.attention(config)
         calls.append(lambda one=one, attend=attend: one.call(attend))  # type: ignore[misc]
     return lambda: [call() for call in calls]
-
-
-def machine_limits() -> dict[str, float]:
-    """This GPU's own copy rate (bytes read and written a second) and bf16 matrix-product rate (FLOP/s), on random data."""
-    a = torch.randn(1 << 28, device="cuda").bfloat16()
-    b = torch.empty_like(a)
-    copy = median(interleaved({"copy": lambda: b.copy_(a)}, 20)["copy"])
-    m = torch.randn(8192, 8192, device="cuda").bfloat16()
-    n = torch.randn(8192, 8192, device="cuda").bfloat16()
-    product = median(interleaved({"gemm": lambda: m @ n}, 20)["gemm"])
-    return {"copy_bytes_per_s": 2 * a.numel() * 2 / copy * 1e3, "gemm_flops_per_s": 2 * 8192**3 / product * 1e3}
 
 
 def _driver() -> str | None:
@@ -397,7 +369,7 @@ def measure_all(say: Callable[[str], None], keep: Callable[[dict[str, Any]], Non
     raw: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version_of("triton"),
         "driver": _driver(), "date": datetime.date.today().isoformat(), "compile_s": time.monotonic() - begun,
-        "binaries": len(set(jobs)), "limits": machine_limits(), "host": host_costs(), "rows": [],
+        "binaries": len(set(jobs)), "limits": vars(machine_limits("cuda")), "host": host_costs(), "rows": [],
     }  # fmt: skip
     for i, case in enumerate(chosen):
         say(f"case {i + 1}/{len(chosen)}: {case.name}")

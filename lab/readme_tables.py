@@ -7,13 +7,16 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what stands th
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lab.whole_image.report import PUBLIC, title
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.measure.timing import paired_speedup, timing
 from sparvar_tune.profile import store
 from sparvar_tune.runtime.load import prepare
 
@@ -21,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 README, REPORTS, PROFILES = ROOT / "README.md", ROOT / "reports", ROOT / "profiles"
 KERNELS = ("CSLA 8x8, last scale", "CSLA 8x8, with residual", "CS4A 10 % 8x16", "CS4A 10 % 8x8, with residual",
            "HART CSLA 8x8, no text (9451 keys)", "decision scale 40: dense, mass, lists, residual")  # fmt: skip
+PICTURES = ("path, graphs, dense", "path, graphs, CSLA 8x8", "path, graphs, CSLA 8x8, half dropped")
 MEASURED = ("infinity-8b", "infinity-2b", "hart", "var-d36", "var-d30")
 
 
@@ -71,7 +75,27 @@ def models() -> str:
     return table(["model on an H100", "size", "scales", "dense, ms a layer", "tuned, ms a layer", "speed-up", "policy"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"pocketvar": pocketvar, "kernels": kernels, "models": models}
+def pictures() -> str:
+    """Whole pictures of public models on a GPU, of reports/whole-image-h100.json: the decoder and all else included."""
+    rows = []
+    for run in json.loads((REPORTS / "whole-image-h100.json").read_text("utf-8")):
+        if "ways" not in run:
+            continue
+        public = run["ways"][PUBLIC]
+        row = [title(run), f"{timing(public['wall_ms']).p50_ms:.0f}"]
+        for name in PICTURES:
+            way = run["ways"][name]
+            ratio = paired_speedup(public["wall_ms"], way["wall_ms"])
+            row.append(f"{timing(way['wall_ms']).p50_ms:.0f} ({ratio.median:.1f}x)")
+        memory = run["peak_bytes"]
+        rows.append([*row, f"{memory['public'] / 2**30:.0f}", f"{memory['ours'] / 2**30:.0f}"])
+    return table(
+        ["a picture on an H100, ms", "public code", "our path, dense", "and CSLA 8x8", "and half of guidance dropped at the last "
+         "three scales", "memory, GiB", "ours"], rows,
+    )  # fmt: skip
+
+
+TABLES: dict[str, Callable[[], str]] = {"pocketvar": pocketvar, "kernels": kernels, "models": models, "pictures": pictures}
 
 
 def with_tables(text: str) -> str:

@@ -33,12 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.ship_profiles", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--like", help="slug of the GPU whose shipped profiles are the list (default: this machine's)")
+    parser.add_argument("--missing", action="store_true", help="only those that this machine's GPU has no shipped profile for")
     parser.add_argument("--only", default="", help="profiles whose file name contains this")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further profile after so long")
     args = parser.parse_args(argv)
     gpu, begun, failed = choose_gpu("auto"), time.monotonic(), 0
     paths = sorted((store.shipped_folder() / (args.like or gpu.slug)).glob("*.json"), key=lambda p: ("--" in p.stem, p.stem))
-    wanted = [p for p in paths if args.only in p.name and store.load(p).policy_state == "unverified"]
+    there = {p.name for p in (store.shipped_folder() / gpu.slug).glob("*.json")} if args.missing else set()
+    wanted = [p for p in paths if args.only in p.name and p.name not in there and store.load(p).policy_state == "unverified"]
     for i, path in enumerate(wanted):
         if time.monotonic() - begun > 60 * args.minutes:
             print(f"left out for time: {', '.join(p.stem for p in wanted[i:])}", flush=True)

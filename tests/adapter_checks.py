@@ -8,6 +8,7 @@ adapter, which reads the scale off the cache and touches instances only.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.oracle import reference_attention
 from sparvar_kernels.variants import Dense
 from sparvar_tune import adapters
+from sparvar_tune.generation import CacheBudget, DropUnconditional, SkipScales
 
 NAMES = ("slow_attn", "flash_attn_func", "memory_efficient_attention")
 
@@ -36,8 +38,10 @@ def policies(layers: int, scales: int) -> dict[str, Policy]:
 class Reference:
     """The oracle under the names that the model's code calls, for the time of a `with`."""
 
-    def __init__(self, driven, policy: Policy, schedule: ScaleSchedule, dropped: int | None = None) -> None:
+    def __init__(self, driven, policy: Policy, schedule: ScaleSchedule, thinned: int | None = None) -> None:
+        """thinned: the scale from which on caches are not the schedule's, so that calls are no problems of it."""
         self.driven, self.policy, self.schedule = driven, policy, schedule
+        self.thinned = len(schedule) if thinned is None else thinned
         self.calls, self.kept = 0, {}
 
     def __enter__(self):
@@ -60,7 +64,7 @@ class Reference:
         self.calls += 1
         s = place - bool(self.schedule.prefix)  # the context tokens come first
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if s >= 0:
+        if 0 <= s < self.thinned:
             factor = given.get("scale", given.get("softmax_scale"))
             problem = AttentionProblem(self.schedule, s, q.shape[0], q.shape[1], q.shape[3], "fp64", factor)
             wide = tuple(t.double() for t in (q, k, v))
@@ -268,6 +272,104 @@ def scales_skipped(driven, **own) -> dict[str, bool]:
         "scales skipped = trunk_scale": same(got, want),
         "after skipping = untouched": same(plain, draw(driven)),
     }
+
+
+def policy_steps(driven, batch: int = 1, **own) -> dict[str, bool]:
+    """Both steps of one policy: the unconditional half dropped for the last three scales, the last of them left out.
+
+    own: what draws that with the untouched model, where it can say so; elsewhere its rows are replaced from outside.
+    """
+    _, parts = adapters.recognise(driven.model)
+    scales = len(driven.grids())
+    drop, last = scales - 3, scales - 1
+    plain = draw(driven, batch=batch)
+    prefix = parts.schedule.prefix if parts.schedule else 0
+    want = draw(driven, batch=batch, **own) if own else rows_replaced(driven, drop, prefix, batch=batch)
+    policy = Policy(("AB",) * len(driven.blocks), (), (SkipScales((last,)), DropUnconditional(drop)))
+    with no_warnings(), adapters.apply(driven.model, attention_of(driven, policy)[0]):
+        got = draw(driven, batch=batch)
+    with adapters.skip_scales(driven.model, last), adapters.drop_unconditional(driven.model, drop):
+        apart = draw(driven, batch=batch)
+    cut = Drawn(got.pictures, want.logits[: len(got.logits)])
+    return {
+        "a policy's steps = guidance 1 and fewer scales": same(got, want) if own else near(got, cut, driven.dtype),
+        "a policy's steps = each put in alone": same(got, apart) and len(got.logits) == last + bool(prefix) * (not own),
+        "a policy's steps change the picture": not same(got, Drawn(plain.pictures, plain.logits[: len(got.logits)])),
+        "after a policy's steps = untouched": same(plain, draw(driven, batch=batch)),
+    }  # fmt: skip
+
+
+def cut_by_hand(driven, step: CacheBudget, schedule: ScaleSchedule, **given) -> Drawn:
+    """The untouched model, whose caches are cut from outside after every scale, a row and a head at a time in fp64.
+
+    The definition in words is `CacheBudget`'s; nothing is shared with the adapter. Caches are [B, H, N, D].
+    """
+    side, hooks = math.isqrt(step.window), []
+    drawn = [0] * len(driven.blocks)  # scales so far, by layer
+
+    def cut(module, args, kwargs, layer):
+        s = drawn[layer] = 0 if module.cached_k.shape[2] == 1 else drawn[layer] + 1
+        if s + 1 not in range(step.from_scale, len(schedule)):
+            return
+        keep, (height, width) = step.keys[s + 1 - step.from_scale][layer], schedule.grids[s]
+        x = kwargs.get("x", args[0] if args else None)
+        k, v = module.cached_k, module.cached_v
+        batch, heads, count, dim = k.shape
+        if count <= keep:
+            return
+        begin = count - height * width
+        middles = [(n // side) * i + (n // side - 1) // 2 for n in (height, width) for i in range(side)]
+        window = [y * width + x for y in middles[:side] for x in middles[side:]]
+        q = module.mat_qkv(x).double()
+        kept = torch.empty(batch, heads, keep, dtype=torch.long)
+        for row in range(batch):
+            for head in range(heads):
+                mine = q[row, window][:, head * dim : (head + 1) * dim]
+                score = (mine @ k[row, head].double().T).sum(0).div(math.sqrt(dim)).tolist()
+                outside = [begin + place for place in window]
+                for place in outside:
+                    score[place] = -math.inf
+                reach = step.pool // 2
+                pooled = [max(score[max(0, i - reach) : i + reach + 1]) for i in range(count)]
+                others = sorted(set(range(count)) - set(outside), key=lambda i: -pooled[i])
+                kept[row, head] = torch.tensor(sorted(outside + others[: keep - step.window]))
+        index = kept[..., None].expand(-1, -1, -1, dim)
+        module.cached_k, module.cached_v = k.gather(2, index), v.gather(2, index)
+
+    _, parts = adapters.recognise(driven.model)
+    for layer, module in enumerate(parts.attentions):
+        hooks.append(module.register_forward_hook(
+            lambda module, args, kwargs, out, layer=layer: cut(module, args, kwargs, layer), with_kwargs=True
+        ))  # fmt: skip
+    try:
+        return draw(driven, **given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def caches_budgeted(driven, batch: int = 1, window: int = 4) -> dict[str, bool]:
+    """From the third-last scale on each layer keeps a part of its keys, the layers in turn more and less."""
+    layers, schedule = len(driven.blocks), ScaleSchedule(tuple(driven.grids()))
+    begin = len(schedule) - 3
+    rows = tuple(tuple(schedule.starts[s] // (2 if layer % 2 else 3) + window for layer in range(layers))
+                 for s in range(begin, len(schedule)))  # fmt: skip
+    step = CacheBudget(begin, rows, window, pool=1)  # pooled scores have ties, which test_generation.py looks at
+    plain = draw(driven, batch=batch)
+    want = cut_by_hand(driven, step, schedule, batch=batch)
+    policy = Policy(("AB",) * layers, (), (step,))
+    sizes = []
+    with no_warnings(), adapters.apply(driven.model, attention_of(driven, policy)[0]):
+        _, parts = adapters.recognise(driven.model)
+        hook = driven.blocks[-1].register_forward_hook(lambda *_: sizes.append([a.cached_k.shape[2] for a in parts.attentions]))
+        got = draw(driven, batch=batch)
+        hook.remove()
+    return {
+        "budget of caches = by hand": near(got, want, driven.dtype),
+        "budget of caches changes the picture": not same(got, plain),
+        "caches have their budgets": [tuple(s) for s in sizes[begin - 1 : -1]] == list(rows),
+        "after the budget = untouched": same(plain, draw(driven, batch=batch)),
+    }  # fmt: skip
 
 
 def other_schedule(driven) -> dict[str, bool]:

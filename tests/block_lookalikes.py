@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as slow_attn
 
 
 def turn(t: Tensor, table: Tensor) -> Tensor:
-    """t [B, H, L, D] turned by (cos, sin) [2, L, D / 2], as complex numbers."""
+    """t [B, H, L, D] turned by (cos, sin) [2, 1 or B, 1, L, D / 2], as complex numbers."""
     whole = torch.view_as_complex(t.double().unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*table.double())
     return torch.view_as_real(whole).flatten(-2).to(t.dtype)
 
@@ -25,7 +25,7 @@ class WholeAttention(lookalikes.InfinityAttention):
         q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
         q = F.normalize(q.float(), dim=-1) * self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp()
         start = sum(t * h * w for t, h, w in scale_schedule[:scale_ind])
-        table = rope2d_freqs_grid[str(tuple(scale_schedule))].squeeze()[:, start : start + x.shape[1]]
+        table = rope2d_freqs_grid[str(tuple(scale_schedule))][:, 0, :, :, start : start + x.shape[1]]
         q, k = turn(q, table), turn(F.normalize(k.float(), dim=-1), table)
         if self.caching:
             self.cached_k = k if self.cached_k is None else torch.cat((self.cached_k, k), 2)
@@ -90,6 +90,19 @@ class WholeBlock(nn.Module):
         return x + self.ffn(ada_norm(WIDTH, 1e-6, x, scale2, shift2)) * gamma2
 
 
+class HeadNorm(nn.Module):
+    """AdaLN before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ada_lin, self.norm_eps = nn.Linear(WIDTH, 2 * WIDTH), 1e-6
+        self.ln_wo_grad = nn.LayerNorm(WIDTH, eps=1e-6, elementwise_affine=False)
+
+    def forward(self, x_BLC, cond_BD):
+        scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, WIDTH).unbind(2)
+        return ada_norm(WIDTH, 1e-6, x_BLC, scale, shift)
+
+
 class WholeInfinity(InfinityLike):
     """An InfinityLike of whole blocks."""
 
@@ -104,6 +117,16 @@ class WholeInfinity(InfinityLike):
             self.rope2d_freqs_grid[str(tuple((1, h, w) for h, w in grids))] = table
         self.start.data *= 0.3
         self.shared_ada_lin = nn.Sequential(nn.Linear(WIDTH, 6 * WIDTH), nn.Unflatten(1, (1, 6, WIDTH)))
+        self.lvl_embed, self.head_nm = nn.Embedding(8, WIDTH), HeadNorm()
+
+    def add_lvl_embeding(self, feature, scale_ind, scale_schedule, need_to_pad=0):
+        _, height, width = scale_schedule[scale_ind]
+        places = scale_ind * torch.ones((feature.shape[0], height * width), dtype=torch.int)
+        feature[:, : height * width] += self.lvl_embed(places.to(feature.device))
+        return feature
+
+    def get_logits(self, x, cond_BD):
+        return self.head(self.head_nm(x.float(), cond_BD.float())).float()
 
 
 class Infinity(lookalikes.Infinity):

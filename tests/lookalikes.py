@@ -304,8 +304,11 @@ class InfinityLike(Model):
     def __init__(self, layers: int = 4, **options) -> None:
         super().__init__(InfinityBlock, layers, **options)
         self.unregistered_blocks, self.rope2d_freqs_grid = list(self.made), {}
-        self.text_proj_for_sos, self.cfg_uncond = TextPool(), nn.Parameter(torch.randn(16, WIDTH))
+        self.text_proj_for_sos, self.cfg_uncond = TextPool(), nn.Parameter(torch.randn(32, WIDTH))
         self.shared_ada_lin = nn.Identity()
+
+    def add_lvl_embeding(self, feature, scale_ind, scale_schedule, need_to_pad=0):
+        return feature
 
     @torch.no_grad()
     def autoregressive_infer_cfg(
@@ -327,6 +330,7 @@ class InfinityLike(Model):
         for si, (_, h, w) in enumerate(scale_schedule):
             if si >= trunk_scale:
                 break
+            x = self.add_lvl_embeding(x, si, scale_schedule)
             for block in self.unregistered_blocks:
                 x = block(
                     x=x, cond_BD=of_blocks, ca_kv=ca_kv, attn_bias_or_two_vector=None, attn_fn=attn_fn,

@@ -135,11 +135,11 @@ class Adapter:
         return pair
 
     def finish(self, state: tuple[int, int], attend: Any, redraw_from: int | None = None) -> torch.Tensor:
-        policy = getattr(attend, "inner", attend).policy
+        policy, nothing = getattr(attend, "inner", attend).policy, torch.empty(1, 1, 0, 1)
         for s in self.scales:
             for layer in range(self.model.layers):
                 if s not in attend.skip_scales:
-                    attend(None, None, None, layer, s)
+                    attend(nothing, nothing, nothing, layer, s)
         self.clock.now += self.other_ms(policy) / 1e3
         noise, texture, signs = picture_parts(*state)
         if not policy.rules and not policy.skip_scales:

@@ -26,6 +26,7 @@ from sparvar_tune.adapters.attention_names import attention_names
 from sparvar_tune.adapters.cross_attention import flash_attn_stand_in, varlen_cross_attention
 from sparvar_tune.adapters.instance_forward import replace_method
 from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.generation import DropUnconditional, SkipScales
 from sparvar_tune.runtime.tuned import Tuned
 
 KINDS = {
@@ -111,10 +112,21 @@ def test_a_policy_skips_its_scales(driven):
     scales = len(driven.grids())
     with adapters.skip_scales(driven.model, scales - 1):
         want = checks.draw(driven)
-    policy = Policy(("AA",) * len(driven.blocks), (), (scales - 1,))
+    policy = Policy(("AA",) * len(driven.blocks), (), (SkipScales((scales - 1,)),))
     attend, _ = checks.attention_of(driven, policy)
     with adapters.apply(driven.model, attend):
         assert checks.same(checks.draw(driven), want)
+
+
+@pytest.mark.parametrize("kind", ["infinity", "hart", "hart-flash-bf16", "var", "var-xformers"])
+def test_a_policy_does_its_steps(kind):
+    own = {"cfg": [3.0] * 3 + [1.0] * 3, "trunk_scale": 5} if kind == "infinity" else {}
+    hold(checks.policy_steps(KINDS[kind](), 2, **own))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_infinity_keeps_to_a_budget_of_caches(batch):
+    hold(checks.caches_budgeted(lookalikes.Infinity(), batch))
 
 
 def test_hart_draws_its_last_grid_in_rounds_densely_and_says_why():
@@ -403,7 +415,8 @@ def tuned_for(driven, model: str, policy: Policy, **workload) -> Tuned:
     base = example()
     w = dataclasses.replace(
         base.workload, model=model, grids=schedule.grids, prefix=schedule.prefix, layers=4, heads=2, head_dim=16,
-        softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound and 100.0, **workload,
+        softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound and 100.0,
+        **{"weights_sha256": adapters.weights_sha256(driven.model), **workload},
     )  # fmt: skip
     return Tuned(find_gpu("cpu"), dataclasses.replace(base, policy=policy, rows=(), workload=w), None, ())
 
@@ -439,13 +452,17 @@ def test_entry_points_add_families(monkeypatch):
 
     family = types.SimpleNamespace(
         why_not=lambda model: None if isinstance(model, Mine) else "it is not mine",
-        parts=lambda model: "parts", attach=lambda parts, attend: f"attached {parts}",
+        parts=lambda model: types.SimpleNamespace(family="mine"), attach=lambda parts, attend: f"attached {parts.family}",
     )  # fmt: skip
     monkeypatch.setattr(lookalikes, "my_family", family, raising=False)
     points = [EntryPoint(name, value, registry.GROUP) for name, value in
               (("mine", "lookalikes:my_family"), ("broken", "no_such_package"), ("empty", "math"), ("var", "math"))]  # fmt: skip
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    assert adapters.apply(Mine(), None) == "attached parts"
+    schedule = ScaleSchedule.square((1, 2, 4))
+    assert adapters.apply(Mine(), SparseAttention(Policy(("A",)), schedule)) == "attached mine"
+    dropping = SparseAttention(Policy(("A",), (), (DropUnconditional(2),)), schedule)
+    with pytest.raises(ValueError, match=r"drop_unconditional: the mine adapter cannot do that; it can do no step"):
+        adapters.apply(Mine(), dropping)
     said = refusal(torch.nn.Linear(1, 1))
     assert (
         "mine: it is not mine" in said and "broken: no_such_package could not be loaded" in said and "math has no why_not" in said

@@ -24,6 +24,7 @@ from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import store
 from sparvar_tune.profile.schema import Measured
 from sparvar_tune.ways import search_here, take_over, verify
+from sparvar_tune.ways.subject import Subject
 
 WANTED = Constraint({"psnr": 34.57, "ssim": 0.93})
 
@@ -246,7 +247,8 @@ def test_verify_keeps_evidence_as_it_was_measured_or_refutes_it(
         return made
 
     monkeypatch.setattr(verify, "compare_on", faster)
-    assert verify.verify(tuned, find_model("pocketvar"), 6, 600.0, True, said.append, said.append) == good, said
+    found = verify.verify(tuned, Subject.of("pocketvar", "cpu").open, 6, 600.0, True, said.append, said.append)
+    assert found.good == good, said
     assert tuple(drawn) == verify_pairs(10, 6), "none of the pairs that certified it"
     written = store.user_folder() / "cpu" / "pocketvar.json"
     assert written.exists() == good

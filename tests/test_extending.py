@@ -21,7 +21,7 @@ from sparvar_tune.catalog.metrics import METRICS
 import sparvar_tune
 assert gpus.distance(gpus.find_gpu("rtx4080"), gpus.find_gpu("rtx4090")) < 1
 assert models.find_model("tiny").schedule().grids == own_model.SCHEDULE.grids
-assert (1, 6) in sparvar_tune.capture("tiny")
+assert (1, 6) in sparvar_tune.capture(own_model.open_model("cpu"))
 picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 assert abs(METRICS["uqi"].compare(picture, picture) - 1) < 1e-3
 sys_exit = parser.main(["--gpu", "cpu", "--model", "pocketvar", "--min", "uqi=2", "--dry-run"])

@@ -114,24 +114,26 @@ def test_an_exception_leaves_nothing_behind():
     before, plain = checks.everything(driven), checks.draw(driven)
     path = on(driven)
     checks.draw(driven)
-    down = driven.blocks[1].ffn.fc2.weight
+    down, bias = driven.blocks[1].ffn.fc2.weight, driven.blocks[2].sa.v_bias  # one is used where it is, one is copied
     with pytest.raises(ZeroDivisionError):
         checks.draw_until(driven, 3)
     again = checks.draw(driven)
     assert max(errors(again, plain)) < BOUND["fp32"]
     down.mul_(2)  # weights that change are seen
+    bias.add_(0.5)
     changed = checks.draw(driven)
     path.undo()
     want = checks.draw(driven)
     assert max(errors(changed, want)) < BOUND["fp32"] < max(errors(changed, plain))
     down.div_(2)
-    assert checks.same(checks.draw(driven), plain) and checks.everything(driven) == before
+    bias.sub_(0.5)
+    assert max(errors(checks.draw(driven), plain)) < 1e-6 and checks.everything(driven) == before
 
 
 def test_other_prompts_and_batches_in_turn():
     """Buffers are made again where an image is of another kind, and serve again where it is not."""
     driven = block_lookalikes.Infinity()
-    kinds = [{}, {"batch": 2}, {}, {"batch": 3, "aspect": 1.5}, {"cfg": 1.0}, {}]
+    kinds = [{}, {"batch": 2}, {}, {"batch": 3, "aspect": 1.5}, {"cfg": 1.0}, {}, {"batch": 6}]  # at last 138 tokens of text
     plain = [checks.draw(driven, **given) for given in kinds]
     with on(driven):
         ours = [checks.draw(driven, **given) for given in kinds]
@@ -234,9 +236,9 @@ def test_gpu_graphs_are_the_eager_path_bit_for_bit(name, monkeypatch):
     monkeypatch.setattr(binary, "compile_for", lambda b, c: (ahead if begun else late).add(b) or own_for(b, c))
     binary.launcher.cache_clear()
     kinds, found = [{}, {}, {"batch": 2}, {"batch": 2}, {"batch": 2}, {}, {}, {"batch": 2, "cfg": 1.0}], []
-    with torch.device("cuda"):
+    with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
         driven = block_lookalikes.Infinity()
-        driven.model.bfloat16().rng = torch.Generator("cuda")
+        driven.model.rng = torch.Generator("cuda")
         scales = len(driven.grids())
         attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), scales)[name])
         for graphs in (False, True):

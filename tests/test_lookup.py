@@ -52,7 +52,7 @@ def test_lookup_exact_then_family_then_miss(tmp_path):
     (on("h200", resolution="512"), "pocketvar.json", 'pocketvar resolution "512": unknown'),
     (on("h200", aspect="2.000"), "pocketvar.json", 'pocketvar aspect at 256 "2.000": unknown'),
     (dataclasses.replace(on("h200"), preset="paper"), "pocketvar.json", "its name is pocketvar--paper.json"),
-    (on("h200", model="pocketva"), "pocketvar.json", 'model "pocketva": unknown'),
+    (on("h200", model="pocketva"), "pocketvar.json", 'pocketva resolution "256": unknown'),
     (on("h200", batch=4), "pocketvar.json", "its name is pocketvar--images-4.json"),
     (on("h200"), "pocketvar--images-4.json", "its name is pocketvar.json"),
     (on("h200", model="hart", resolution="1024", batch=3), "hart.json", "want a multiple of 2"),

@@ -20,6 +20,7 @@ from sparvar_kernels import Policy, Pooled, Reuse, Rule
 from sparvar_tune import runtime
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.generation import SkipScales
 from sparvar_tune.launch_search.compiling import Compiled
 from sparvar_tune.launch_search.timing_task import Times
 from sparvar_tune.profile import identity, machine, overlay, schema, store
@@ -28,6 +29,7 @@ from sparvar_tune.profile.overlay import DEMOTED, OK, Overlay, Verified
 from sparvar_tune.profile.schema import ProfileError, Speedup
 from sparvar_tune.runtime import load
 from sparvar_tune.ways import verify
+from sparvar_tune.ways.subject import Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unverified")
 CPU = find_gpu("cpu")
@@ -90,10 +92,12 @@ def test_a_decision_scale_stays_while_a_later_scale_lives_on_it(tmp_path, home):
 
 
 def test_a_profile_whose_pictures_failed_is_all_dense(tmp_path, home):
-    policy = Policy(("AB", "BB"), (Rule(5, "A", Reuse(4)),), (6,))
-    tuned, _ = loaded(tmp_path, policy=policy, rows=profile().rows[:1])
+    policy = Policy(("AB", "BB"), (Rule(5, "A", Reuse(4)),), (SkipScales((6,)),))
+    meaning = meaning_of(policy, ["cpu"])
+    tuned, _ = loaded(tmp_path, policy=policy, rows=profile().rows[:1], meaning=meaning)
     assert tuned.policy().skip_scales == (6,)
-    after = leave(tuned, verdict=DEMOTED, reason="pictures: PSNR 20 dB", rows=[Verified(5, GOOD, OK, "")])
+    rows = [Verified(5, GOOD, OK, "")]
+    after = leave(tuned, verdict=DEMOTED, reason="pictures: PSNR 20 dB", rows=rows, meaning=meaning)
     assert after.policy() == Policy(("AB", "BB"), ()) and set(after.demoted) == {5} and "PSNR 20 dB" in after.explain()
 
 
@@ -230,7 +234,7 @@ def hart(tmp_path):
 
 def check(tmp_path, said, budget=55.0, write=False):
     tuned = runtime.load_profile("hart", gpu="h100-sxm", folders=(tmp_path,))
-    good = verify.verify(tuned, models.MODELS["hart"], 8, budget, write, said.append, lambda text: None)
+    good = verify.verify(tuned, None, 8, budget, write, said.append, lambda text: None).good
     return good, runtime.load_profile("hart", gpu="h100-sxm", folders=(store.user_folder(), tmp_path))
 
 
@@ -242,7 +246,7 @@ def test_verify_without_an_adapter_times_the_rows(tmp_path, gpu):
     assert not good and set(after.demoted) == {6} and "demoted by verify on" in after.demoted[6]
     assert {batch for _, batch, _ in calls} == {2} and {dict(CONFIG) == vars(config) for _, _, config in calls} == {True}
     text = "\n".join(said)
-    assert "scale  5: ok: 2.0" in text and "scale  6: FAIL" in text and "verified in 0 s" in text and "scale 6 runs dense" in text
+    assert "scale  5: ok: 2.0" in text and "scale  6: FAIL" in text and "verified in" in text and "scale 6 runs dense" in text
     times[6] = (3.0, 1.0)
     good, after = check(tmp_path, said)
     assert good and not after.demoted and after.overlay.rows[1].speedup.n == verify.ROUNDS
@@ -317,7 +321,7 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(verify, "compare_on", faked)
-            good = verify.verify(tuned, models.find_model("pocketvar"), 6, budget, False, said.append, said.append)
+            good = verify.verify(tuned, Subject.of("pocketvar", "cpu").open, 6, budget, False, said.append, said.append).good
         return good, runtime.load_profile("pocketvar", gpu="cpu", folders=(tmp_path,))
 
     proof = dataclasses.replace(profile().evidence, weights_sha256=None)
@@ -338,4 +342,4 @@ def test_verify_with_an_adapter(tmp_path, home, monkeypatch):
     with pytest.raises(ValueError, match="other weights"):
         check(other)
     with pytest.raises(ValueError, match="at least 2"):
-        verify.verify(tuned, models.find_model("pocketvar"), 1, 9.0, False, said.append, said.append)
+        verify.verify(tuned, Subject.of("pocketvar", "cpu").open, 1, 9.0, False, said.append, said.append)

@@ -197,7 +197,7 @@ SEEDS = [
     ("postgresql+nodriver://u:hunter2@h/x", "nodriver"),
 ])  # fmt: skip
 def test_bad_urls_are_one_line_before_any_work(capsys, home, monkeypatch, words, said):
-    monkeypatch.setattr("sparvar_tune.ways.choose_way.load_adapter", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("sparvar_tune.ways.subject.load_adapter", lambda *_: pytest.fail("work began"))
     assert parser.main(["--gpu", "cpu", "--model", "pocketvar", "--storage", words]) == 2
     out, err = capsys.readouterr()
     assert said in err and err.count("\n") == 1 and "Traceback" not in err, err

@@ -45,7 +45,7 @@ def check(dtype="float32", length=9, heads=3, dim=64, lengths=(5, 67), gap=0, in
     want = wanted(q.cpu(), kv.cpu(), ends, 0.3)
     memory = q if in_place else torch.full((len(lengths), length, heads, dim), math.nan, dtype=kind, device=device)
     got = text_attention(q, kv, torch.tensor(ends, dtype=torch.int32, device=device), 0.3, out=memory)
-    assert got.data_ptr() == memory.data_ptr() and got.dtype == kind
+    assert got.data_ptr() == memory.data_ptr() and got.dtype == kind and bool(got.isfinite().all())
     error = (got.cpu().double() - want).abs().max() / max(float(want.abs().max()), 1e-9)
     return float(error) / BOUND[kind]
 

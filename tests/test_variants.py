@@ -212,7 +212,7 @@ def test_legal_variants_round_trip_through_json_values(variant):
     (Policy(("AA",), (Rule(4, "B", Reuse(3)),)), "has no head"),
     (Policy(("AA",), (Rule(4, "A", Reuse(3)), Rule(4, "A", Reuse(2)))), "second rule"),
     (Policy(("AA",), (Rule(3, "A", Pooled(2, 2)), Rule(4, "A", Reuse(3)))), "must be dense"),
-    (Policy(("AA",), (), (3,)), "skip_scales"), (Policy(("AA",), (Rule(4, "A", Reuse(3)),), (4,)), "has a rule"),
+    (Policy(("AA",), (), (4,)), "want a step"),
 ])  # fmt: skip
 def test_illegal_policies(policy, reason):
     assert reason in (policy.why_not(ODD, 1, 2) or "")

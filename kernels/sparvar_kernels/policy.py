@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.variants import Dense, Variant, why_not_variant
@@ -18,16 +19,47 @@ class Rule:
     variant: Variant
 
 
+@runtime_checkable
+class Step(Protocol):
+    """What a generation does otherwise, beside attention, such as leaving out scales. The kernels carry it and never run it.
+
+    kind: its name in files. meaning: raised when the same fields come to stand for another picture. from_scale: the first scale
+    it changes. skips: scales that are not drawn because of it, so that no attention is called there. thins: whether from then on
+    a call has other keys or queries than the schedule says, so that no rule can stand there.
+    """
+
+    kind: ClassVar[str]
+    meaning: ClassVar[int]
+    thins: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def from_scale(self) -> int: ...
+    @property
+    def skips(self) -> tuple[int, ...]: ...
+
+    def why_not(self, schedule: ScaleSchedule, layers: int) -> str | None:
+        """Why it cannot be done on this schedule in a model of so many layers, or None."""
+
+    def describe(self) -> str:
+        """A few words for people."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """heads[layer] is a string with one class letter per head, such as "LLDL"; at most one rule per (scale, class).
 
-    skip_scales: trailing scales left out of the generation altogether.
+    steps: of the generation around attention, at most one of a kind.
     """
 
     heads: tuple[str, ...]
     rules: tuple[Rule, ...] = ()
-    skip_scales: tuple[int, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def skip_scales(self) -> tuple[int, ...]:
+        """Scales that its steps leave out altogether."""
+        return tuple(s for step in self.steps for s in step.skips)
 
     @classmethod
     def uniform(cls, layers: int, heads: int, rules: dict[int, Variant]) -> Policy:
@@ -61,11 +93,28 @@ class Policy:
             decision = rule.variant.decision_scale
             if decision is not None and (decision, rule.head_class) in seen:
                 return f"rules[{i}]: decision scale {decision} must be dense for class {rule.head_class!r}, but has a rule"
-        expected = tuple(range(len(schedule) - len(self.skip_scales), len(schedule)))
-        if self.skip_scales != expected or len(expected) >= len(schedule):
-            return f"skip_scales={self.skip_scales}: want the last scales in order, such as {(len(schedule) - 1,)}"
-        if any(r.scale_index in self.skip_scales for r in self.rules):
-            return f"skip_scales={self.skip_scales}: a skipped scale has a rule"
+        return self._why_not_steps(schedule, layers)
+
+    def _why_not_steps(self, schedule: ScaleSchedule, layers: int) -> str | None:
+        kinds = set()
+        for i, step in enumerate(self.steps):
+            if not isinstance(step, Step):
+                return f"steps[{i}]: got {step!r}, want a step of the generation"
+            if step.kind in kinds:
+                return f"steps[{i}]: a second {step.kind}"
+            kinds.add(step.kind)
+            reason = step.why_not(schedule, layers)
+            if reason:
+                return f"steps[{i}]: {reason}"
+        skipped = self.skip_scales
+        for i, step in enumerate(self.steps):
+            if not step.skips and step.from_scale in skipped:
+                return f"steps[{i}]: {step.kind} begins at scale {step.from_scale}, which is skipped"
+            ruled = [r.scale_index for r in self.rules if step.thins and r.scale_index >= step.from_scale]
+            if ruled:
+                return f"steps[{i}]: {step.kind} leaves out tokens from scale {step.from_scale} on; scale {ruled[0]} has a rule"
+        if any(r.scale_index in skipped for r in self.rules):
+            return f"skip_scales={skipped}: a skipped scale has a rule"
         return None
 
 

@@ -19,10 +19,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KINDS = (  # the first whose mark a kernel's name has; what has none is the decoder's or the rest
-    ("attention", ("flash", "fmha", "sdpa", "gathered", "fetched", "mass_kernel", "select_kernel", "shortlist", "_cross_kernel")),
+    ("attention", ("flash", "fmha", "sdpa", "gathered", "fetched", "mass_kernel", "select_kernel", "shortlist", "text_att")),
     ("convolutions", ("conv", "winograd", "implicit", "fprop")),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "splitK", "cublas")),
-    ("our elementwise", ("_append", "_residual")),
+    ("our elementwise", ("append_kernel", "residual_norm", "gated_silu", "group_norm")),
 )
 
 

@@ -39,7 +39,8 @@ def render(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _title(run: dict[str, Any]) -> str:
+def title(run: dict[str, Any]) -> str:
+    """Which model at which size, and how many pictures."""
     (_, _), last = run["grids"][0], run["grids"][-1]
     images = f", {run['images']} pictures at once" if run["images"] > 1 else ""
     return f"{run['model']}, last grid {last[0]}x{last[1]}, {run['tokens']:,} tokens{images}"
@@ -53,7 +54,7 @@ def _ladder(run: dict[str, Any]) -> list[str]:
     ways = {name: way for name, way in run["ways"].items() if "error" not in way}
     public, dense, decoder = ways.get(PUBLIC), ways.get(DENSE), median(run["decoder_ms"])
     lines = [
-        f"## {_title(run)}", "",
+        f"## {title(run)}", "",
         f"{run['date']}, {run['gpu']}, torch {run['torch']}, triton {run['triton']}, host {run['host']}; "
         f"n = {len(next(iter(ways.values()))['wall_ms'])}. The decoder takes {decoder:.0f} ms of every picture; "
         "\"bare\" leaves it out.", "",
@@ -117,7 +118,7 @@ def _first(runs: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     for run in runs:
         second, third = run["next_ms"][:2]
-        lines.append(f"| {_title(run)} | {run['apply_and_first_ms'] / 1e3:.2f} | {second / 1e3:.2f} | {third / 1e3:.2f} "
+        lines.append(f"| {title(run)} | {run['apply_and_first_ms'] / 1e3:.2f} | {second / 1e3:.2f} | {third / 1e3:.2f} "
                      f"| {run['captured_bytes'] / 2**30:.2f} |")  # fmt: skip
     lines += ["", "The first row of a model compiles its kernels, the next finds them in Triton's cache on disk.", ""]
     return lines

@@ -13,13 +13,18 @@ from typing import Any
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters.cross_attention import flash_attn_stand_in
 from sparvar_tune.adapters.instance_forward import Undos
+from sparvar_tune.adapters.live_model import LiveModel
 from sparvar_tune.adapters.protocol import Adapter, Family, Pair, Parts, Undoable
 from sparvar_tune.adapters.registry import FAMILIES, families, recognise
-from sparvar_tune.catalog.models import Model
+from sparvar_tune.adapters.steps import attach
+from sparvar_tune.adapters.weights import weights_sha256
+from sparvar_tune.adapters.whole_images import WholeImages
+from sparvar_tune.catalog.models import Model, own_model
 
 __all__ = [
-    "ADAPTERS", "FAMILIES", "Adapter", "Family", "Pair", "Parts", "Undoable", "apply", "drop_unconditional", "families",
-    "flash_attn_stand_in", "load_adapter", "recognise", "skip_scales",
+    "ADAPTERS", "FAMILIES", "Adapter", "Family", "LiveModel", "Pair", "Parts", "Undoable", "WholeImages", "apply", "attach",
+    "drop_unconditional", "families", "flash_attn_stand_in", "load_adapter", "own_model", "recognise", "skip_scales",
+    "weights_sha256",
 ]  # fmt: skip
 
 ADAPTERS = {"pocketvar": "sparvar_tune.adapters.pocketvar"}  # models that can be opened with nothing else given
@@ -33,10 +38,10 @@ def load_adapter(model: Model, device: str) -> Adapter:
 
 
 def apply(model: Any, attend: SparseAttention) -> Undoable:
-    """Makes `model` use `attend`; `undo()` of what it returns takes it back. Raises ValueError, in one line, for a model that
-    no adapter knows or that the policy does not fit."""
-    family, parts = recognise(model)
-    return family.attach(parts, attend)
+    """Makes `model` use `attend` and do the generation steps of its policy; `undo()` of what it returns takes it back.
+
+    Raises ValueError, in one line, for a model that no adapter knows or that the policy does not fit."""
+    return attach(*recognise(model), attend)
 
 
 def drop_unconditional(model: Any, from_scale: int) -> Undos:

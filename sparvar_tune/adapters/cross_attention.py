@@ -84,7 +84,7 @@ def flash_attn_stand_in() -> Iterator[None]:
 
 def give_cross_attention(found: Parts) -> Undos:
     """Our cross-attention in every module of the model whose code names flash-attn's but has none; changes nothing else."""
-    undos = Undos()
+    undos = Undos(needed=True)
     modules = [block.ca for block in found.blocks] + [found.model.text_proj_for_sos.ca]
     for module in modules:
         own = type(module).forward

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters import live_attention
+from sparvar_tune.adapters.cache_budget import keep_budget
 from sparvar_tune.adapters.cross_attention import give_cross_attention
 from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
-from sparvar_tune.adapters.live_attention import LiveAttention
+from sparvar_tune.adapters.live_attention import LiveAttention, schedule_of
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.prune_tokens import prune_tokens
+from sparvar_tune.adapters.steps import by_scale
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
 ATTENTION = Shape(
@@ -65,8 +71,6 @@ def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
         found, attend, ATTENTION.parameters, bias="attn_bias_or_two_vector", schedule="scale_schedule", without=("attn_fn",)
     )
     live.add(give_cross_attention(found))
-    if attend.skip_scales:
-        live.add(skip_scales(found, attend.skip_scales[0]))
     return live
 
 
@@ -77,6 +81,8 @@ def skip_scales(found: Parts, from_scale: int) -> Undos:
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(found, args, kwargs)
         given.pop("self", None)
+        if _is_other(found, given):
+            return inner(**given)
         return inner(**{**given, "trunk_scale": min(from_scale, given.get("trunk_scale", from_scale))})
 
     undos = Undos()
@@ -86,11 +92,13 @@ def skip_scales(found: Parts, from_scale: int) -> Undos:
 
 def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     """Runs the conditional half alone from scale `from_scale` on: bit for bit what guidance 1 draws there."""
-    drop, text = Drop(found, from_scale), {"rows": 0}
+    drop, text, named = Drop(found, from_scale), {"rows": 0}, _named(BLOCK)
 
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(found, args, kwargs)
         given.pop("self", None)
+        if _is_other(found, given):
+            return inner(**given)
         cfgs = list(given["cfg_list"])
         given["cfg_list"] = cfgs[:from_scale] + [1] * (len(cfgs) - from_scale)
         drop.half = given.get("B", 1) if any(c != 1 for c in given["cfg_list"]) else 0
@@ -102,7 +110,7 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
 
     def block(attention: Any) -> Any:
         def forward(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(BLOCK.parameters, args, strict=False)), **kwargs}
+            given = named(*args, **kwargs)
             half = drop.half
             if not half or not attention.caching or given.get("scale_ind", 0) < from_scale:
                 return inner(*args, **kwargs)
@@ -119,3 +127,36 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
         drop.add(replace_method(module, "forward", block(attention)))
     drop.add(replace_method(found.model, GENERATE, generate))
     return drop
+
+
+def budget_caches(found: Parts, step: Any) -> Undos:
+    """Cuts every layer's cache to its budget (`generation/cache_budget.py`)."""
+    return keep_budget(found, step, _raw_queries, _named(ATTENTION), _is_other)
+
+
+def prune(found: Parts, step: Any) -> Undos:
+    """Lets the middle layers work on a part of the tokens (`generation/prune_tokens.py`)."""
+    return prune_tokens(found, step, _named(BLOCK), _is_other)
+
+
+def _raw_queries(attention: Any, x: Tensor) -> Tensor:
+    """[B, N, H, D] of x [B, N, C] as the projection gives them."""
+    width = attention.num_heads * attention.head_dim
+    q: Tensor = attention.mat_qkv(x)[..., :width]
+    return q.unflatten(-1, (attention.num_heads, attention.head_dim))
+
+
+def _named(shape: Shape) -> Callable[..., dict[str, Any]]:
+    """Arguments of a module's call by name."""
+    return lambda *args, **kwargs: {**dict(zip(shape.parameters, args, strict=False)), **kwargs}
+
+
+STEPS = {
+    "skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional), "cache_budget": budget_caches,
+    "prune_tokens": prune,
+}  # fmt: skip
+
+
+def _is_other(found: Parts, given: dict[str, Any]) -> bool:
+    """Whether an image has another schedule than a policy's, whose certificate then says nothing."""
+    return found.schedule is not None and schedule_of(given.get("scale_schedule")) != found.schedule

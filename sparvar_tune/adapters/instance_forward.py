@@ -12,7 +12,8 @@ that its hooks still run around it. A `forward` set by anybody else may do atten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 HOOKED, OLD = "_hf_hook", "_old_forward"  # accelerate's
@@ -74,10 +75,14 @@ def why_not_replace(owner: Any, name: str = "forward") -> str | None:
 
 
 class Undos:
-    """Several changes as one: undone together, the last first. Also a context manager."""
+    """Several changes as one: undone together, the last first. Also a context manager.
 
-    def __init__(self) -> None:
+    needed: what is changed cannot run here without it, so a pause leaves it on.
+    """
+
+    def __init__(self, needed: bool = False) -> None:
         self.changes: list[Any] = []
+        self.needed = needed
 
     def add(self, change: Any) -> None:
         self.changes.append(change)
@@ -85,6 +90,27 @@ class Undos:
     def undo(self) -> None:
         while self.changes:
             self.changes.pop().undo()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While it lasts every change passes its calls through, as if it were undone; nothing may be undone meanwhile."""
+        stopped = [change for change in self._pausable() if change.active]
+        for change in stopped:
+            change.active = False
+        try:
+            yield
+        finally:
+            for change in stopped:
+                change.active = True
+
+    def _pausable(self) -> list[Replaced]:
+        found: list[Replaced] = []
+        for change in self.changes:
+            if isinstance(change, Undos):
+                found += [] if change.needed else change._pausable()
+            elif isinstance(change, Replaced):
+                found.append(change)
+        return found
 
     def __enter__(self) -> Any:
         return self

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters.attention_names import attention_names, forward_with
-from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
+from sparvar_tune.adapters.instance_forward import Replaced, Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.protocol import Parts
 
 # model -> the scale from which on only the conditional half runs; set by guidance.py
@@ -50,15 +50,45 @@ def other_schedule(got: ScaleSchedule, want: ScaleSchedule) -> str | None:
     return f"the image has {words[0]}, the profile is for {words[1]}" + (" with other grids between" * (words[0] == words[1]))
 
 
+class Inside:
+    """Any attention as `attend(q, k, v, layer, scale_index)` from scale `until` on, in the place of a `SparseAttention`.
+
+    attend: one, or something that wraps one as its `inner` (a stopwatch), or anything else that stands for `dense`. What is
+    sparse comes here; what stands for dense attention gets every call.
+    """
+
+    def __init__(self, attend: Any, until: int, dense: SparseAttention) -> None:
+        self.attend, self.target = attend, attend
+        while not isinstance(self.target, SparseAttention):
+            self.target = getattr(self.target, "inner", dense)
+        self.skip_scales: tuple[int, ...] = attend.skip_scales
+        every, scales = not self.target.policy.rules and attend is not self.target, range(len(self.target.schedule))
+        self.sparse = [[s >= until and (every or _is_sparse(plans[s])) for s in scales] for plans in self.target.plans]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
+        out: Tensor = self.attend(q, k, v, layer, scale_index)
+        return out
+
+
 class LiveAttention(Undos):
-    """Sparse attention in a live model. `reason`: why the last image ran dense (from some call on), None if it did not."""
+    """Sparse attention in a live model. `reason`: why the last image ran dense (from some call on), None if it did not.
+
+    images: how many were begun.
+    about: what the reason is about, "schedule" or "batch".
+    """
 
     def __init__(self, found: Parts, attend: SparseAttention) -> None:
         super().__init__()
         self.parts, self.attend = found, attend
         self.reason: str | None = None
+        self.about = ""
         self.starts = {start: s for s, start in enumerate(attend.schedule.starts[:-1])}
-        self.sparse = [[_is_sparse(plan) for plan in plans] for plans in attend.plans]
+        self.thinned = any(step.thins for step in attend.policy.steps)  # then caches are not the schedule's from some scale on
+        self.sparse = attend.sparse if isinstance(attend, Inside) else [[_is_sparse(p) for p in plans] for plans in attend.plans]
+        self.images = 0
         self._twin: SparseAttention | None = None  # serves the unconditional half where that is dropped later
         self._rows, self._split, self._scale = 0, False, 0
         self._said: set[str] = set()
@@ -78,12 +108,14 @@ class LiveAttention(Undos):
             return None
         s = self.starts.get(cached)
         if s is None or length != self.attend.schedule.num_queries(s):
+            if self.thinned:
+                return None
             self._give_up(f"{length} tokens after {cached} are no scale of the profile's schedule")
             return None
         if not self.sparse[layer][s]:
             return None
         if rows not in ((self._rows, self._rows // 2) if self._split else (self._rows,)) and self._takes(layer, s):
-            self._give_up(f"scale {s} has {rows} batch rows, but its decision scale had {self._rows}")
+            self._give_up(f"scale {s} has {rows} batch rows, but its decision scale had {self._rows}", "batch")
             return None
         self._scale = s
         return s
@@ -101,6 +133,7 @@ class LiveAttention(Undos):
 
     def _begin(self, rows: int, given: ScaleSchedule | str | None) -> None:
         self.reset()
+        self.images += 1
         self.reason, self._rows = None, rows
         reason = given if isinstance(given, str) else given and other_schedule(given, self.attend.schedule)
         if reason:
@@ -119,11 +152,14 @@ class LiveAttention(Undos):
         """Whether a scale takes something from a decision scale."""
         return any(variant.decision_scale is not None for variant, _ in self.attend.plans[layer][s].groups)
 
-    def _give_up(self, reason: str) -> None:
-        self.reason = reason
+    def _give_up(self, reason: str, about: str = "schedule") -> None:
+        self.reason, self.about = reason, about
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"the model's own attention runs for this image: {reason}", stacklevel=2)
+
+    def _pausable(self) -> list[Replaced]:
+        return [change for change in super()._pausable() if change.body != self.generate]  # one image at a time, always
 
     # An image
 

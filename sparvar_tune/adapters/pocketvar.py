@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,13 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Adapter, Parts
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.generation import SkipScales
 from sparvar_tune.pocketvar.model import CLASSES, DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
 
 YARDSTICKS = Path(__file__).parents[1] / "pocketvar" / "yardsticks.json"
 REDRAW = "dense, noise redrawn at the last two scales"
 DROP = "dense, last scale left out"
+STEPS = {SkipScales.kind: lambda found, step: Undos()}  # its sampling reads it off the attention
 
 
 @lru_cache(maxsize=4)
@@ -30,7 +34,9 @@ def weights_hash(path: Path = WEIGHTS) -> str:
 
 
 class PocketAdapter(Adapter):
-    """pocketvar, driven."""
+    """pocketvar, driven. It has no guidance, so there is no half to drop."""
+
+    steps = tuple(STEPS)
 
     def __init__(self, model: Model, device: str) -> None:
         self.model, self.device = model, device
@@ -126,6 +132,17 @@ class Attached:
         _, ours = self._of.setdefault(model, (model.attend, []))
         ours.append(self)
         model.attend = attend
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While it lasts the model attends as it did before any of ours."""
+        now = self.model.attend
+        before, _ = self._of.get(self.model, (now, []))
+        self.model.attend = before
+        try:
+            yield
+        finally:
+            self.model.attend = now
 
     def undo(self) -> None:
         before, ours = self._of.get(self.model, (None, []))

@@ -7,7 +7,9 @@ functions of `Family`; `registry.py` lists them, and the entry points `sparvar_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.catalog import models
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.generation import SkipScales
 
 BOUNDS = {
     "paper": {"psnr": 29.48, "ssim": 0.92},  # its CS4A + CSLA on Infinity-8B, its table 1
@@ -26,7 +30,22 @@ Pair = tuple[int, int]  # (class or prompt index, noise seed): everything that n
 
 
 class Adapter(Protocol):
-    """One live model; derive from it or not. A `state` is a generation stopped before some scale, to be finished many times."""
+    """One live model; derive from it or not. A `state` is a generation stopped before some scale, to be finished many times.
+
+    Promises, each tried by `sparvar-tune check-adapter`:
+
+    - The same pair gives the same picture, bit for bit; another seed or another class another one. `finish` leaves its state
+      as it was, and nothing of a picture is left in the model, also when attention raises.
+    - `attend(q, k, v, layer, scale_index)` is called once for each scale from `until` on and in it for each layer, in order:
+      q [B, H, Nq, D], k and v [B, H, Nk, D] in `model.dtype`, on `device`, without grad. B is `model.guidance_batch`.
+    - k and v hold the tokens of every scale so far in the order of the schedule, its prefix first, and no token's changes later.
+    - Logits are q @ k^T * softmax_scale; no |logit| is above `logit_bound` where that is not None.
+    - Scales in `attend.skip_scales` are left out; the picture has its size all the same.
+    - `dense` is attention to every key, the baseline, and has `skip_scales` of ().
+
+    model: the row of the model's table, or one of `catalog.models.own_model`. weights_sha256: 64 hex digits; what a certificate
+    holds for (`adapters.weights.weights_sha256` makes them). temperature: of the sampling, part of what names the pictures.
+    """
 
     model: Model
     schedule: ScaleSchedule
@@ -38,12 +57,17 @@ class Adapter(Protocol):
     num_classes: int
     dense: Any  # the dense attention callable, the baseline; `dense_name` names it
     dense_name: str
+    steps: Collection[str] = (SkipScales.kind,)  # kinds of generation steps that `finish` does where `attend` has them
 
     def start(self, pair: Pair, until: int) -> Any:
         """State of the dense generation of `pair` before scale `until`."""
 
     def finish(self, state: Any, attend: Any, redraw_from: int | None = None) -> Tensor:
-        """Picture [1, 3, H, W] in 0..1 from `state` on with `attend`; other noise from scale `redraw_from` on."""
+        """Picture [1, 3, H, W] in 0..1 from `state` on with `attend`; other noise from scale `redraw_from` on.
+
+        `attend.skip_scales` are left out; `attend.policy.steps` says what else the generation does otherwise. redraw_from is for
+        yardsticks alone; a model that has none may raise ValueError for it.
+        """
 
     def classes(self) -> Sequence[str]:
         """Names of the classes, by index."""
@@ -53,7 +77,8 @@ class Adapter(Protocol):
     def required(self, preset: str) -> Mapping[str, float]:
         """What a preset asks of this model, by metric; raises ValueError for one it has no bounds of."""
         if preset not in BOUNDS:
-            raise ValueError(f"{self.model.slug}: no yardstick says what {preset} is; want one of {', '.join(BOUNDS)}")
+            raise ValueError(f"{self.model.slug}: no yardstick says what {preset} is; give --quality {' or '.join(BOUNDS)}, "
+                             "or a bound of your own such as --min psnr=30")  # fmt: skip
         return BOUNDS[preset]
 
     def class_levels(self) -> Sequence[float]:
@@ -63,6 +88,48 @@ class Adapter(Protocol):
     def yardsticks(self) -> tuple[tuple[str, float, float], ...]:
         """(name, mean PSNR dB, mean SSIM) of known damages, measured once per weights; empty if never measured."""
         return ()
+
+
+def why_not_adapter(found: Any) -> str | None:
+    """Why `found` is no adapter, by its attributes alone: half a line, or None."""
+    wanted = [name for name in Adapter.__annotations__ if not hasattr(found, name)]
+    wanted += [
+        name
+        for name in ("start", "finish", "classes", "required", "class_levels", "yardsticks")
+        if not callable(getattr(found, name, None))
+    ]
+    if wanted:
+        return f"got a {type(found).__name__} without {wanted[0]}, want an adapter (sparvar_tune.adapters.protocol)"
+    model, schedule = found.model, found.schedule
+    if not isinstance(model, Model):
+        return f"model is a {type(model).__name__}, want a row of catalog.models.own_model"
+    if model != models.MODELS.get(model.slug, model) or not re.fullmatch(models.SLUG, model.slug):
+        return f"model name {model.slug[:80]!r}: that of another model, or no name of a file; make the row with own_model"
+    if schedule not in [s for known in model.resolutions.values() for s in known.values()]:
+        return "schedule is none of its model row's"
+    for name in ("softmax_scale", "temperature"):
+        if not _is_number(getattr(found, name)):
+            return f"{name} is {str(getattr(found, name))[:40]}, want a number"
+    if found.softmax_scale != model.softmax_scale or found.logit_bound != model.logit_bound:
+        return "softmax_scale or logit_bound differ from its model row's"
+    if found.logit_bound is not None and not (_is_number(found.logit_bound) and found.logit_bound > 0):
+        return f"logit_bound is {str(found.logit_bound)[:40]}, want a number above 0 or None"
+    if not isinstance(found.weights_sha256, str) or not re.fullmatch("[0-9a-f]{64}", found.weights_sha256):
+        return "weights_sha256: want 64 hex digits, such as adapters.weights.weights_sha256(model)"
+    names, count = found.classes(), found.num_classes
+    if not isinstance(count, int) or count < 1 or len(names) != count or not all(isinstance(n, str) for n in names):
+        return f"num_classes is {str(count)[:40]} and classes() are {len(names)}, want as many names, at least one"
+    if not isinstance(found.device, str) or not re.fullmatch("cpu|cuda(:[0-9]+)?", found.device):
+        return f"device is {str(found.device)[:40]!r}, want 'cpu' or 'cuda'"
+    if not callable(found.dense) or getattr(found.dense, "skip_scales", None) != ():
+        return "dense: want a callable dense(q, k, v, layer, scale_index) with skip_scales of ()"
+    if not isinstance(found.dense_name, str) or not found.dense_name:
+        return "dense_name: want words for the baseline"
+    return None
+
+
+def _is_number(found: Any) -> bool:
+    return isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
 
 
 @dataclass(frozen=True)
@@ -106,3 +173,6 @@ class Family(Protocol):
 
     attach: Callable[[Parts, SparseAttention], Undoable]
     """Makes the model use sparse attention; raises ValueError when the two do not fit."""
+
+    # STEPS: what does each kind of generation step that it can do (sparvar_tune/generation), as a function of the parts, whose
+    # schedule is the policy's, and the step, which returns an Undoable. A family without it can do none.

@@ -11,6 +11,7 @@ from sparvar_tune.adapters.guidance import run_half, stop_before
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.steps import by_scale
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
 
 ATTENTION = Shape(
@@ -43,10 +44,7 @@ def parts(model: Any) -> Parts:
 
 def attach(found: Parts, attend: SparseAttention) -> LiveAttention:
     """Makes the model use `attend`."""
-    live = live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias")
-    if attend.skip_scales:
-        live.add(skip_scales(found, attend.skip_scales[0]))
-    return live
+    return live_attention.attach(found, attend, ATTENTION.parameters, bias="attn_bias")
 
 
 def skip_scales(found: Parts, from_scale: int) -> Undos:
@@ -57,6 +55,9 @@ def skip_scales(found: Parts, from_scale: int) -> Undos:
 def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     """Runs the conditional half alone from scale `from_scale` on: guidance 1 there, but for the rounding of the mixture."""
     return run_half(found, from_scale, _scale_of(found), _cut)
+
+
+STEPS = {"skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional)}
 
 
 def _cut(given: dict[str, Any], half: int) -> dict[str, Any]:

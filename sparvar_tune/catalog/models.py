@@ -5,10 +5,12 @@ Shapes, dtypes and layouts are those of each model's public inference code; weig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sparvar_kernels.geometry.problem import DTYPES
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.catalog.names import unknown_name
 
@@ -17,6 +19,8 @@ Schedules = Mapping[str, Mapping[str, ScaleSchedule]]
 # cosine attention multiplies unit queries by exp(min(s, ln 100)), s learned per head
 COSINE_BOUND = 100.0
 MAX_IMAGES = 256  # at once
+SLUG = "[a-z0-9]+(?:[._-][a-z0-9]+)*"  # a model's name names files, whose parts "--" joins
+MOST_LAYERS = MOST_HEADS = 4096
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,41 @@ _ROWS = (
 )
 
 MODELS: dict[str, Model] = {model.slug: model for model in _ROWS}
+
+
+def own_model(
+    slug: str, schedule: ScaleSchedule, *, layers: int, heads: int, head_dim: int, dtype: str = "bf16", softmax_scale: float,
+    logit_bound: float | None = None, guidance_batch: int = 1, family: str = "own",
+) -> Model:  # fmt: skip
+    """The row of a model that is in no table, drawn at one size: that of `schedule`.
+
+    dtype: of q, k and v, "bf16", "fp16" or "fp32". guidance_batch: their batch rows for one picture. Raises ValueError, in one
+    line, for a name that is another model's or no name of a file, and for numbers out of range.
+    """
+    if not isinstance(slug, str) or not re.fullmatch(SLUG, slug) or len(slug) > 64:
+        raise ValueError(
+            f"model name: got {str(slug)[:80]!r}, want small letters and digits, parted by single . _ or -, at most 64"
+        )
+    if slug in MODELS:
+        raise ValueError(f"model name: {slug} is that of a model of the table; choose another")
+    counts = {"layers": (layers, MOST_LAYERS), "heads": (heads, MOST_HEADS), "head_dim": (head_dim, 1024),
+              "guidance_batch": (guidance_batch, MAX_IMAGES)}  # fmt: skip
+    for name, (got, most) in counts.items():
+        if not isinstance(got, int) or isinstance(got, bool) or not 1 <= got <= most:
+            raise ValueError(f"{name}: got {str(got)[:40]}, want a whole number, 1..{most}")
+    if not isinstance(schedule, ScaleSchedule):
+        raise ValueError(f"schedule: got a {type(schedule).__name__}, want a sparvar_kernels.ScaleSchedule")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {str(dtype)[:40]!r}, want one of {', '.join(DTYPES)}")
+    height, width = schedule.grids[-1]
+    resolution, aspect = f"{height}x{width}", f"{height / width:.3f}"
+    return Model(
+        slug=slug, title=slug, layers=layers, heads=heads, head_dim=head_dim, width=heads * head_dim,
+        attention="plain" if logit_bound is None else "cosine", softmax_scale=float(softmax_scale),
+        logit_bound=None if logit_bound is None else float(logit_bound), dtype=dtype,  # type: ignore[arg-type]
+        guidance_batch=guidance_batch, layout="BHND", resolutions={resolution: {aspect: schedule}},
+        default_resolution=resolution, default_aspect=aspect, adapter=None, family=family, source="your own",
+    )  # fmt: skip
 
 
 def find_model(slug: str) -> Model:

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas
 
@@ -14,7 +15,7 @@ from sparvar_tune.catalog.metrics import METRICS, Metric
 from sparvar_tune.measure.fidelity import class_mean, worst_mean
 from sparvar_tune.measure.timing import paired_speedup, timing
 from sparvar_tune.policy_search.certify import Outcome
-from sparvar_tune.profile.schema import Silicon, Versions
+from sparvar_tune.profile.schema import Measured, Silicon, Speedup, Timing, Versions
 
 TIME_COLUMNS = ("picture, s", "speed-up", "last scale's attention, ms a layer", "its speed-up")
 
@@ -29,27 +30,56 @@ def pair_frame(outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair],
     ])  # fmt: skip
 
 
-def way_frame(pairs: pandas.DataFrame, metrics: Sequence[Metric]) -> pandas.DataFrame:
-    """One row a way, in words; ratios are against the way "dense", pair by pair."""
-    ways = {way: found for way, found in pairs.groupby("way", sort=False)}
-    cells = {way: _cells(found, ways["dense"], metrics, way == "dense") for way, found in ways.items()}
-    columns = [f"{m.title}{', ' + m.unit if m.unit else ''} (bound)" for m in metrics]
-    return pandas.DataFrame.from_dict(cells, orient="index", columns=[*TIME_COLUMNS, *columns])
+@dataclass(frozen=True)
+class Way:
+    """One way to draw a picture, against the way "dense", pair by pair.
+
+    picture: of a whole one; last_scale: of its last scale's attention a layer; each with its speed-up. metrics: how close
+    it is to the dense picture, the mean and its bound; none for "dense".
+    """
+
+    name: str
+    picture: Timing
+    speedup: Speedup
+    last_scale: Timing
+    last_scale_speedup: Speedup
+    metrics: tuple[tuple[str, Measured], ...]
 
 
-def _cells(found: pandas.DataFrame, dense: pandas.DataFrame, metrics: Sequence[Metric], is_dense: bool) -> list[str]:
-    whole, late = timing(list(found.ms)), timing(list(found.last_ms))
-    ratio, gain = (paired_speedup(list(dense[name]), list(found[name])) for name in ("ms", "last_ms"))
+def way_results(pairs: pandas.DataFrame, metrics: Sequence[Metric]) -> tuple[Way, ...]:
+    """Every way of a `pair_frame`, in its order."""
+    ways = {str(way): found for way, found in pairs.groupby("way", sort=False)}
+    return tuple(_way(name, found, ways["dense"], metrics) for name, found in ways.items())
+
+
+def _way(name: str, found: pandas.DataFrame, dense: pandas.DataFrame, metrics: Sequence[Metric]) -> Way:
+    ratio, gain = (paired_speedup(list(dense[column]), list(found[column])) for column in ("ms", "last_ms"))
+    labels, close = list(found.label), list[tuple[str, Measured]]()
+    for m in metrics if name != "dense" else ():
+        values = list(found[m.name])
+        close.append((m.name, Measured(class_mean(values, labels), worst_mean(m, values, labels), None)))
+    return Way(name, timing(list(found.ms)), ratio, timing(list(found.last_ms)), gain, tuple(close))
+
+
+def _cells(way: Way, metrics: Sequence[Metric]) -> list[str]:
+    whole, late, ratio, gain = way.picture, way.last_scale, way.speedup, way.last_scale_speedup
     out = [
         f"{whole.p50_ms / 1e3:.2f} ({whole.p20_ms / 1e3:.2f}..{whole.p80_ms / 1e3:.2f})",
         f"{ratio.median:.2f}x ({ratio.low:.2f}..{ratio.high:.2f})",
         f"{late.p50_ms:.1f} ({late.p20_ms:.1f}..{late.p80_ms:.1f})", f"{gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f})",
     ]  # fmt: skip
     for m in metrics:
-        values, labels = list(found[m.name]), list(found.label)
-        bound = f"{worst_mean(m, values, labels):.{m.digits}f}"
-        out.append("same" if is_dense else f"{class_mean(values, labels):.{m.digits}f} ({bound})")
+        found = dict(way.metrics).get(m.name)
+        out.append(f"{found.mean:.{m.digits}f} ({found.bound:.{m.digits}f})" if found else "same")
     return out
+
+
+def results(
+    outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], adapter: Adapter, more: Sequence[Metric]
+) -> tuple[Way, ...]:
+    """Every way against dense, what the table says in words. more: metrics beside those of the table."""
+    frame = pair_frame(outcomes, pairs, adapter.model.layers, len(adapter.schedule) - 1)
+    return way_results(frame, (*METRICS.values(), *more))
 
 
 def comparison(
@@ -58,7 +88,8 @@ def comparison(
 ) -> tuple[str, str]:  # fmt: skip
     """Markdown table of every way against dense, and the raw numbers as JSON. more: metrics beside those of the table."""
     metrics = (*METRICS.values(), *more)
-    table = way_frame(pair_frame(outcomes, pairs, adapter.model.layers, len(adapter.schedule) - 1), metrics)
+    ways = results(outcomes, pairs, adapter, more)
+    columns = [*TIME_COLUMNS, *(f"{m.title}{', ' + m.unit if m.unit else ''} (bound)" for m in metrics)]
     threads = f", {machine.threads} threads" if machine.threads else ""
     lines = [
         f"# {adapter.model.slug} on {machine.gpu}",
@@ -69,15 +100,16 @@ def comparison(
         "interval; the metrics are against the dense picture with the same noise, with the one-sided 95 % bound of the mean, "
         "stratified by class. Key lists, ranking and residuals are inside the times.",
         "",
-        f"| | {' | '.join(table.columns)} |",
-        "|---" * (len(table.columns) + 1) + "|",
-        *(f"| {' | '.join((str(way), *cells))} |" for way, *cells in table.itertuples()),
+        f"| | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+        *(f"| {' | '.join((way.name, *_cells(way, metrics)))} |" for way in ways),
     ]
     for name, psnr_db, similarity in adapter.yardsticks():
         known = {"psnr": f"{psnr_db:.2f} ", "ssim": f"{similarity:.4f} "}
         lines.append(f"| *yardstick: {name}* | | | | | {'| '.join(known.get(m.name, '') for m in metrics)}|")
     raw = {
-        "machine": dataclasses.asdict(machine), "versions": dataclasses.asdict(versions), "pairs": list(pairs),
+        "model": adapter.model.slug, "machine": dataclasses.asdict(machine), "versions": dataclasses.asdict(versions),
+        "pairs": list(pairs),
         "outcomes": {name: [dataclasses.asdict(o) for o in found] for name, found in outcomes.items()},
     }  # fmt: skip
     return "\n".join(lines) + "\n", json.dumps(raw, indent=1, sort_keys=True) + "\n"

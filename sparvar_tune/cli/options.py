@@ -1,13 +1,20 @@
-"""What each command is told: one frozen dataclass a command, made by parser.py alone."""
+"""What each command is told: one frozen dataclass a command, made by parser.py alone. json: answer as one object."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparvar_tune.measure.pairs import MOST_PAIRS
 from sparvar_tune.ways.settings import Settings, seconds, whole
-from sparvar_tune.ways.subject import Subject
+
+if TYPE_CHECKING:  # `doctor` runs where torch does not
+    from sparvar_tune.ways.subject import Subject
+
+if TYPE_CHECKING:
+    from sparvar_tune.report.make import Request
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class TuneOptions:
 @dataclass(frozen=True)
 class GenerateOptions:
     subject: Subject
-    label: str
+    label: str | None
     seed: int
     out: Path
     profile: Path | None
@@ -43,6 +50,7 @@ class ShowOptions:
     models: bool
     trials: bool
     storage: str | None
+    json: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus or self.models:
@@ -61,6 +69,7 @@ class ShowOptions:
 class ExplainOptions:
     subject: Subject
     profile: Path | None
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class VerifyOptions:
     pairs: int
     budget_s: float
     write: bool
+    json: bool = False
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
@@ -86,11 +96,79 @@ class CompareOptions:
     pairs: int
     lpips: Path | None
     out: Path | None
+    json: bool = False
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
 
 
 @dataclass(frozen=True)
+class ReportOptions:
+    """request: what the report is made from; out: the file it goes to."""
+
+    request: Request
+    out: Path
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """tell: who hears of the ranges, of TRACERS. way: of WAYS. layer: one layer on random inputs, None for a picture where the
+    model can be run. graph: captured in CUDA graphs and replayed. cold: the first run, planning included.
+    """
+
+    subject: Subject
+    profile: Path | None
+    tell: str
+    way: str
+    layer: int | None
+    label: str
+    seed: int
+    graph: bool
+    cold: bool
+    out: Path
+    json: bool
+
+    def __post_init__(self) -> None:
+        whole("seed", self.seed, 0, 2**62 - 1)
+        if self.layer is not None:
+            whole("layer", self.layer, 0, self.subject.model.layers - 1)
+        if self.graph and self.subject.gpu.slug == "cpu":
+            raise ValueError("trace --mode graph: want a CUDA GPU; a CPU has no CUDA graphs")
+        if self.graph and self.layer is None and self.subject.model.adapter is not None:
+            raise ValueError("trace --mode graph: want --layer N; a whole picture is not captured")
+        if self.profile is not None and self.way != "tuned":
+            raise ValueError(f"trace --profile: runs with --way tuned, got --way {self.way}")
+
+    @property
+    def words(self) -> list[str]:
+        """The command line that traces the same with NVTX ranges, for a tool to run under itself."""
+        s = self.subject
+        given = {"--model": s.model.slug, "--gpu": s.asked, "--quality": s.quality, "--resolution": s.resolution,
+                 "--aspect": s.aspect, "--images": s.images, "--profile": self.profile, "--way": self.way, "--layer": self.layer,
+                 "--class": self.label, "--seed": self.seed, "--mode": "graph" if self.graph else "eager", "--out": self.out,
+                 "--with": "nvtx"}  # fmt: skip
+        words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        return ["trace", *words, *["--cold"] * self.cold]
+
+
+@dataclass(frozen=True)
 class CheckOptions:
     gpu: str
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class CheckAdapterOptions:
+    """model: FILE.py:FUNCTION or an entry point's name. device: where it is opened."""
+
+    model: str
+    device: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise ValueError(f"--device: got {self.device[:40]!r}, want cpu or cuda")
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    json: bool = False

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 from sparvar_tune import __version__
 from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS
+from sparvar_tune.cli.exit_codes import EPILOG, ExitCode
 from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "check")
-EXIT_CODES = """exit codes: 0 done; 1 a check did not pass, or not every miss was tuned; 2 bad input, or a bound of your own that
-nothing meets (one line on stderr says what to do); 130 interrupted (finished trials are kept, --resume goes on)"""
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "trace", "report", "check", "check-adapter", "doctor")
+DOCTOR = "say what this machine can do, what is missing and the command that mends it"
+TRACERS, WAYS = ("torch", "nvtx", "proton", "nsys", "ncu"), ("tuned", "dense", "paper")
 
 
 def duration(text: str) -> float:
@@ -59,12 +60,12 @@ def whole(text: str) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line and exit code 2, without the usage block."""
-        self.exit(2, f"sparvar-tune: {_one_line(message)} (see {self.prog} --help)\n")
+        self.exit(ExitCode.BAD_INPUT, f"sparvar-tune: {_one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     top = _Parser(
-        prog="sparvar-tune", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES,
+        prog="sparvar-tune", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
         description="Tunes sparse attention of next-scale image models under a picture-level fidelity bound.\n"
         "`tune` is the default command: sparvar-tune --gpu cpu --model pocketvar",
     )  # fmt: skip
@@ -73,10 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:
         p: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=text, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+            name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         p.add_argument("--gpu", default="auto", help="slug of the GPU table, cpu, or auto for this machine (default)")
-        p.add_argument("--model", required=model, help="slug of the model table, such as pocketvar or hart")
+        p.add_argument(
+            "--model",
+            required=model,
+            help="name of the model table, such as pocketvar; FILE.py:FUNCTION that opens "
+            "one of your own; or the name of an installed package's",
+        )
         p.add_argument("--quality", "--preset", dest="quality", choices=PRESETS, default=DEFAULT_PRESET)
         p.add_argument("--resolution", help="one the model was published at (default: its largest)")
         p.add_argument("--aspect", help="height / width with three decimals, such as 1.000 (default)")
@@ -115,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
 
     generate = command("generate", "draw one picture dense and tuned, side by side, as a PNG")
-    generate.add_argument("--class", dest="label", default="cat", help="class name or number")
+    generate.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
     generate.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
     generate.add_argument("--out", type=Path, default=Path("sparvar.png"))
     generate.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
@@ -146,7 +152,50 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
-    command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
+    trace = command("trace", "run one annotated picture or layer: time by scale and step, and a file for a profiler's window")
+    images(trace)
+    trace.add_argument("--with", dest="tell", choices=TRACERS, default=TRACERS[0],
+                       help="who hears of the ranges: torch.profiler (a file for Perfetto; default), NVTX, Triton's proton, or "
+                       "Nsight's nsys or ncu around this command")  # fmt: skip
+    trace.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
+    trace.add_argument("--way", choices=WAYS, default=WAYS[0], help="as tuned (default), dense, or the paper's fixed setting")
+    trace.add_argument("--layer", type=whole, help="this layer's attention on random inputs, not a picture; models known by "
+                       "their shapes alone run so anyway (layer 0)")  # fmt: skip
+    trace.add_argument("--class", dest="label", default="cat", help="class name or number")
+    trace.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
+    trace.add_argument("--mode", choices=MODES, default=MODES[0], help="graph: a layer captured in CUDA graphs and replayed")
+    trace.add_argument("--cold", action="store_true", help="no run before it: what is planned and compiled once is in it")
+    trace.add_argument("--out", type=Path, default=Path("sparvar-trace"), help="folder that gets the files")
+    trace.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+
+    report = command("report", "one page about a profile: front, times, heads, pictures, certificate, cost", model=False)
+    images(report)
+    report.add_argument("--profile", type=Path, nargs="+", metavar="FILE", default=(), help="these files instead of the ones "
+                        "found: the first is the report's own, the others stand beside it")  # fmt: skip
+    report.add_argument("--out", type=Path, help="file to write (default: report.html or report.md)")
+    report.add_argument("--format", choices=("html", "md"), help="default: by the name of --out, else html; md for pull requests")
+    report.add_argument("--trials", type=Path, metavar="FILE", help="a search's trials.journal, or a CSV of show --trials "
+                        "(default: the last search of --model here)")  # fmt: skip
+    report.add_argument("--log", type=Path, metavar="FILE", help="launch measurements (default: those of --model here)")
+    report.add_argument("--trace", type=Path, nargs="+", metavar="CSV", default=(), help="tables that sparvar-tune trace wrote")
+    report.add_argument("--compare", type=Path, metavar="JSON", help="raw numbers that sparvar-tune compare --out wrote")
+    report.add_argument("--pictures", type=whole, default=2, help="how many to draw dense and tuned, 0..6 (default 2)")
+    report.add_argument("--images-per-day", type=whole, default=100_000, help="of the cost's stated load (default 100000)")
+    report.add_argument("--price", type=float, default=2.0, help="of one GPU-hour, an assumption of yours (default 2)")
+    report.add_argument("--currency", default="USD", help="of the price (default USD)")
+
+    check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
+
+    text = "try every promise of a model of your own that is to be tuned, a line each (docs/your-model.md)"
+    own = commands.add_parser("check-adapter", help=text, description=text, epilog=EPILOG,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    own.add_argument("model", metavar="FILE.py:FUNCTION", help="FUNCTION(device) returns the adapter; or an entry point's name")
+    own.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+
+    doctor = commands.add_parser("doctor", help=DOCTOR, description=DOCTOR, epilog=EPILOG,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    for p in (show, explain, verify, compare, check, doctor):
+        p.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there (docs/json.md)")
     return top
 
 
@@ -154,25 +203,36 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
     """The command's name and its options. Raises ValueError: an unknown name, a value out of range, options that clash."""
     w = build_parser().parse_args(words)
     from sparvar_tune.cli import options as o
+
+    if w.command == "doctor":  # before anything that needs torch
+        return w.command, o.DoctorOptions(w.json)
     from sparvar_tune.ways.subject import Subject
 
+    if w.command == "check-adapter":
+        return w.command, o.CheckAdapterOptions(w.model, w.device)
     subject = None
     if w.model is not None and w.command != "check":
         subject = Subject.of(w.model, w.gpu, w.quality, w.resolution, w.aspect, getattr(w, "images", 1))
     if w.command == "tune":
         return w.command, _tune_options(w, subject)
     if w.command == "show":
-        return w.command, o.ShowOptions(subject, w.profile, w.seal, w.gpus, w.models, w.trials, w.storage)
+        return w.command, o.ShowOptions(subject, w.profile, w.seal, w.gpus, w.models, w.trials, w.storage, w.json)
     if w.command == "check":
-        return w.command, o.CheckOptions(w.gpu)
+        return w.command, o.CheckOptions(w.gpu, w.json)
+    if w.command == "report":
+        return w.command, _report_options(w, subject)
     assert subject is not None  # argparse wants --model there
     if w.command == "generate":
         return w.command, o.GenerateOptions(subject, w.label, w.seed, w.out, w.profile)
     if w.command == "explain":
-        return w.command, o.ExplainOptions(subject, w.profile)
+        return w.command, o.ExplainOptions(subject, w.profile, w.json)
+    if w.command == "trace":
+        return w.command, o.TraceOptions(
+            subject, w.profile, w.tell, w.way, w.layer, w.label, w.seed, w.mode == "graph", w.cold, w.out, w.json
+        )
     if w.command == "verify":
-        return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write)
-    return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out)
+        return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write, w.json)
+    return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out, w.json)
 
 
 def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
@@ -192,8 +252,25 @@ def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
     return TuneOptions(subject, w.gpu, settings, w.dry_run)
 
 
+def _report_options(w: argparse.Namespace, subject: Any) -> options.ReportOptions:
+    from sparvar_tune.cli.options import ReportOptions
+    from sparvar_tune.report.cost import Load
+    from sparvar_tune.report.make import Request
+
+    form = w.format or ("md" if w.out is not None and w.out.suffix in (".md", ".markdown") else "html")
+    request = Request(
+        subject, tuple(w.profile), form, w.trials, w.log, tuple(w.trace), w.compare, w.pictures,
+        Load(w.images_per_day, w.price, w.currency),
+    )  # fmt: skip
+    return ReportOptions(request, w.out or Path(f"report.{form}"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code, see EXIT_CODES."""
+    """Runs a command; returns its exit code, one of `ExitCode`."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next; it runs nothing
+        from sparvar_tune.cli.completion import complete
+
+        complete()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its number: work done stays done
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -205,22 +282,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             command, options = read_options(words)
         finally:
             sys.stdout.flush()  # help, to a pipe that may be closed
-        run: Callable[[Any], int] = importlib.import_module(f"sparvar_tune.cli.commands.{command}").run
+        run: Callable[[Any], int] = importlib.import_module(f"sparvar_tune.cli.commands.{command.replace('-', '_')}").run
         return run(options)
     except KeyboardInterrupt:
         kept = "; finished trials are kept, --resume goes on" if words[0] == "tune" else ""
         print(f"\nsparvar-tune: interrupted{kept}", file=sys.stderr)
-        return 130
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return ExitCode.FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"sparvar-tune: {_one_line(f'{where}{error.strerror or error}')}", file=sys.stderr)
-        return 2
+        return ExitCode.BAD_INPUT
     except ValueError as error:
         print(f"sparvar-tune: {_one_line(str(error))}", file=sys.stderr)
-        return 2
+        return ExitCode.BAD_INPUT
 
 
 def _one_line(text: str) -> str:

@@ -9,14 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sparvar_tune.profile.store import write_atomic
+from sparvar_tune.report.pictures import to_image
 
 SCALE, MARGIN, CAPTION = 2, 16, 44
 INK, PAPER = (25, 25, 28), (255, 255, 255)
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """[3, H, W] in 0..1 -> RGB image."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def side_by_side(panels: list[tuple[Tensor, str, str]]) -> Image.Image:

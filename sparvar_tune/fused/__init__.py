@@ -6,9 +6,12 @@ stack.py says what a family tells of its blocks, engine.py runs it (buffers, gra
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters import steps
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts, Undoable
 from sparvar_tune.fused.engine import FusedPath, attach
@@ -43,6 +46,25 @@ class OnPath(Undos):
             if change is not None:
                 self.add(change)
 
+    def require(self, path: str) -> None:
+        """Raises ValueError where the fused path was asked for by name and is not on."""
+        if path == "fused" and self.fused is None:
+            raise ValueError(self._why_not_fused)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While it lasts the model draws by its own code, one image at a time; nothing may be undone meanwhile."""
+        live: Any = self.live
+        with live.paused() if live is not None else nullcontext():
+            before = self.fused is not None and self.fused.enabled
+            if self.fused is not None:
+                self.fused.enabled = False
+            try:
+                yield
+            finally:
+                if self.fused is not None:
+                    self.fused.enabled = before
+
     @property
     def why_not_fused(self) -> str | None:
         return self._why_not_fused if self.fused is None else self.fused.reason
@@ -61,18 +83,31 @@ def put_on(family: Any, found: Parts, attend: SparseAttention | None, path: str 
     """
     if path not in PATHS:
         raise ValueError(f"path={path!r}: want one of {', '.join(PATHS)}")
-    live = None if attend is None else family.attach(found, attend)
-    if path == "attention" or (path == "auto" and not _on_gpu(found)):
-        why = "path is attention" if path == "attention" else "the model is on no GPU; path='fused' runs it all the same"
-        return OnPath(live, None, why)
+    reason = None if attend is None else steps.why_not_does(family, found, attend)
+    if reason:
+        raise ValueError(f"this profile does not fit the model: {reason}")
+    made = OnPath(None if attend is None else family.attach(found, attend), *_fused(found, attend, path, graphs))
     try:
-        return OnPath(live, attach(found, stack_of(found), attend, graphs), None)
+        made.require(path)
+        if attend is not None:
+            made.add(steps.put_on(family, found, attend))  # around the fused path: a half is dropped before its first block
+    except BaseException:
+        made.undo()
+        raise
+    return made
+
+
+def _fused(found: Parts, attend: SparseAttention | None, path: str, graphs: bool) -> tuple[FusedPath | None, str | None]:
+    """The fused path put on, or why not."""
+    if path == "attention" or (path == "auto" and not _on_gpu(found)):
+        return None, "path is attention" if path == "attention" else "the model is on no GPU; path='fused' runs it all the same"
+    thins = [] if attend is None else [step.kind for step in attend.policy.steps if step.thins]
+    if thins:
+        return None, f"the blocks cannot run as one: {thins[0]} works inside the model's own"
+    try:
+        return attach(found, stack_of(found), attend, graphs), None
     except ValueError as error:
-        if path == "fused":
-            if live is not None:
-                live.undo()
-            raise
-        return OnPath(live, None, str(error))
+        return None, str(error)
 
 
 def _on_gpu(found: Parts) -> bool:

@@ -12,12 +12,10 @@ with the attention that was put into them, a warning says why, and `reason` keep
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -32,6 +30,8 @@ from sparvar_tune.adapters.guidance import GENERATE, bound
 from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.fused.compile_ahead import compile_ahead
+from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
 from sparvar_tune.fused.stack import Stack
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -67,12 +67,7 @@ class Workspace:
         }
 
     def compile(self, stack: Stack, device: torch.device) -> None:
-        """Compiles what an image launches beside one another: most of a compilation is a process of its own.
-
-        What a later call still lacks is compiled there.
-        """
-        from sparvar_kernels.backends.triton.binary import compile_for
-
+        """Compiles what an image launches, but for the decoder's; what a later call still lacks is compiled there."""
         scales = range(len(self.schedule))
         lengths = [*filter(None, [self.schedule.prefix]), *(self.schedule.num_queries(s) for s in scales)]
         builds = list(stack.builds(lengths))
@@ -83,9 +78,7 @@ class Workspace:
             layers: list[Any] = attend._build(first, device)  # what its first call would make
             attend._layers[kind] = layers
             builds += [build for layer in layers for s in scales for build in layer.builds(s)]
-        capability = torch.cuda.get_device_capability(device)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda build: compile_for(build, capability), dict.fromkeys(builds)))
+        compile_ahead(builds, device)
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [rows, H, N, D], laid out [rows, N, H, D]."""
@@ -160,20 +153,49 @@ class OnePass:
 class FusedPath(Undos):
     """The whole stack in a live model. `reason`: why the last image ran the model's own blocks, None if it did not.
 
-    enabled: where False the model draws as if this were undone, but graphs and buffers are kept.
+    decoder: the picture decoder on its fused path from the first image on; why_not_decoder: why it is not, None if it is.
     """
 
     def __init__(self, found: Parts, stack: Stack, attend: SparseAttention | None, graphs: bool) -> None:
         super().__init__()
         self.found, self.stack, self.attend, self.use_graphs = found, stack, attend, graphs
-        self.enabled = True
         self.reason: str | None = None
+        self.decoder: FusedDecoder | None = None
+        self.why_not_decoder: str | None = "no image was drawn yet"
+        self._decodes: Any = None  # the decoder of the last image
+        self._enabled = True
         self.work: Workspace | None = None
         self._kind: Any = None
         self._start: int | None = None  # tokens appended so far; None: the model's own blocks run
         self._drawing = threading.Lock()
         self._given: Mapping[str, Any] = {}
         self._said: set[str] = set()
+
+    @property
+    def enabled(self) -> bool:
+        """Where False the model draws as if this were undone, but graphs and buffers are kept."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self._enabled = on
+        self._put_on_decoder(self._decodes if on else None)
+
+    def undo(self) -> None:
+        self._put_on_decoder(None)
+        super().undo()
+
+    def _put_on_decoder(self, decoder: Any) -> None:
+        if self.decoder is not None and self.decoder.decoder is not decoder:
+            self.decoder.undo()
+            self.decoder = None
+        if decoder is None or self.decoder is not None:
+            return
+        self._decodes, self.why_not_decoder = decoder, None
+        try:
+            self.decoder = attach_decoder(decoder)
+        except ValueError as error:
+            self.why_not_decoder = str(error)
 
     # Attention
 
@@ -207,6 +229,12 @@ class FusedPath(Undos):
             raise RuntimeError("this model is drawing an image already; draw one at a time, or load it twice")
         try:
             self._given, self._start, self.reason = bound(self.found, args, kwargs), 0, None
+            decoder = decoder_of(self.found.model, self._given)
+            if decoder is not self._decodes:
+                self._put_on_decoder(decoder)
+                if decoder is None:
+                    self.why_not_decoder = "the model draws with none that is known"
+                self._decodes = decoder
             out = inner(*args, **kwargs)
             if self.work is not None and self._start is not None:
                 self.work.images += 1
@@ -275,8 +303,6 @@ class FusedPath(Undos):
     def _why_not(self, given: Mapping[str, Any]) -> str | None:
         if any(block.training for block in self.found.blocks):
             return "the model is in training mode"
-        if not self.found.attentions[0].caching:
-            return "its key-value cache is off"
         schedule = self.stack.schedule(given)
         if isinstance(schedule, str):
             return schedule

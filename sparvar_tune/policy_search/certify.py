@@ -52,6 +52,7 @@ class TimedByScale:
     def __init__(self, inner: Any, stopwatch: Stopwatch) -> None:
         self.inner, self.stopwatch = inner, stopwatch
         self.skip_scales: tuple[int, ...] = inner.skip_scales
+        self.policy: Policy | None = getattr(inner, "policy", None)  # of the dense baseline there may be none
         self.spent_ms: dict[int, float] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:

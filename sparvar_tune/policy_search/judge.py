@@ -8,7 +8,7 @@ well: a machine that is busy now and idle in an hour changes both times, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, pvariance, stdev
 from typing import Any
@@ -19,9 +19,10 @@ from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.catalog.metrics import LEAD, METRICS
+from sparvar_tune.generation import why_not_steps
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
-from sparvar_tune.policy_search.menu import Table, assign, decision_scale, fixed_points
+from sparvar_tune.policy_search.menu import Table, assign, decision_scale, fixed_points, step_menu
 from sparvar_tune.policy_search.study import Knobs, Verdict
 
 MARGIN_DB = 0.25  # predictions from 8 pairs that were also searched on are optimistic: two of three runs missed with 0.05
@@ -43,15 +44,30 @@ def build_policy(knobs: Knobs, adapter: Adapter, table: Table, points: Mapping[s
     """The policy some knobs stand for. points: as of `Judge`."""
     schedule = adapter.schedule
     if knobs.form != "priced":
-        return (points or fixed_points(schedule, adapter.model.layers, adapter.model.heads))[knobs.form]
+        return (points or points_of(adapter))[knobs.form]
     prices = {s: knobs.prices[len(schedule) - 1 - s] for s in table.time_ms}
-    return assign(table, schedule, prices, knobs.tilt)
+    steps = step_menu(schedule, steps_of(adapter))[knobs.steps].steps if knobs.steps else ()
+    return assign(table, schedule, prices, knobs.tilt, steps)
+
+
+def points_of(adapter: Adapter, shipped: Mapping[str, Policy] | None = None) -> dict[str, Policy]:
+    """The fixed points of a search with this adapter (`menu.fixed_points`)."""
+    return fixed_points(adapter.schedule, adapter.model.layers, adapter.model.heads, shipped, steps_of(adapter))
 
 
 def make_attention(adapter: Adapter, policy: Policy, launches: Mapping[int, Launch] | None = None) -> SparseAttention:
+    """A policy's attention for the model of `adapter`. Raises ValueError for a generation step that the adapter cannot do."""
+    reason = why_not_steps(policy.steps, steps_of(adapter), f"the adapter of {adapter.model.slug}")
+    if reason:
+        raise ValueError(f"policy: {reason}")
     return SparseAttention(
         policy, adapter.schedule, softmax_scale=adapter.softmax_scale, logit_bound=adapter.logit_bound, launches=launches
     )  # fmt: skip
+
+
+def steps_of(adapter: Adapter) -> Collection[str]:
+    """Kinds of generation steps an adapter can do, also one that does not derive from `Adapter`."""
+    return getattr(adapter, "steps", Adapter.steps)
 
 
 def first_touched(adapter: Adapter) -> int:
@@ -70,7 +86,7 @@ class Judge:
                  points: Mapping[str, Policy] | None = None) -> None:  # fmt: skip
         self.adapter, self.pairs, self.constraint = adapter, pairs, constraint
         self.held_out, self.table = held_out, table
-        self.points = dict(points or fixed_points(adapter.schedule, adapter.model.layers, adapter.model.heads))
+        self.points = dict(points or points_of(adapter))
         self.stopwatch = Stopwatch(adapter.device, clock)
         self.references: list[Reference] = []
         for i, pair in enumerate(pairs):
@@ -86,6 +102,11 @@ class Judge:
     def forms(self) -> tuple[str, ...]:
         """Of the fixed points."""
         return tuple(self.points)
+
+    @property
+    def steps(self) -> dict[str, tuple[str, ...]]:
+        """Those of the fixed points that are generation steps alone, with the weaker ones that are looked at before."""
+        return {name: option.after for name, option in step_menu(self.adapter.schedule, steps_of(self.adapter)).items()}
 
     @property
     def dense_ms(self) -> float:

@@ -11,12 +11,13 @@ import itertools
 import math
 import string
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
-from sparvar_kernels.policy import Policy, Rule
+from sparvar_kernels.policy import Policy, Rule, Step
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
+from sparvar_tune.generation import DropUnconditional, SkipScales
 
 PAPER_WINDOWS = (1, 1, 3, 5, 7)  # the last five key scales; the ones before are sinks or unseen
 WIDE_WINDOWS = (1, 3, 5, 9, 13)
@@ -25,6 +26,7 @@ PAPER_SOURCE = "the paper's fixed setting (arXiv 2602.04361), carried to this sc
 UNVERIFIED = "the policy's fidelity on this model was not measured: no activations of it were at hand"
 SPARSE_SCALES = 3  # the paper touches the last three scales
 PAPER_SCALES = 6  # fewer do not hold its sinks, its windows and a decision scale
+SKIP = "drop last scale"
 TILES = ("8x16", "8x8")  # query tiles of the search, on the last grid
 SHARES, SAMPLE = (0.06, 0.12), 4  # of keys kept by CS4A, which ranks them by every fourth query's mass
 
@@ -67,13 +69,47 @@ def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
 
 
 def fixed_points(
-    schedule: ScaleSchedule, layers: int, heads: int, shipped: Mapping[str, Policy] | None = None
+    schedule: ScaleSchedule, layers: int, heads: int, shipped: Mapping[str, Policy] | None = None,
+    can: Collection[str] = (SkipScales.kind,),
 ) -> dict[str, Policy]:  # fmt: skip
-    """Name -> policy a search looks at first: `shipped` ones, the paper's where the schedule is long enough, one scale less."""
+    """Name -> policy a search looks at first: `shipped` ones, the paper's where the schedule is long enough, and those of
+    `step_menu`, whose attention is dense."""
     out = dict(shipped or {})
     if len(schedule) >= PAPER_SCALES:
         out["paper"] = paper_policy(schedule, layers, heads)
-    return out | {"drop last scale": Policy(("A" * heads,) * layers, (), (len(schedule) - 1,))}
+    dense = Policy(("A" * heads,) * layers)
+    return out | {name: replace(dense, steps=option.steps) for name, option in step_menu(schedule, can).items()}
+
+
+@dataclass(frozen=True)
+class StepOption:
+    """Generation steps that a search may take together. after: weaker options; where one of them misses the bound by itself,
+    this one does so too and is not looked at.
+    """
+
+    steps: tuple[Step, ...]
+    after: tuple[str, ...] = ()
+
+
+def step_menu(schedule: ScaleSchedule, can: Collection[str]) -> dict[str, StepOption]:
+    """Name -> steps for who can do steps of the kinds `can`: the last scale left out, the unconditional half dropped from one of
+    the last scales on, and both.
+    """
+    options: dict[str, StepOption] = {}
+    skip, last = SkipScales.last(schedule), len(schedule) - 1
+    if SkipScales.kind in can:
+        options[SKIP] = StepOption((skip,))
+    if DropUnconditional.kind not in can:
+        return options
+    for s in range(last, decision_scale(schedule) - 1, -1):  # the latest saves and harms least
+        options[_half(s)] = StepOption((DropUnconditional(s),), (_half(s + 1),) if s < last else ())
+    for s in range(last - 1, decision_scale(schedule) - 1, -1) if SKIP in options else ():
+        options[f"{_half(s)}, {SKIP}"] = StepOption((skip, DropUnconditional(s)), (_half(s), SKIP))
+    return options
+
+
+def _half(s: int) -> str:
+    return f"drop half from {s}"
 
 
 def decision_scale(schedule: ScaleSchedule) -> int:
@@ -135,19 +171,37 @@ class Table:
                 out[choice] = sum(times) + sum(self.decision_ms[o] for o in deciding)
         return out
 
+    def under(self, steps: tuple[Step, ...]) -> Table:
+        """The table of a generation with these steps: at a scale that is left out nothing is to be chosen or gained, and where
+        the unconditional half is dropped a head takes half the time.
+        """
+        skipped = {s for step in steps for s in step.skips}
+        halved = min((step.from_scale for step in steps if step.kind == DropUnconditional.kind), default=max(self.time_ms) + 1)
+        error = {s: {"dense": options["dense"]} if s in skipped else options for s, options in self.error.items()}
+        time_ms = {
+            s: {"dense": 0.0} if s in skipped else {o: ms / 2 if s >= halved else ms for o, ms in options.items()}
+            for s, options in self.time_ms.items()
+        }  # fmt: skip
+        first = next(iter(self.time_ms))
+        decision_ms = {o: ms / 2 if first >= halved else ms for o, ms in self.decision_ms.items()}
+        return Table(error, time_ms, decision_ms)
+
     def damage(self, choice: tuple[str, ...], layer: int, head: int, prices: Mapping[int, float]) -> float:
         return sum(prices[s] * self.error[s][o][layer][head] for s, o in zip(self.error, choice, strict=True))
 
 
-def assign(table: Table, schedule: ScaleSchedule, prices: Mapping[int, float], tilt: float) -> Policy:
+def assign(
+    table: Table, schedule: ScaleSchedule, prices: Mapping[int, float], tilt: float, steps: tuple[Step, ...] = ()
+) -> Policy:  # fmt: skip
     """The policy in which every head takes the choice of least time + price * error (the Lagrangian of a budget).
 
     prices[scale]: what one unit of error is worth, in dense times of one head at the last scale.
-    tilt: errors of the last layer weigh exp(tilt), of the first exp(-tilt).
+    tilt: errors of the last layer weigh exp(tilt), of the first exp(-tilt). steps: of the generation around it.
     """
     scales = list(table.time_ms)
     layers, heads = (len(x) for x in (table.error[scales[0]]["dense"], table.error[scales[0]]["dense"][0]))
     unit = table.time_ms[scales[-1]]["dense"]  # makes prices mean the same on a CPU and on a GPU
+    table = table.under(steps)
 
     def best(choices: Mapping[tuple[str, ...], float], layer: int, head: int) -> tuple[str, ...]:
         weight = unit * math.exp(tilt * (2 * layer / max(1, layers - 1) - 1))
@@ -168,4 +222,4 @@ def assign(table: Table, schedule: ScaleSchedule, prices: Mapping[int, float], t
         if name != "dense"
     ]
     rows = ("".join(letters[chosen[layer, head]] for head in range(heads)) for layer in range(layers))
-    return Policy(tuple(rows), tuple(sorted(rules, key=lambda r: (r.scale_index, r.head_class))))
+    return Policy(tuple(rows), tuple(sorted(rules, key=lambda r: (r.scale_index, r.head_class))), steps)

@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,6 +35,7 @@ LOW_PRICE, HIGH_PRICE = 0.03, 3000.0  # what a unit of relative squared error is
 FIRST_PRICE = 25.0  # where it begins
 SLOPE_DB = 4.0  # dB that a decade of price buys, for the first steps: on pocketvar 3 to 5
 PRICE_STEPS, CLOSE_ENOUGH = 6, 0.06  # trials, decades
+LINES = 2  # of steps that leave room: the fastest get a common price of their own, the sampler looks at the others
 LIE_DB = 2.0  # what a trial not finished (of another process, or failed) is taken to fall short by: so two look to both sides
 # What an error does to the picture, measured on pocketvar by changing one scale, one pair of layers at a time: it comes to
 # 1.65 and 4.3 times as much at the second- and third-last scale as at the last, and to a little more near the logits.
@@ -47,7 +48,7 @@ FAILURES_IN_A_ROW = 20  # of one process: then it is not the policies that are b
 class Knobs:
     """What a trial sets. A form other than "priced" is a fixed point (`menu.fixed_points`) and ignores the rest.
 
-    prices: for the last, second-last and third-last scale. tilt: see `assign`.
+    prices: for the last, second-last and third-last scale. tilt: see `assign`. steps: a name of `menu.step_menu`, or none.
     """
 
     form: str = "priced"
@@ -55,6 +56,7 @@ class Knobs:
     price_second: float = 30.0
     price_third: float = 30.0
     tilt: float = DEFAULT_TILT
+    steps: str = ""
 
     @property
     def prices(self) -> tuple[float, float, float]:
@@ -63,6 +65,7 @@ class Knobs:
 
 T = TypeVar("T", "Knobs", "Verdict")
 FIXED_POINTS = ("paper", "drop last scale")
+STEPS: Mapping[str, tuple[str, ...]] = {"drop last scale": ()}  # those of them that are generation steps alone
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,8 @@ def _read(trial: optuna.trial.FrozenTrial) -> FinishedTrial | FailedTrial | Knob
 def _from_json(kind: type[T], text: str) -> T:
     """The dataclass in the text: exactly its fields, every one of its type. Raises ValueError, KeyError or TypeError."""
     values = json.loads(text)
+    if kind is Knobs and isinstance(values, dict):
+        values = {"steps": ""} | values  # of trials from before there were steps to choose
     types = {f.name: f.type for f in fields(kind)}
     if set(values) != set(types):
         raise ValueError(f"{kind.__name__.lower()}: got {sorted(values)}, want {sorted(types)}")
@@ -270,13 +275,19 @@ def _read_or_none(trial: optuna.trial.FrozenTrial) -> FinishedTrial | FailedTria
 def read_trials(folder: Path) -> list[FinishedTrial]:
     """Finished trials of the newest search kept in `folder`; none if there is no journal. Raises DamagedJournal."""
     journal = folder / "trials.journal"
-    if not journal.exists():
-        return []
+    return read_journal(journal)[1] if journal.exists() else []
+
+
+def read_journal(journal: Path) -> tuple[str, list[FinishedTrial]]:
+    """The newest study's name (`tune` gives it: model, then a hash; "" where there is none) and its finished trials.
+
+    Nothing is written, so the folder may be read-only; a last line that a kill cut short is not counted. Raises DamagedJournal.
+    """
     _why_no_journal(journal)
     with _reading(journal) as studies:
         names = optuna.get_all_study_names(studies)
         trials = optuna.load_study(study_name=names[-1], storage=studies).get_trials(deepcopy=False) if names else []
-        return [read for t in trials if isinstance(read := _read(t), FinishedTrial)]
+        return names[-1] if names else "", [read for t in trials if isinstance(read := _read(t), FinishedTrial)]
 
 
 def shared_trials(shared: Shared, model: str) -> dict[str, list[FinishedTrial]]:
@@ -285,21 +296,30 @@ def shared_trials(shared: Shared, model: str) -> dict[str, list[FinishedTrial]]:
     return {n: finished(optuna.load_study(study_name=n, storage=shared.storage)) for n in names}
 
 
-def _suggest(trial: optuna.trial.Trial, points: Sequence[str]) -> Knobs:
+def _suggest(
+    trial: optuna.trial.Trial, points: Sequence[str], steps: Mapping[str, tuple[str, ...]], room: Sequence[str]
+) -> Knobs:  # fmt: skip
+    """room: the steps that leave some (`roomy`); in the place of others, and of points that come after others, none are taken."""
     form = trial.suggest_categorical("form", ("priced", *points))
+    form = form if set(steps.get(form, ())) <= set(room) else "priced"
     last, second, third = (
         trial.suggest_float(name, LOW_PRICE, HIGH_PRICE, log=True) for name in ("price_last", "price_second", "price_third")
     )
     tilt = trial.suggest_float("tilt", -2.0, 2.0)
-    return Knobs(form, last, second, third, tilt) if form == "priced" else Knobs(form=form)
+    chosen = trial.suggest_categorical("steps", ("", *steps)) if room else ""
+    chosen = chosen if chosen in room else ""
+    return Knobs(form, last, second, third, tilt, chosen) if form == "priced" else Knobs(form=form)
 
 
 def search(
     study: optuna.Study, judge: Callable[[Knobs], Verdict], until: Callable[[], bool], tell: Callable[[FinishedTrial], None],
-    shared: Shared | None = None, *, points: Sequence[str] = FIXED_POINTS,
+    shared: Shared | None = None, *, points: Sequence[str] = FIXED_POINTS, steps: Mapping[str, tuple[str, ...]] = STEPS,
     tell_failed: Callable[[FailedTrial], None] = lambda trial: None,
 ) -> None:  # fmt: skip
     """Runs trials until `until()`: the fixed `points`, then a bisection of one common price, then TPE around what was found.
+
+    steps: those of the points that are generation steps alone, each with the weaker ones it comes after. The picture's error
+    budget is one: where steps alone keep within the bound, prices for attention are looked for on top of them as well.
 
     Nothing finished or failed is repeated, nor what another process of a `shared` study is at. What `judge` raises ends its
     trial alone; after FAILURES_IN_A_ROW of them the search ends. Raises what the storage raises, and KeyboardInterrupt.
@@ -311,11 +331,11 @@ def search(
         trials = study.get_trials(deepcopy=False)
         found, broken = _finished(trials), {f.knobs for f in _failed(trials)}
         with unbroken():
-            planned = next_planned(found, _under_way(trials) | broken, points)
+            planned = next_planned(found, _under_way(trials) | broken, points, steps)
             if planned:  # a trial with its knobs from the first moment on, so that nobody takes them for free
                 study.enqueue_trial(asdict(planned), user_attrs={"knobs": json.dumps(asdict(planned))})
             trial = study.ask()  # what another process enqueued a moment ago is as good
-            knobs = _suggest(trial, points)
+            knobs = _suggest(trial, points, steps, roomy(found, steps))
             known = [f.verdict for f in found if f.knobs == knobs]
             if known:  # a fixed point again: do not pay for it again, but let the sampler learn from it
                 _tell(study, trial, knobs, known[-1])
@@ -334,31 +354,46 @@ def search(
 
 
 def next_planned(
-    found: Sequence[FinishedTrial], settled: Collection[Knobs], points: Sequence[str] = FIXED_POINTS
-) -> Knobs | None:
-    """The fixed points, then one common price by interpolation; None when all is known. settled: under way or failed."""
+    found: Sequence[FinishedTrial], settled: Collection[Knobs], points: Sequence[str] = FIXED_POINTS,
+    steps: Mapping[str, tuple[str, ...]] = STEPS,
+) -> Knobs | None:  # fmt: skip
+    """The fixed points, then one common price by interpolation, on every steps that leave room for it and on none.
+
+    None when all is known. settled: under way or failed.
+    """
     known = {f.knobs for f in found}
-    for seed in (Knobs(form=form) for form in points):
-        if seed not in known and seed not in settled:
+    room = roomy(found, steps)
+    for form in points:
+        seed = Knobs(form=form)
+        if seed not in known and seed not in settled and set(steps.get(form, ())) <= set(room):
             return seed
-    return _next_common_price(found, settled)
+    lines = (*room[:LINES], "")
+    return next((knobs for name in lines if (knobs := _next_common_price(found, settled, name))), None)
 
 
-def _common(price: float) -> Knobs:
+def roomy(found: Sequence[FinishedTrial], steps: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The steps whose pictures are within the bound while attention is dense, the fastest first: errors add, so with others
+    there is no need to try what attention may leave out. One that was given up because others are faster counts.
+    """
+    alone = {f.knobs.form: f.verdict for f in found if f.verdict.shortfall_db <= 0}
+    return sorted((name for name in steps if name in alone), key=lambda name: alone[name].time_ratio)
+
+
+def _common(price: float, steps: str = "") -> Knobs:
     """One price, scales in a fixed ratio."""
     last, second, third = (min(price * weight, HIGH_PRICE) for weight in SCALE_WEIGHTS)
-    return Knobs("priced", last, second, third, DEFAULT_TILT)
+    return Knobs("priced", last, second, third, DEFAULT_TILT, steps)
 
 
-def _next_common_price(found: Sequence[FinishedTrial], settled: Collection[Knobs]) -> Knobs | None:
+def _next_common_price(found: Sequence[FinishedTrial], settled: Collection[Knobs], steps: str = "") -> Knobs | None:
     """Towards the cheapest common price that meets the constraint, by the slope of the shortfall over the price's logarithm."""
     points = {f.knobs: f.verdict.shortfall_db for f in found}
     points |= {knobs: LIE_DB for knobs in settled if knobs not in points}
-    line = {math.log10(k.price_last): short for k, short in points.items() if k == _common(k.price_last)}
+    line = {math.log10(k.price_last): short for k, short in points.items() if k == _common(k.price_last, steps)}
     missed = max(((at, short) for at, short in line.items() if short > 0), default=(-math.inf, 0.0))  # the dearest
     met = min(((at, short) for at, short in line.items() if short <= 0), default=(math.inf, 0.0))  # the cheapest
     if not line:
-        return _common(FIRST_PRICE)
+        return _common(FIRST_PRICE, steps)
     if len(line) >= PRICE_STEPS or met[0] - missed[0] < CLOSE_ENOUGH:
         return None
     if math.isinf(missed[0] + met[0]):  # one side is still open: go as far as a typical slope says, a decade at most
@@ -366,7 +401,7 @@ def _next_common_price(found: Sequence[FinishedTrial], settled: Collection[Knobs
         at += min(1.0, max(-1.0, short / SLOPE_DB + (0.1 if short > 0 else -0.1)))
     else:
         at = met[0] + min(0.8, max(0.2, met[1] / (met[1] - missed[1]))) * (missed[0] - met[0])
-    return _common(10**at) if math.log10(LOW_PRICE) <= at <= math.log10(HIGH_PRICE) else None
+    return _common(10**at, steps) if math.log10(LOW_PRICE) <= at <= math.log10(HIGH_PRICE) else None
 
 
 def _planned(trial: optuna.trial.FrozenTrial) -> Knobs | None:

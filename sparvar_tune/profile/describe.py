@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe(policy: Policy) -> str:
-    """One line: how many heads do what at each scale that has a rule."""
+    """One line: how many heads do what at each scale that has a rule, and what the generation does otherwise."""
     parts = []
     for s in sorted({r.scale_index for r in policy.rules}):
         counts: dict[str, int] = {}
@@ -21,8 +21,7 @@ def describe(policy: Policy) -> str:
                 name = policy.variant(layer, head, s).describe()
                 counts[name] = counts.get(name, 0) + 1
         parts.append(f"scale {s}: " + ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda x: -x[1])))
-    if policy.skip_scales:
-        parts.append(f"scales {policy.skip_scales} left out")
+    parts += [step.describe() for step in policy.steps]
     return "; ".join(parts) or "dense everywhere"
 
 

@@ -1,7 +1,8 @@
 """What a profile still stands for after the code around it changed: three identities, of which only the first refuses.
 
-meaning   an integer for each variant and each backend, raised when the same fields come to stand for other keys or arithmetic.
-          Rows of another meaning run dense. A golden test over lists and tables forces the bump.
+meaning   an integer for each variant, generation step and backend, raised when the same fields come to stand for other keys or
+          arithmetic. Rows of another meaning run dense, and the generation goes without such a step. A golden test over lists
+          and tables forces the bump.
 binary    the machine code a row's launch compiled to, and by which Triton. Another one keeps the row: it says "time it again".
 source    the kernels' sources without their words (`kernel_hash`). Where a measurement came from, and the key of its log lines.
 """
@@ -22,17 +23,23 @@ from sparvar_kernels.backends.registry import KERNELS, kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import VARIANTS
 from sparvar_tune.catalog.gpus import Gpu
+from sparvar_tune.generation import STEPS
 
 if TYPE_CHECKING:
     from sparvar_tune.profile.schema import Profile, Row, Versions
 
-Meaning = tuple[tuple[str, int], ...]  # (variant kind or backend, its meaning), sorted by name
+Meaning = tuple[tuple[str, int], ...]  # (kind of variant or step, or backend; its meaning), sorted by name
 STARTS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)  # what comes before a statement
 
 
 def meaning_of(policy: Policy, kernels: Collection[str]) -> Meaning:
-    """The meanings today of what a policy's rules and these backends use."""
-    return tuple((name, _today(name)) for name in sorted({*(r.variant.kind for r in policy.rules), *kernels}))
+    """The meanings today of what a policy's rules, its steps and these backends use."""
+    return tuple((name, _today(name)) for name in sorted({*used_by(policy), *kernels}))
+
+
+def used_by(policy: Policy) -> set[str]:
+    """The kinds of variants and generation steps it is made of."""
+    return {r.variant.kind for r in policy.rules} | {step.kind for step in policy.steps}
 
 
 def stamp(policy: Policy, rows: Iterable[Row], gpu: Gpu) -> dict[str, Any]:
@@ -42,7 +49,7 @@ def stamp(policy: Policy, rows: Iterable[Row], gpu: Gpu) -> dict[str, Any]:
 
 def every_meaning() -> Meaning:
     """The meanings today of all there is: what a search may choose from."""
-    return tuple((name, _today(name)) for name in sorted({*VARIANTS, *KERNELS}))
+    return tuple((name, _today(name)) for name in sorted({*VARIANTS, *KERNELS, *STEPS}))
 
 
 def first_meaning(names: Iterable[str]) -> Meaning:
@@ -51,7 +58,7 @@ def first_meaning(names: Iterable[str]) -> Meaning:
 
 
 def _today(name: str) -> int:
-    thing: Any = VARIANTS.get(name) or KERNELS[name]
+    thing: Any = VARIANTS.get(name) or STEPS.get(name) or KERNELS[name]
     return int(thing.meaning)
 
 
@@ -65,6 +72,15 @@ def refused(profile: Profile) -> dict[int, str]:
             found[row.scale_index] = (
                 f"it was tuned for {', '.join(changed)}, which stood for other keys; run sparvar-tune verify, or tune again"
             )
+    return found
+
+
+def refused_steps(profile: Profile) -> dict[str, str]:
+    """Kind of step -> why it no longer means what was certified; the generation goes without it."""
+    found = {}
+    for name, was in profile.meaning:
+        if name in {step.kind for step in profile.policy.steps} and was != _today(name):
+            found[name] = f"its meaning was {was} (now {_today(name)}): it stood for another picture; tune again"
     return found
 
 

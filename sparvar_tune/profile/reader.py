@@ -17,8 +17,9 @@ import typing
 from functools import lru_cache
 from typing import Any
 
-from sparvar_kernels.policy import Policy, Rule
+from sparvar_kernels.policy import Policy, Rule, Step
 from sparvar_kernels.variants import variant_from_dict, variant_to_dict
+from sparvar_tune.generation import STEPS, SkipScales
 
 MAX_TEXT, MAX_ITEMS = 500, 100_000
 T = typing.TypeVar("T")
@@ -62,7 +63,8 @@ def why_not_sealed(data: dict[str, Any]) -> str | None:
 class Reader:
     """Turns JSON values into dataclasses; see the module docstring."""
 
-    def read(self, cls: type[T], data: Any, where: str) -> T:
+    def read(self, cls: type[T], data: Any, where: str, whole: bool = True) -> T:
+        """whole: False where `why_not` wants to know more than the fields, and is asked later."""
         if not isinstance(data, dict):
             raise ReadError(f"{where or 'file'}: got {_short(data)}, want an object")
         hints = typing.get_type_hints(cls)
@@ -76,7 +78,7 @@ class Reader:
                 raise ReadError(f"{_join(where, name)}: missing")
             values[name] = self.value(hints[name], data[name], _join(where, name))
         made = cls(**values)
-        reason = made.why_not() if hasattr(made, "why_not") and cls is not Policy else None
+        reason = made.why_not() if whole and hasattr(made, "why_not") else None
         if reason:
             raise ReadError(f"{where + ': ' if where else ''}{reason}")
         return made
@@ -108,14 +110,34 @@ class Reader:
         return _scalar(kind, data, where)
 
     def _policy(self, data: Any, where: str) -> Policy:
+        """Steps are a list of their own, or the field `skip_scales` alone, which files had before there were others."""
+        steps = self._steps(data.get("steps"), _join(where, "steps")) if isinstance(data, dict) and "steps" in data else None
+        if steps is not None:
+            data = {"skip_scales": [], **{name: value for name, value in data.items() if name != "steps"}}
         parts = self.read(_PolicyFile, data, where)
+        if steps is None:
+            steps = (SkipScales(parts.skip_scales),) if parts.skip_scales else ()
+        elif parts.skip_scales:
+            raise ReadError(f"{_join(where, 'skip_scales')}: got it beside steps, want it among them")
         rules = []
         for i, rule in enumerate(parts.rules):
             try:
                 rules.append(Rule(rule.scale_index, rule.head_class, variant_from_dict(rule.variant, "variant")))
             except ValueError as error:
                 raise ReadError(f"{where}.rules[{i}].{error}") from None
-        return Policy(parts.heads, tuple(rules), parts.skip_scales)
+        return Policy(parts.heads, tuple(rules), steps)
+
+    def _steps(self, data: Any, where: str) -> tuple[Step, ...]:
+        if not isinstance(data, list) or len(data) > len(STEPS):
+            raise ReadError(f"{where}: got {_short(data)}, want a list of at most {len(STEPS)} steps")
+        made = []
+        for i, fields in enumerate(data):
+            kind = fields.get("kind") if isinstance(fields, dict) else None
+            if not isinstance(kind, str) or kind not in STEPS:
+                raise ReadError(f"{where}[{i}].kind: got {_short(kind)}, want one of {', '.join(STEPS)}")
+            values = {name: value for name, value in fields.items() if name != "kind"}
+            made.append(self.read(STEPS[kind], values, f"{where}[{i}]", whole=False))
+        return tuple(made)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +168,10 @@ def _scalar(kind: Any, data: Any, where: str) -> Any:
         if isinstance(data, bool) or not isinstance(data, int) or abs(data) >= 1 << 63:
             raise ReadError(f"{where}: got {_short(data)}, want an integer")
         return data
+    if kind is bool:
+        if not isinstance(data, bool):
+            raise ReadError(f"{where}: got {_short(data)}, want true or false")
+        return data
     if kind is str:
         if not isinstance(data, str) or len(data) > MAX_TEXT or not data.isprintable():
             raise ReadError(f"{where}: got {_short(data)}, want printable text of at most {MAX_TEXT} characters")
@@ -157,6 +183,8 @@ def _scalar(kind: Any, data: Any, where: str) -> Any:
 
 def to_plain(value: Any) -> Any:
     """JSON values of a dataclass tree; floats keep 6 significant digits."""
+    if isinstance(value, Policy):
+        return _plain_policy(value)
     if isinstance(value, Rule):
         variant = to_plain(variant_to_dict(value.variant))
         return {"scale_index": value.scale_index, "head_class": value.head_class, "variant": variant}
@@ -170,6 +198,14 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_plain(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _plain_policy(policy: Policy) -> dict[str, Any]:
+    """A policy that only skips scales, or does nothing else, is written as it always was, so that its file keeps every byte."""
+    data = {"heads": to_plain(policy.heads), "rules": to_plain(policy.rules)}
+    if all(isinstance(step, SkipScales) for step in policy.steps):
+        return {**data, "skip_scales": list(policy.skip_scales)}
+    return {**data, "steps": [{"kind": step.kind, **to_plain(step)} for step in policy.steps]}
 
 
 def _is_mapping(arguments: tuple[Any, ...]) -> bool:

@@ -24,7 +24,8 @@ from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import CUSTOM, PRESETS
-from sparvar_tune.profile.identity import first_meaning
+from sparvar_tune.profile.identity import used_by
+from sparvar_tune.profile.older import as_today
 from sparvar_tune.profile.reader import Reader, ReadError, sealed_text, to_plain, unique_keys, why_not_sealed
 
 if TYPE_CHECKING:
@@ -136,6 +137,10 @@ class Evidence:
             if name == metric:
                 return measured
         raise ValueError(f"{metric}: the evidence has {', '.join(name for name, _ in self.metrics) or 'nothing'}")
+
+    def certified(self) -> dict[str, float]:
+        """The bounds it says the means have, by metric: of those that were asked for."""
+        return {name: m.bound for name, m in self.metrics if m.bound is not None and m.required is not None}
 
     def why_not(self) -> str | None:
         if self.n < 2:
@@ -368,7 +373,7 @@ class Profile:
         reason = why_not_sha256("kernel_hash", self.kernel_hash)
         if reason:
             return reason
-        used = {r.variant.kind for r in self.policy.rules} | {row.kernel for row in self.rows}
+        used = used_by(self.policy) | {row.kernel for row in self.rows}
         if not used <= {name for name, _ in self.meaning} or any(n < 1 for _, n in self.meaning):
             return f"meaning: got {dict(self.meaning)}, want numbers >= 1, one for each of {', '.join(sorted(used)) or 'nothing'}"
         w = self.workload
@@ -443,7 +448,7 @@ def from_json(text: str, where: str, *, check_seal: bool = True) -> Profile:
     try:
         # fields first: what is wrong with one says more than that the sum is off
         fields = {k: v for k, v in data.items() if k != "checksum"} if isinstance(data, dict) else data
-        profile = read(_with_metrics(from_schema_2(fields) if schema == 2 else fields))
+        profile = read(as_today(fields, SCHEMA))
     except ReadError as error:
         raise ProfileError(f"{where}: {one_line(str(error))}; tune again or restore the file") from None
     edited = why_not_sealed(data) if check_seal else None
@@ -451,40 +456,6 @@ def from_json(text: str, where: str, *, check_seal: bool = True) -> Profile:
         todo = "to keep a hand edit run `sparvar-tune show --profile FILE --seal`"
         raise ProfileError(f"{where}: edited or damaged: {one_line(edited)}; {todo}")
     return profile
-
-
-def from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
-    """The values of an older file as today's have them; what is not as it should be there is left for `read` to refuse."""
-    policy, rows, evidence = data.get("policy"), data.get("rows"), data.get("evidence")
-    rules = policy.get("rules") if isinstance(policy, dict) else None
-    if not isinstance(rules, list) or not isinstance(rows, list):
-        return data
-    kinds = [rule["variant"]["kind"] for rule in rules if isinstance(rule, dict) and isinstance(rule.get("variant"), dict)
-             and isinstance(rule["variant"].get("kind"), str)]  # fmt: skip
-    kernels = [row["kernel"] for row in rows if isinstance(row, dict) and isinstance(row.get("kernel"), str)]
-    meaning = dict(first_meaning([*kinds, *kernels]))
-    if isinstance(evidence, dict):
-        workload = data.get("workload")
-        weights = workload.get("weights_sha256") if isinstance(workload, dict) else None
-        since = {r["variant"]["kind"]: 1 for r in rules if isinstance(r, dict) and isinstance(r.get("variant"), dict)
-                 and isinstance(r["variant"].get("kind"), str)}  # fmt: skip
-        evidence = {"measured": data.get("created"), "weights_sha256": weights, "meaning": since} | evidence
-    rows = [{"binary": None} | row if isinstance(row, dict) else row for row in rows]
-    return data | {"schema": SCHEMA, "meaning": meaning, "rows": rows, "evidence": evidence}
-
-
-def _with_metrics(data: Any) -> Any:
-    """The values of a file from before evidence had its metrics by name, as today's have them."""
-    flat = data.get("evidence") if isinstance(data, dict) else None
-    if not isinstance(flat, dict) or "metrics" in flat:
-        return data
-    psnr, ssim = ("psnr_mean_db", "psnr_lower_db", "required_psnr_db"), ("ssim_mean", "ssim_lower", "required_ssim")
-    columns = {"psnr": psnr, "ssim": ssim, "ms_ssim": ("ms_ssim_mean", "", "")}
-    metrics = {
-        metric: dict(zip(("mean", "bound", "required"), map(flat.get, names), strict=True)) for metric, names in columns.items()
-    }
-    kept = {name: value for name, value in flat.items() if not any(name in names for names in columns.values())}
-    return data | {"evidence": kept | {"metrics": metrics}}
 
 
 def read(data: Any) -> Profile:

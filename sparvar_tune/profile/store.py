@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from sparvar_tune.catalog.gpus import DISTANCE_LIMIT, GPUS, UNLISTED, Gpu, apart, distance, nearest_first
-from sparvar_tune.catalog.models import Model, find_model
+from sparvar_tune.catalog.models import SLUG, Model, find_model, own_model
 from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.profile import identity
 from sparvar_tune.profile.reader import ReadError
@@ -209,13 +210,44 @@ def exists(path: Path) -> bool:
 def name_of(profile: Profile) -> str:
     """The file name that belongs to what it holds.
 
-    Raises ValueError where the catalogue has no such model, resolution or aspect, so that no name of a file leads anywhere
-    else, and for a batch that is no number of images.
+    Raises ValueError for a resolution or aspect that its model does not have and a name that is none of a file's, so that no
+    name leads anywhere else, and for a batch that is no number of images.
     """
-    w, model = profile.workload, find_model(profile.workload.model)
+    w = profile.workload
+    model = model_of(w)
     model.schedule(w.resolution, w.aspect)
     default = (model.default_resolution, model.default_aspect)
     return profile_name(w.model, profile.preset, w.resolution, w.aspect, default, images_of(w, model))
+
+
+def model_of(workload: Workload) -> Model:
+    """The row of a profile's model; of one in no table what the profile says itself. Raises ValueError for a wrong name."""
+    w = workload
+    try:
+        return find_model(w.model)
+    except ValueError:
+        if not re.fullmatch(SLUG, w.model):
+            raise
+    return own_model(
+        w.model, w.schedule, layers=w.layers, heads=w.heads, head_dim=w.head_dim, dtype=w.dtype, softmax_scale=w.softmax_scale,
+        logit_bound=w.logit_bound, guidance_batch=w.batch,
+    )  # fmt: skip
+
+
+def row_of(name: str, folders: tuple[Path, ...]) -> Model:
+    """The row of a model by name: the table's, else that of a profile of it in `folders`, of whatever GPU.
+
+    Raises ValueError where there is neither, and ProfileError for a bad file.
+    """
+    try:
+        return find_model(name)
+    except ValueError:
+        if not re.fullmatch(SLUG, name):
+            raise
+        for path in sorted(path for folder in folders for path in folder.glob(f"*/{name}*.json")):
+            if path.stem.split("--")[0] == name and path.parent.name in GPUS:
+                return model_of(_load_for(path, GPUS[path.parent.name])[0].workload)
+        raise
 
 
 def images_of(workload: Workload, model: Model) -> int:

@@ -11,21 +11,24 @@ from pathlib import Path
 import torch
 
 from sparvar_tune.catalog.gpus import Gpu
-from sparvar_tune.catalog.models import MAX_IMAGES, find_model
+from sparvar_tune.catalog.models import MAX_IMAGES, Model
 from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.profile.machine import device_name, here_or_named, is_here, silicon, versions
 from sparvar_tune.profile.misses import Missed, record
 from sparvar_tune.profile.schema import Profile, ProfileError, one_line
 from sparvar_tune.profile.store import (
     Match,
+    NoHome,
     exists,
     find,
     mismatch,
+    model_of,
     name_of,
     near,
     parse,
     profile_name,
     read_bytes,
+    row_of,
     shipped_folder,
     user_folder,
 )  # fmt: skip
@@ -37,19 +40,20 @@ PathLike = str | os.PathLike[str]
 
 
 def load_profile(
-    model: str, *, gpu: str = "auto", preset: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
-    images: int = 1, path: PathLike | None = None, folders: Sequence[PathLike] | PathLike | None = None,
-    record_miss: bool = False, device: torch.device | str | int | None = None,
+    model: str | Model, *, gpu: str = "auto", preset: str = DEFAULT_PRESET, resolution: str | None = None,
+    aspect: str | None = None, images: int = 1, path: PathLike | None = None,
+    folders: Sequence[PathLike] | PathLike | None = None, record_miss: bool = False,
+    device: torch.device | str | int | None = None,
 ) -> Tuned:  # fmt: skip
     """The profile of `model` for this machine; never raises for a missing one (everything is then dense).
 
+    model: a name of the table, of a model of one's own that was tuned before, or a row such as `own_model` makes.
     images: how many at once; where that number has no profile, the nearest within a factor of four lends its own. path: that
     file and no other; it must be for this model and silicon. folders: where to look, in place of this user's and the shipped
     ones. device: the CUDA device it is for, the current one by default. record_miss: where there is none, keep a note in this
     user's folder for `sparvar-tune --from-misses`. Raises ValueError for an unknown model or GPU or a number of images out of
     range, and ProfileError for a damaged or foreign file.
     """
-    row = find_model(model)
     silicon_row, said = here_or_named(gpu, device)
     if not 1 <= images <= MAX_IMAGES:
         raise ValueError(f"images: got {images}, want 1..{MAX_IMAGES}")
@@ -57,6 +61,7 @@ def load_profile(
         path = Path(path)
         raw = read_bytes(path)
         profile = parse(raw, path)
+        row = model_of(profile.workload) if profile.workload.model == model else _row(model, folders)
         if profile.workload.model != row.slug:
             raise ProfileError(f"{path}: for model {profile.workload.model}, not {row.slug}; give that model or another file")
         if profile.silicon.gpu != silicon_row.slug:
@@ -66,6 +71,7 @@ def load_profile(
         except ValueError as error:
             raise ProfileError(f"{path}: {one_line(str(error))}") from None
         return prepare(profile, path, silicon_row, [*said, "file given"], hashlib.sha256(raw).hexdigest())
+    row = _row(model, folders)
     resolution, aspect = resolution or row.default_resolution, aspect or row.default_aspect
     row.schedule(resolution, aspect)
     name = profile_name(row.slug, preset, resolution, aspect, (row.default_resolution, row.default_aspect))
@@ -93,13 +99,27 @@ def load_profile(
 def _folders(given: Sequence[PathLike] | PathLike | None, gpu: Gpu, name: str) -> tuple[tuple[Path, ...], list[str]]:
     """Where to look, and what to say of this user's folder where it cannot be looked into: then the shipped profiles serve."""
     if given is not None:
-        return tuple(map(Path, [given] if isinstance(given, str | os.PathLike) else given)), []
+        return _places(given), []
     try:
         own = user_folder()
         exists(own / gpu.slug / name)
     except ProfileError as error:
         return (shipped_folder(),), [f"your own profiles could not be looked at: {error}"]
     return (own, shipped_folder()), []
+
+
+def _row(model: str | Model, given: Sequence[PathLike] | PathLike | None) -> Model:
+    """The row of a model, also of one in no table that was tuned into one of the folders."""
+    if isinstance(model, Model):
+        return model
+    try:
+        return row_of(model, _places(given) if given is not None else (user_folder(),))
+    except NoHome:
+        return row_of(model, ())
+
+
+def _places(given: Sequence[PathLike] | PathLike) -> tuple[Path, ...]:
+    return tuple(map(Path, [given] if isinstance(given, str | os.PathLike) else given))
 
 
 def near_counts(images: int) -> list[int]:

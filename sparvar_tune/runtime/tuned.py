@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from sparvar_tune import adapters, fused
 from sparvar_tune.adapters import Undoable
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.models import MODELS
-from sparvar_tune.profile.describe import describe
+from sparvar_tune.profile import identity
 from sparvar_tune.profile.overlay import DEMOTED, Overlay
 from sparvar_tune.profile.schema import Profile, Row
+from sparvar_tune.runtime.explain import explained, explained_scale
 
 
 @dataclass
@@ -43,13 +44,20 @@ class Tuned:
     _attends: dict[float | None, SparseAttention] = field(default_factory=dict)  # by the bound of their logits
 
     def policy(self) -> Policy | None:
-        """The policy as it will run: demoted scales have lost their rules, and a demoted profile leaves out no scale."""
+        """The policy as it will run: demoted scales have lost their rules, a demoted profile every step of the generation.
+
+        `generation.drop_from` and `generation.skip_from` read its steps.
+        """
         if self.profile is None:
             return None
         full = self.profile.policy
         if self.overlay is not None and self.overlay.verdict == DEMOTED:
             return Policy(full.heads, ())
-        return Policy(full.heads, tuple(r for r in full.rules if r.scale_index not in self.demoted), full.skip_scales)
+        gone = identity.refused_steps(self.profile)
+        return replace(
+            full, rules=tuple(r for r in full.rules if r.scale_index not in self.demoted),
+            steps=tuple(step for step in full.steps if step.kind not in gone),
+        )  # fmt: skip
 
     def sparse_attention(self, logit_bound: float | None = 0.0) -> SparseAttention:
         """A fresh attention object for one image stream. Raises ValueError when there is no usable profile.
@@ -90,39 +98,16 @@ class Tuned:
 
     def explain(self, problem: AttentionProblem | None = None) -> str:
         """What runs here and why, in a few lines; for one problem if given."""
-        lines = [f"silicon: {self.gpu.slug} ({self.gpu.name})", *(f"- {reason}" for reason in self.reasons)]
-        policy = self.policy()
-        if self.profile is None or policy is None:
-            return "\n".join([*lines, "everything runs dense"])
-        if problem is not None:
-            lines.append(self._why_not(problem) or self._explain_scale(problem.scale_index))
-            w = self.profile.workload
-            if problem.batch != w.batch:
-                lines.append(f"batch is {problem.batch}, tuned for {w.batch}: its gain was not measured")
-            if _larger(w.logit_bound, problem.logit_bound) != w.logit_bound:
-                lines.append(f"logit bound is {problem.logit_bound}, tuned for {w.logit_bound}: its gain was not measured")
-            return "\n".join(lines)
-        lines.append(f"policy ({self.profile.policy_state}; {self.profile.policy_source}): {describe(policy)}")
-        lines += [self._explain_scale(row.scale_index) for row in self.profile.rows]
+        found = explained(self)
+        if self.profile is None or problem is None:
+            return found.words
+        lines = [*found.found, self._why_not(problem) or explained_scale(self, problem.scale_index).words]
+        w = self.profile.workload
+        if problem.batch != w.batch:
+            lines.append(f"batch is {problem.batch}, tuned for {w.batch}: its gain was not measured")
+        if _larger(w.logit_bound, problem.logit_bound) != w.logit_bound:
+            lines.append(f"logit bound is {problem.logit_bound}, tuned for {w.logit_bound}: its gain was not measured")
         return "\n".join(lines)
-
-    def _explain_scale(self, scale_index: int) -> str:
-        assert self.profile is not None
-        if scale_index in self.demoted:
-            return f"scale {scale_index}: dense, because {self.demoted[scale_index]}"
-        row = next((r for r in self.profile.rows if r.scale_index == scale_index), None)
-        if row is None:
-            return f"scale {scale_index}: dense, because the policy has no rule for it"
-        config = ", ".join(f"{k}={v}" for k, v in row.config)
-        local = next((v.speedup for v in self.overlay.rows if v.scale_index == scale_index), None) if self.overlay else None
-        s = local or row.speedup
-        if s is None:
-            cost = f"{row.tuned_predicted_ms:.3g} ms predicted against {row.dense_predicted_ms:.3g} dense"
-        else:
-            when = f" here by verify on {self.overlay.created}" if local and self.overlay else ""
-            cost = f"{s.median:.2f}x measured{when} (95 % interval {s.low:.2f}..{s.high:.2f}, n={s.n}) against {row.dense_name}"
-            cost += "; its time holds the ranking that later scales live on" if s.low <= 1 else ""
-        return f"scale {scale_index}: kernel {row.kernel} ({config}), {cost}"
 
 
 def launch_of(row: Row) -> Launch:
@@ -168,7 +153,7 @@ class Applied:
 
 
 def apply(model: Any, tuned: Tuned, path: str = "auto", graphs: bool = True) -> Applied:
-    """Makes a live model sample with the profile; one without a profile leaves it dense.
+    """Makes a live model sample with the profile, generation steps and all; one without a profile leaves it dense.
 
     path: "attention" replaces the attention alone. "fused" runs all blocks as one (sparvar_tune.fused), without a profile
     too, then with dense attention; graphs: in one CUDA graph a scale. "auto" is fused where that is legal and the model on a GPU.
@@ -191,8 +176,8 @@ def apply(model: Any, tuned: Tuned, path: str = "auto", graphs: bool = True) -> 
                              "load the profile of this model")  # fmt: skip
     if _larger(w.logit_bound, parts.logit_bound) != w.logit_bound:
         reasons.append(f"the model's logits reach {parts.logit_bound}, the profile was tuned for {w.logit_bound}")
-    told = getattr(family, "weights_sha256", lambda model: None)(model)
-    if None not in (told, w.weights_sha256) and told != w.weights_sha256:
+    told = getattr(family, "weights_sha256", adapters.weights_sha256)
+    if w.weights_sha256 is not None and told(parts.model) != w.weights_sha256:
         reasons.append("the model has other weights than the profile was certified with: its bound on the picture does not hold")
         warnings.warn(f"{w.model}: {reasons[-1]}; tune again", stacklevel=2)
     return Applied(tuned, fused.put_on(family, parts, tuned.sparse_attention(parts.logit_bound), path, graphs), tuple(reasons))

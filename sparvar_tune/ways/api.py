@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparvar_tune.adapters import Adapter, Pair, load_adapter
+from sparvar_tune.adapters import Adapter, LiveModel, Pair
 from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.profile.schema import Profile
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def tune(
-    model: str, *, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
+    model: Any, *, generate: Callable[[Any, int], Any] | None = None, prompts: Sequence[Any] = (), name: str | None = None,
+    gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
     images: int = 1, bounds: Mapping[str, float] | None = None, budget: float | str = BUDGET_S,
     pairs: int = PAIRS, seed: int = 0, out: Path | str | None = None, resume: bool = False, search: bool = False,
     workers: int | None = None, mode: str = "eager", merge: Sequence[Path | str] = (), log: Path | str | None = None,
@@ -31,6 +32,9 @@ def tune(
 ) -> Profile:  # fmt: skip
     """Tunes as `sparvar-tune` does, by the same code, and returns the profile that is then in its file.
 
+    model: a name as the command takes it, an adapter (of a model of one's own), or a live Infinity, HART or VAR with
+    generate(prompt, seed) -> picture, which draws with it, and the prompts to tune on (`sparvar_tune.adapters.LiveModel`). name:
+    of a live model that is in no table.
     quality: "near-lossless", "paper" or "fast"; bounds: such as {"psnr": 34.5, "ssim": 0.95}, what the confidence bound of
     the mean must reach instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for
     this user's. progress: gets every line the command would print, such as `print`; None for silence. The others are those
@@ -45,6 +49,8 @@ def tune(
         dict(bounds or {}), seconds(budget), pairs, seed, _path(out), resume, search, workers, mode,
         tuple(map(Path, merge)), _path(log), storage,
     )  # fmt: skip
+    if generate is not None:
+        model = LiveModel(model, generate, prompts, name=name)
     way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images), settings)
     return way.run(progress or _silent, _silent)
 
@@ -81,7 +87,7 @@ def capture(
 
     Raises ValueError for an unknown model, one without an adapter, and scales it does not have.
     """
-    adapter = load_adapter(Subject.of(model, "cpu").model, device) if isinstance(model, str) else model
+    adapter = Subject.of(model, device if device == "cpu" else "auto").adapter if isinstance(model, str) else model
     last = len(adapter.schedule) - 1
     kept = tuple(sorted(range(last - 1, last + 1) if scales is None else set(scales)))
     if not kept or not 0 <= kept[0] <= kept[-1] <= last:

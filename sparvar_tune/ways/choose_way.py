@@ -8,7 +8,7 @@ otherwise                       predict the times of the paper's or a searched p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 
 from sparvar_kernels.backends.registry import KERNELS, kernel_for
 from sparvar_kernels.policy import Policy
-from sparvar_tune.adapters import Adapter, load_adapter
+from sparvar_tune.adapters import Adapter
+from sparvar_tune.adapters.opening import blame
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.names import CUSTOM
 from sparvar_tune.launch_search.choose import ChosenLaunches
@@ -86,14 +87,9 @@ class Way:
 class SearchHere(Way):
     """The whole way: search, certify on held-out pictures, time."""
 
-    @cached_property
+    @property
     def adapter(self) -> Adapter:
-        model = self.subject.model
-        adapter = load_adapter(model, self.subject.gpu.device)
-        if adapter.schedule != model.schedule(self.subject.resolution, self.subject.aspect):
-            raise ValueError(f"{model.slug}: its adapter draws {model.default_resolution} ({model.default_aspect}) only; leave "
-                             "out resolution and aspect")  # fmt: skip
-        return adapter
+        return self.subject.adapter
 
     @property
     def preset(self) -> str:
@@ -106,11 +102,20 @@ class SearchHere(Way):
     @cached_property
     def request(self) -> search_here.Request:
         subject, s = self.subject, self.settings
-        wanted = Constraint({**self.adapter.required(subject.quality), **s.bounds})
+        wanted = Constraint({**self._required(), **s.bounds})
         return search_here.Request(
             subject.model, subject.resolution, subject.aspect, subject.gpu, self.preset,
             wanted, s.budget_s, s.pairs, s.seed, s.resume, subject.run_folder(self.preset), s.storage,
         )  # fmt: skip
+
+    def _required(self) -> Mapping[str, float]:
+        """What the quality asks for; nothing where the model has no bounds for it and the user gave some."""
+        try:
+            return self.adapter.required(self.subject.quality)
+        except ValueError:
+            if not self.settings.bounds:
+                raise
+            return {}
 
     def announce(self, say: Say) -> None:
         gpu = self.subject.gpu
@@ -143,7 +148,14 @@ class SearchHere(Way):
             open_shared(self.settings.storage)  # refuses now rather than after the model was loaded
         self.announce(say)
         probe_writable(self.out)
-        profile, log = self._take_over(say, status) or self._search(say, status)
+        try:
+            profile, log = self._take_over(say, status) or self._search(say, status)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            if self.subject.model.adapter is not None:
+                raise
+            raise ValueError(f"{self.subject.model.slug}: {blame(error)}") from error  # a user's code
         store.save(profile, self.out)
         if log is not None:
             self._keep_log(log, say)
@@ -227,7 +239,7 @@ class Predict(Way):
     @cached_property
     def source(self) -> tuple[Profile, Path] | None:
         """A policy searched elsewhere and its file."""
-        if self.subject.model.adapter is None:
+        if self.subject.open is None:
             return None
         return take_over.find_policy(self.out.name, None, self.subject.gpu, self._folders())
 
@@ -243,7 +255,7 @@ class Predict(Way):
         self._unused(say, "no GPU is timed here", "workers", "merge", "log")
         assert self.profile  # what cannot be predicted is refused before anything is said
         say(f"{gpu.slug} is {'' if self.subject.is_here else 'not '}in this machine and {model.slug} "
-            f"{'has no adapter yet' if model.adapter is None else 'can be run'}: nothing can be measured, so")  # fmt: skip
+            f"{'has no adapter yet' if self.subject.open is None else 'can be run'}: nothing can be measured, so")  # fmt: skip
         whose = f"that of {self.source[1]}" if self.source else "the fixed setting of the paper, marked unverified"
         say(f"  policy:   {whose}")
         say("  schedule: predicted from compiled binaries and the GPU table, marked predicted")
@@ -260,7 +272,7 @@ class Predict(Way):
     def afterwards(self, say: Say) -> None:
         gpu, model, images = self.subject.gpu.slug, self.subject.model, self.subject.images
         say("to make it real:")
-        if model.adapter is None:
+        if self.subject.open is None:
             say(f"  the policy: once {model.slug} has an adapter, sparvar-tune --gpu {gpu} --model {model.slug}")
         elif self.source is None:
             say(f"  the policy: sparvar-tune --gpu cpu --model {model.slug} (fidelity does not depend on the GPU)")
@@ -276,7 +288,7 @@ def choose_way(subject: Subject, settings: Settings) -> Way:
         raise ValueError(reason)
     if not subject.is_here:
         return Predict(subject, settings)
-    if subject.model.adapter is not None:
+    if subject.open is not None:
         return SearchHere(subject, settings)
     return Predict(subject, settings) if subject.gpu.slug == "cpu" else TimeOnly(subject, settings)
 

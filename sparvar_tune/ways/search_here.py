@@ -21,6 +21,7 @@ from sparvar_tune.catalog.gpus import GPUS, Gpu, nearest_first
 from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import PRESETS
+from sparvar_tune.generation import why_not_steps
 from sparvar_tune.launch_search.choose import ChosenLaunches, combinations
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.measure.fidelity import Constraint
@@ -36,8 +37,8 @@ from sparvar_tune.policy_search.certify import (
     generation,
     measured_rows,
 )
-from sparvar_tune.policy_search.judge import Judge, build_policy, first_touched, make_attention
-from sparvar_tune.policy_search.menu import Table, fixed_points, menu
+from sparvar_tune.policy_search.judge import Judge, build_policy, first_touched, make_attention, points_of, steps_of
+from sparvar_tune.policy_search.menu import Table, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
 from sparvar_tune.policy_search.storage import one_line, open_shared
 from sparvar_tune.policy_search.study import (
@@ -116,7 +117,7 @@ def tune(
     with one_line(request.storage) if request.storage else exclusive(request.scratch):
         model = adapter.model
         known = shipped_policies(request, adapter, note) if shipped is None else shipped
-        points = fixed_points(adapter.schedule, model.layers, model.heads, known)
+        points = points_of(adapter, known)
         table = measure_options(adapter, status, clock)
         note(f"measured {sum(map(len, table.error.values()))} options on {model.layers} x {model.heads} heads")
         pairs = search_pairs(adapter.num_classes, SEARCH_PAIRS)
@@ -138,7 +139,8 @@ def tune(
             return left() < reserve and len(finished(study)) + len(failed(study)) >= fewest
 
         search(
-            study, judge, enough, lambda trial: note(trial_line(trial, judge, left() - reserve)), shared, points=judge.forms,
+            study, judge, enough, lambda trial: note(trial_line(trial, judge, left() - reserve)), shared,
+            points=judge.forms, steps=judge.steps,
             tell_failed=lambda trial: note(f"trial {trial.number:3d}  failed: {trial.reason} ({knobs_line(trial.knobs)})"),
         )  # fmt: skip
         if not busy and (load := judge.stopwatch.load()):
@@ -150,7 +152,7 @@ def tune(
         looked_at = set[Policy]()
         for candidate in candidates(done):
             policy = build_policy(candidate.knobs, adapter, table, points)
-            nothing = not policy.rules and not policy.skip_scales  # dense everywhere is no result
+            nothing = not policy.rules and not policy.steps  # dense everywhere is no result
             if candidate.verdict.shortfall_db > -needed or nothing or policy in looked_at:
                 continue
             if attempt == len(SHARES):
@@ -199,6 +201,7 @@ def shipped_policies(request: Request, adapter: Adapter, say: Callable[[str], No
                 continue
             w, policy = profile.workload, profile.policy
             fits = (w.weights_sha256, w.schedule) == (adapter.weights_sha256, adapter.schedule)
+            fits = fits and why_not_steps(policy.steps, steps_of(adapter), "it") is None
             if fits and profile.policy_state == "measured" and policy not in found.values():
                 found[f"shipped {preset}"] = policy
                 break
@@ -218,7 +221,9 @@ def trial_line(found: FinishedTrial, judge: Judge, search_left: float) -> str:
 
 
 def knobs_line(k: Knobs) -> str:
-    return k.form if k.form != "priced" else f"prices {' '.join(f'{p:.3g}' for p in k.prices)}, tilt {k.tilt:+.1f}"
+    if k.form != "priced":
+        return k.form
+    return f"prices {' '.join(f'{p:.3g}' for p in k.prices)}, tilt {k.tilt:+.1f}" + (f", {k.steps}" if k.steps else "")
 
 
 def measure_options(adapter: Adapter, status: Callable[[str], None], clock: Clock = CLOCK) -> Table:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparvar_tune.adapters import Adapter, load_adapter
+from sparvar_tune.adapters.opening import entry_point, is_file, open_own
+from sparvar_tune.adapters.protocol import why_not_adapter
 from sparvar_tune.catalog.gpus import GPUS, Gpu, device_row, find_gpu
-from sparvar_tune.catalog.models import MAX_IMAGES, Model, find_model
+from sparvar_tune.catalog.models import MAX_IMAGES, MODELS, Model
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, unknown_name
 from sparvar_tune.profile import store
 from sparvar_tune.profile.machine import choose_gpu, is_here
@@ -16,7 +21,10 @@ from sparvar_tune.ways.settings import whole
 
 @dataclass(frozen=True)
 class Subject:
-    """A model at a size, so many images at once, at one quality, on one GPU. asked: for which GPU, "auto" or a name."""
+    """A model at a size, so many images at once, at one quality, on one GPU. asked: for which GPU, "auto" or a name.
+
+    open: makes the adapter that draws its pictures on the GPU; None where nothing here can.
+    """
 
     model: Model
     asked: str
@@ -25,19 +33,45 @@ class Subject:
     resolution: str
     aspect: str
     images: int
+    open: Callable[[], Adapter] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(
-        cls, model: str, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None,
+        cls, model: str | Adapter, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None,
         aspect: str | None = None, images: int = 1,
     ) -> Subject:  # fmt: skip
-        """By names; gpu "auto": this machine; resolution and aspect None: the model's own. Raises ValueError for unknown ones."""
-        silicon, row = device_row() or GPUS["cpu"] if gpu == "auto" else find_gpu(gpu), find_model(model)
+        """By names; gpu "auto": this machine; resolution and aspect None: the model's own. Raises ValueError for unknown ones.
+
+        model: a name of the table, FILE.py:FUNCTION, the name of an installed package's model or of one that was tuned before,
+        or an adapter.
+        """
+        silicon = device_row() or GPUS["cpu"] if gpu == "auto" else find_gpu(gpu)
+        if not isinstance(model, str):
+            silicon = _silicon_of(model, gpu, silicon)
+        adapter = model
+        if isinstance(model, str) and (is_file(model) or (model not in MODELS and entry_point(model))):
+            adapter = open_own(model, silicon.device if is_here(silicon) else "cpu")
+        if isinstance(adapter, str):
+            row = store.row_of(adapter, _own_profiles())
+            opener = functools.partial(load_adapter, row, silicon.device) if row.adapter is not None else None
+            own = row.default_resolution, row.default_aspect
+        else:
+            row, own = adapter.model, size_of(adapter)
+            opener = functools.partial(_same, adapter)
         if quality not in PRESETS:
             raise unknown_name("quality", quality, PRESETS)
-        resolution, aspect = resolution or row.default_resolution, aspect or row.default_aspect
+        resolution, aspect = resolution or own[0], aspect or own[1]
         row.schedule(resolution, aspect)
-        return cls(row, gpu, silicon, quality, resolution, aspect, whole("images", images, 1, MAX_IMAGES))
+        return cls(row, gpu, silicon, quality, resolution, aspect, whole("images", images, 1, MAX_IMAGES), opener)
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        """The model, opened once. Raises ValueError where it cannot be, or draws another size."""
+        adapter = self.open() if self.open is not None else load_adapter(self.model, self.gpu.device)
+        if adapter.schedule != self.model.schedule(self.resolution, self.aspect):
+            raise ValueError(f"{self.model.slug}: its adapter draws {' ('.join(size_of(adapter))}) only; leave out resolution "
+                             "and aspect")  # fmt: skip
+        return adapter
 
     @property
     def is_here(self) -> bool:
@@ -50,7 +84,7 @@ class Subject:
 
     def why_not_images(self) -> str | None:
         """Why so many images at once cannot be drawn here, or None."""
-        if self.model.adapter is not None and self.images != 1:
+        if self.open is not None and self.images != 1:
             return f"images: got {self.images}, but {self.model.slug}'s adapter draws one image at a time; leave out images"
         return None
 
@@ -72,6 +106,38 @@ class Subject:
     def load(self, path: Path | None = None, quality: str | None = None) -> Tuned:
         """What `load_profile` finds for it, or makes of the file `path`. Raises as that does."""
         return load_profile(
-            self.model.slug, gpu=self.asked, preset=quality or self.quality, resolution=self.resolution, aspect=self.aspect,
+            self.model, gpu=self.asked, preset=quality or self.quality, resolution=self.resolution, aspect=self.aspect,
             images=self.images, path=path,
         )  # fmt: skip
+
+
+def size_of(adapter: Adapter) -> tuple[str, str]:
+    """Resolution and aspect, by the names of its row, that an adapter draws."""
+    model = adapter.model
+    if adapter.schedule == model.schedule():
+        return model.default_resolution, model.default_aspect
+    return next((r, a) for r, aspects in model.resolutions.items() for a, s in aspects.items() if s == adapter.schedule)
+
+
+def _silicon_of(adapter: Adapter, asked: str, silicon: Gpu) -> Gpu:
+    """The GPU an adapter's model is on. Raises ValueError for no adapter, and for one that is elsewhere than asked for."""
+    reason = why_not_adapter(adapter)
+    if reason:
+        raise ValueError(f"model: {reason}; of a live model tune wants generate=... and prompts=... too")
+    kind = adapter.device.split(":")[0]
+    if asked == "auto" and kind == "cpu":
+        return GPUS["cpu"]
+    if silicon.device != kind:
+        raise ValueError(f"gpu: got {silicon.slug}, but the model is on {adapter.device}; move it, or name its own")
+    return silicon
+
+
+def _own_profiles() -> tuple[Path, ...]:
+    try:
+        return (store.user_folder(),)
+    except store.NoHome:
+        return ()
+
+
+def _same(adapter: Adapter) -> Adapter:
+    return adapter

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.policy import Policy
-from sparvar_tune.adapters import load_adapter
+from sparvar_tune.adapters import Adapter
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.metrics import METRICS
-from sparvar_tune.catalog.models import Model
 from sparvar_tune.launch_search.choose import DENSE_NAME
 from sparvar_tune.launch_search.compiling import machine_code, row_binaries
 from sparvar_tune.launch_search.layer_call import distinct_layers
@@ -32,7 +31,7 @@ from sparvar_tune.profile import overlay, store
 from sparvar_tune.profile.identity import meaning_of, stamp
 from sparvar_tune.profile.machine import device_name, silicon, versions
 from sparvar_tune.profile.overlay import DEMOTED, LEAST, OK, Overlay, Verified
-from sparvar_tune.profile.schema import Evidence, MachineCode, Profile, Row, Speedup, Workload, one_line
+from sparvar_tune.profile.schema import Generation, MachineCode, Profile, Row, Speedup, Workload, one_line
 from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.runtime.demote import deciding
 from sparvar_tune.ways import time_only
@@ -44,11 +43,33 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Look:
+    """One metric over the pictures drawn here: its mean and the two-sided 90 % interval of that, the bound that a certificate
+    says the mean has, and whether the interval bears it out.
+    """
+
+    metric: str
+    mean: float
+    low: float
+    high: float
+    bound: float
+    good: bool
+
+    @property
+    def text(self) -> str:
+        metric = METRICS[self.metric]
+        interval = f"{self.low:.{metric.digits}f}..{self.high:.{metric.digits}f}"
+        return f"{metric.title} {metric.say(self.mean)} (90 % interval {interval}, to bear out {self.bound:.{metric.digits}f})"
+
+
+@dataclass(frozen=True)
 class Finding:
     """What one look at a profile found.
 
     verdict, reason: of the profile as a whole. rows: those re-timed, by scale. good: every check passed. renewed: the
     profile with this machine's times; None where a check failed or something was not measured.
+    pairs, looks, picture: how many pictures were drawn, how close they are, and the time of a whole one; 0, none and None
+    for a model without an adapter.
     """
 
     verdict: str
@@ -56,23 +77,55 @@ class Finding:
     rows: tuple[Verified, ...]
     good: bool
     renewed: Profile | None
+    pairs: int = 0
+    looks: tuple[Look, ...] = ()
+    picture: Generation | None = None
 
 
-def verify(tuned: runtime.Tuned, model: Model, pairs: int, budget_s: float, write: bool, say: Say, status: Say) -> bool:
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found and wrote. good: every check passed; verdict, reason, rows, pairs, looks, picture: as `Finding`.
+
+    left: scales it did not re-time. overlay: the file that makes what failed run dense here. written: the profile with the
+    new times, None where there is none. seconds: it took.
+    """
+
+    good: bool
+    verdict: str
+    reason: str
+    rows: tuple[Verified, ...]
+    left: tuple[int, ...]
+    pairs: int
+    looks: tuple[Look, ...]
+    picture: Generation | None
+    overlay: str
+    written: str | None
+    seconds: float
+
+
+def verify(
+    tuned: runtime.Tuned, open_model: Callable[[], Adapter] | None, pairs: int, budget_s: float, write: bool, say: Say,
+    status: Say,
+) -> Verification:  # fmt: skip
     """Whether the profile holds here; writes the overlay, and with `write` the new times of one that holds.
 
-    pairs: of pictures. Raises ValueError for other weights and ProfileError where a file cannot be written.
+    open_model: makes the adapter; None: nothing here draws its pictures. pairs: of pictures. Raises ValueError for other
+    weights and ProfileError where a file cannot be written.
     """
     begun, gpu, profile, path, sha256 = time.monotonic(), tuned.gpu, tuned.profile, tuned.path, tuned.sha256
     assert profile is not None and path is not None and sha256 is not None
-    if model.adapter is None and gpu.slug != "cpu":
+    written = None
+    if open_model is None and gpu.slug == "cpu":
+        raise ValueError(f"model {profile.workload.model}: no adapter yet, so it cannot be run; its shapes can still be tuned by "
+                         "prediction")  # fmt: skip
+    if open_model is None:
         found = time_rows(profile, gpu, write, begun + budget_s, say, status)
     else:
-        found = compare_pictures(profile, gpu, model, pairs, begun + budget_s, say, status)
+        found = compare_pictures(profile, gpu, open_model(), pairs, begun + budget_s, say, status)
     if write and found.renewed is None:
         say("not written as a profile: a check failed, or something was left out")
     elif write and found.renewed is not None:
-        path = store.user_folder() / gpu.slug / store.name_of(found.renewed)
+        path = written = store.user_folder() / gpu.slug / store.name_of(found.renewed)
         store.save(found.renewed, path)
         sha256 = hashlib.sha256(store.read_bytes(path)).hexdigest()
         say(f"wrote {path}")
@@ -86,20 +139,25 @@ def verify(tuned: runtime.Tuned, model: Model, pairs: int, budget_s: float, writ
     failed = [str(v.scale_index) for v in found.rows if v.verdict == DEMOTED]
     dense = "everything" if found.verdict == DEMOTED else f"scale {', '.join(failed)}" if failed else "nothing"
     say(f"wrote {where}: {dense} runs dense here because of it")
-    say(f"verified in {time.monotonic() - begun:.0f} s")
-    return found.good
+    seconds = time.monotonic() - begun
+    say(f"verified in {seconds:.0f} s")
+    seen = {v.scale_index for v in found.rows}
+    return Verification(
+        found.good, found.verdict, found.reason, found.rows,
+        tuple(r.scale_index for r in profile.rows if r.scale_index not in seen), found.pairs, found.looks, found.picture,
+        str(where), str(written) if written else None, seconds,
+    )  # fmt: skip
 
 
 def compare_pictures(
-    profile: Profile, gpu: Gpu, model: Model, pairs: int, deadline: float, say: Say, status: Say
+    profile: Profile, gpu: Gpu, adapter: Adapter, pairs: int, deadline: float, say: Say, status: Say
 ) -> Finding:  # fmt: skip
     """Pictures no search and no certificate saw, and times of the whole generation, dense and tuned in alternation."""
     if pairs < 2:
         raise ValueError(f"--pairs {pairs}: want at least 2, an interval needs them")
-    adapter = load_adapter(model, gpu.device)
     proof = profile.evidence
     if {profile.workload.weights_sha256, proof.weights_sha256 if proof else None} - {None, adapter.weights_sha256}:
-        raise ValueError(f"{model.slug}: the profile's policy was certified on other weights; tune again")
+        raise ValueError(f"{adapter.model.slug}: the profile's policy was certified on other weights; tune again")
     launches = {row.scale_index: runtime.launch_of(row) for row in profile.rows}
     begun = time.monotonic()
 
@@ -109,7 +167,7 @@ def compare_pictures(
 
     seen = compare_on(adapter, profile.policy, launches, verify_pairs(adapter.num_classes, pairs), status, late)
     gain = generation(seen, adapter)
-    looks = look_at_pictures(seen, certified(proof) if proof else adapter.required(profile.preset))
+    looks = look_at_pictures(seen, proof.certified() if proof else adapter.required(profile.preset))
     n, faithful, faster = len(seen.found), all(look.good for look in looks), gain.speedup.low > 1
     pictures = f"{', '.join(look.text for look in looks)}, over {n} pairs the certificate did not use"
     say(f"pictures: {_said(faithful)}: {pictures}")
@@ -133,20 +191,7 @@ def compare_pictures(
         notes=decision_cost(seen, adapter, profile.policy),
     )  # fmt: skip
     good = faithful and faster
-    return Finding(verdict, reason, judged, good, renewed if good and n == pairs else None)
-
-
-@dataclass(frozen=True)
-class Look:
-    """One metric over the pictures drawn here: whether they bear its certificate out, and the words for it."""
-
-    good: bool
-    text: str
-
-
-def certified(proof: Evidence) -> dict[str, float]:
-    """The bounds a certificate says the means have, by metric: of those that were asked for."""
-    return {name: m.bound for name, m in proof.metrics if m.bound is not None and m.required is not None}
+    return Finding(verdict, reason, judged, good, renewed if good and n == pairs else None, n, looks, gain)
 
 
 def look_at_pictures(seen: Comparison, bounds: Mapping[str, float]) -> tuple[Look, ...]:
@@ -160,10 +205,8 @@ def look_at_pictures(seen: Comparison, bounds: Mapping[str, float]) -> tuple[Loo
     for name, bound in bounds.items():
         metric, values = METRICS[name], [f[name] for f in seen.found]
         mean, worst = class_mean(values, classes), worst_mean(metric, values, classes)
-        best, digits = mean + (mean - worst), metric.digits
-        low, high = sorted((worst, best))
-        looks.append(Look(metric.missing(best, bound) <= 0, f"{metric.title} {metric.say(mean)} (90 % interval "
-                          f"{low:.{digits}f}..{high:.{digits}f}, to bear out {bound:.{digits}f})"))  # fmt: skip
+        best = mean + (mean - worst)
+        looks.append(Look(name, mean, min(worst, best), max(worst, best), bound, metric.missing(best, bound) <= 0))
     return tuple(looks)
 
 

@@ -1,6 +1,7 @@
 """Writes reports/adapters-cpu.md: what ran on which commit of the public code, and whether it held.
 
     python tests/public_models/report.py infinity=CHECKOUT[@COMMIT] hart=CHECKOUT[@COMMIT] var=CHECKOUT[@COMMIT]
+                                         scalekv=CHECKOUT[@COMMIT] fastvar=CHECKOUT[@COMMIT]
 
 Without @COMMIT git is asked for the checkout's.
 """
@@ -17,12 +18,12 @@ HERE = Path(__file__).parent
 OUT = HERE.parents[1] / "reports" / "adapters-cpu.md"
 SOURCES = {
     "infinity": "github.com/FoundationVision/Infinity", "hart": "github.com/mit-han-lab/hart",
-    "var": "github.com/FoundationVision/VAR",
+    "var": "github.com/FoundationVision/VAR", "scalekv": "github.com/StargazerX0/ScaleKV", "fastvar": "github.com/csguoh/FastVAR",
 }  # fmt: skip
 HEAD = """# Adapters on the public code, on a CPU
 
 Tiny models with random weights, built from unmodified checkouts; the sizes are in tests/public_models. Written by
-`python tests/public_models/report.py infinity=CHECKOUT hart=CHECKOUT var=CHECKOUT`. "Untouched" and "bit for bit" compare the
+`python tests/public_models/report.py infinity=CHECKOUT hart=CHECKOUT ...`. "Untouched" and "bit for bit" compare the
 picture and the logits of every scale with `torch.equal`; "= oracle" compares the logits with the fp64 oracle put into the
 public module's globals (relative error 1e-4 in fp32; in bf16 3e-2, the last scale left out, since a token may differ by then).
 "windows" is CSLA and Pooled at the last two scales, "reuse" is Reuse and Pooled there with a decision scale before them.
@@ -40,8 +41,11 @@ def commit_of(checkout: str) -> str:
     return subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def rows_of(model: str, checkout: str) -> list[dict]:
-    done = subprocess.run([sys.executable, str(HERE / "run.py"), model, checkout], stdout=subprocess.PIPE, text=True, check=True)
+def rows_of(model: str, checkouts: dict[str, str]) -> list[dict]:
+    """What run.py finds of a model, or peers.py of a step's public code beside ours on Infinity."""
+    ours = {"scalekv", "fastvar"} & {model}
+    call = ["peers.py", model, checkouts["infinity"], checkouts[model]] if ours else ["run.py", model, checkouts[model]]
+    done = subprocess.run([sys.executable, str(HERE / call[0]), *call[1:]], stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
@@ -58,10 +62,11 @@ def table(rows: list[dict]) -> list[str]:
 def main() -> None:
     packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "timm", "accelerate", "flash-attn"))
     lines = [HEAD, f"sparvar-tune at {commit_of(str(HERE))}; Python {sys.version.split()[0]}, {packages}.", ""]
-    for argument in sys.argv[1:]:
-        model, _, place = argument.partition("=")
-        checkout, _, commit = place.partition("@")
-        rows = rows_of(model, checkout)
+    places = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    checkouts = {model: place.partition("@")[0] for model, place in places.items()}
+    for model, checkout in checkouts.items():
+        commit = places[model].partition("@")[2]
+        rows = rows_of(model, checkouts)
         held = sum(row["holds"] for row in rows)
         lines += [f"## {model}", "", f"{SOURCES[model]} at {commit or commit_of(checkout)}: {held} of {len(rows)} hold.", ""]
         lines += [*table(rows), ""]

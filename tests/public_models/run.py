@@ -127,6 +127,8 @@ def run_infinity(checkout: str) -> None:
         for batch in (1, 2):
             say(driven, checks.guidance_drop(driven, tail, batch), batch=batch)
         say(driven, checks.scales_skipped(driven, trunk_scale=scales - 2))
+        say(driven, checks.caches_budgeted(driven, 2), batch=2)
+        say(driven, checks.policy_steps(driven, cfg=[3.0] * (scales - 3) + [1.0] * 3, trunk_scale=scales - 1))
     common(driven)
     common(driven, batch=2)
     common(tiny_infinity.Tiny(checkout, patchify=True), options="patchify")
@@ -142,6 +144,7 @@ def run_hart(checkout: str) -> None:
         for batch in (1, 2):
             say(tiny, checks.half_and_skip(tiny, batch), options=options, batch=batch)
             say(tiny, fused_path(tiny, batch=batch), options=options, batch=batch)
+        say(tiny, checks.policy_steps(tiny, 2), options=options, batch=2)
         if not flash:
             say(tiny, checks.exception_mid_image(tiny))
             say(tiny, checks.undo_in_any_order(tiny))
@@ -158,6 +161,7 @@ def run_var(checkout: str) -> None:
         say(tiny, checks.half_and_skip(tiny), options=options)
         for batch in (1, 2):
             say(tiny, fused_path(tiny, batch=batch), options=options, batch=batch)
+        say(tiny, checks.policy_steps(tiny), options=options)
         if kernel == "slow":
             say(tiny, checks.exception_mid_image(tiny), options=options)
             say(tiny, checks.undo_in_any_order(tiny), options=options)

@@ -1,4 +1,6 @@
-"""The adapters on the public code, for each checkout that the environment names (SPARVAR_INFINITY, SPARVAR_HART, SPARVAR_VAR)."""
+"""The adapters on the public code, for each checkout that the environment names (SPARVAR_INFINITY, SPARVAR_HART, SPARVAR_VAR),
+and generation steps beside the code they come from (SPARVAR_SCALEKV, SPARVAR_FASTVAR, with SPARVAR_INFINITY).
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,30 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).with_name("run.py")
+RUN, PEERS = (Path(__file__).with_name(name) for name in ("run.py", "peers.py"))
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", ["infinity", "hart", "var"])
 def test_every_check_holds(model):
-    checkout = os.environ.get(f"SPARVAR_{model.upper()}")
+    hold(RUN, model, checkout_of(model))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("peer", ["scalekv", "fastvar"])
+def test_a_step_is_its_public_code(peer):
+    hold(PEERS, peer, checkout_of("infinity"), checkout_of(peer))
+
+
+def checkout_of(name: str) -> str:
+    checkout = os.environ.get(f"SPARVAR_{name.upper()}")
     if not checkout:
-        pytest.skip(f"SPARVAR_{model.upper()} names no checkout")
-    done = subprocess.run([sys.executable, str(RUN), model, checkout], capture_output=True, text=True)
+        pytest.skip(f"SPARVAR_{name.upper()} names no checkout")
+    return checkout
+
+
+def hold(script: Path, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert rows and not [row for row in rows if not row["holds"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparvar_tune.cli.console import print_profile, say, status
+from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.options import TuneOptions
 from sparvar_tune.profile import misses
 from sparvar_tune.profile.machine import choose_gpu
@@ -13,7 +14,7 @@ from sparvar_tune.ways.settings import Settings
 from sparvar_tune.ways.subject import Subject
 
 
-def run(options: TuneOptions) -> int:
+def run(options: TuneOptions) -> ExitCode:
     if options.subject is None:
         return _tune_misses(options)
     try:
@@ -23,7 +24,7 @@ def run(options: TuneOptions) -> int:
             raise
         say(f"\n{options.subject.model.slug} gets no profile of this machine's own: {error}")
         say(f"what runs here is then:\n{options.subject.load().explain()}")
-    return 0
+    return ExitCode.DONE
 
 
 def _tune(subject: Subject, settings: Settings, dry_run: bool) -> None:
@@ -37,7 +38,7 @@ def _tune(subject: Subject, settings: Settings, dry_run: bool) -> None:
     way.afterwards(say)
 
 
-def _tune_misses(options: TuneOptions) -> int:
+def _tune_misses(options: TuneOptions) -> ExitCode:
     """Every recorded miss of this GPU in turn; one that fails stays on the list and does not keep the others waiting."""
     gpu = choose_gpu(options.gpu)
     wanted = [m for m in misses.read() if m.gpu == gpu.slug]
@@ -53,4 +54,4 @@ def _tune_misses(options: TuneOptions) -> int:
         except ValueError as error:  # NothingMeetsTheBound and ProfileError among them
             failed += 1
             say(f"not tuned: {one_line(str(error))}")
-    return 1 if failed else 0
+    return ExitCode.FAILED if failed else ExitCode.DONE

@@ -1,0 +1,73 @@
+"""Caches cut to their layers' budgets, in a live model; `generation/cache_budget.py` says which keys stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparvar_tune.adapters.instance_forward import Undos, replace_method
+from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.generation import CacheBudget
+
+
+def keep_budget(
+    found: Parts, step: CacheBudget, queries: Callable[[Any, Tensor], Tensor], given: Callable[..., dict[str, Any]],
+    is_other: Callable[[Parts, dict[str, Any]], bool],
+) -> Undos:  # fmt: skip
+    """Cuts the cache after every scale that the next one's budget is smaller than.
+
+    queries(attention, x [B, n, C]) -> [B, n, H, D], raw from the projection. given: a call's arguments by name. is_other: whether
+    an image has another schedule than the parts'; it then keeps its whole cache.
+    """
+    undos = Undos()
+    for layer, module in enumerate(found.attentions):
+        undos.add(replace_method(module, "forward", _body(found, step, layer, module, queries, given, is_other)))
+    return undos
+
+
+def _body(found: Parts, step: CacheBudget, layer: int, module: Any, queries: Any, given: Any, is_other: Any) -> Any:
+    schedule = found.schedule
+    assert schedule is not None, "the policy's"
+    scale = [-1]  # of the last call; not every call says its own
+
+    def forward(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        first = module.cached_k is None
+        out = inner(*args, **kwargs)
+        if not module.caching or module.cached_k is None:
+            return out
+        call = given(*args, **kwargs)
+        if first:
+            scale[0] = -2 * len(schedule) if is_other(found, call) else -1  # the first: so that no budget is met
+        scale[0] += 1
+        keep = step.before(scale[0] + 1, layer)
+        axis = 1 if module.using_flash else 2
+        if keep is not None and module.cached_k.shape[axis] > keep:
+            at = window_places(schedule.grids[scale[0]], step.window).to(module.cached_k.device)
+            q = queries(module, call["x"][:, at]).transpose(1, 2)
+            keys = module.cached_k.transpose(1, 2) if axis == 1 else module.cached_k
+            rows = kept_rows(q, keys, at + keys.shape[2] - call["x"].shape[1], keep, step.pool)
+            rows = (rows.transpose(1, 2) if axis == 1 else rows)[..., None].expand(-1, -1, -1, module.head_dim)
+            module.cached_k, module.cached_v = module.cached_k.gather(axis, rows), module.cached_v.gather(axis, rows)
+        return out
+
+    return forward
+
+
+def window_places(grid: tuple[int, int], window: int) -> Tensor:
+    """[window] raster places of the middles (the upper and left one of two) of an even division of `grid`."""
+    side = math.isqrt(window)
+    y, x = (torch.arange(side) * (n // side) + (n // side - 1) // 2 for n in grid)
+    return (y[:, None] * grid[1] + x).flatten()
+
+
+def kept_rows(q: Tensor, keys: Tensor, window: Tensor, keep: int, pool: int) -> Tensor:
+    """[B, H, keep] places in the cache that stay, ascending. q [B, H, window, D], keys [B, H, N, D], window: their own places."""
+    score = (q @ keys.transpose(2, 3) / math.sqrt(q.shape[-1])).index_fill_(3, window, -torch.inf).sum(2)
+    score = F.max_pool1d(score, pool, 1, pool // 2).index_fill_(2, window, -torch.inf)
+    best = score.topk(keep - window.numel(), -1).indices
+    return torch.cat((best, window.expand(*best.shape[:2], -1)), -1).sort(-1).values

@@ -1,0 +1,304 @@
+"""The picture decoder of the public models: every group norm + SiLU one pass that writes what the next convolution reads.
+
+    conv_in -> mid -> levels of residual blocks, attention and upsampling -> norm_out -> SiLU -> conv_out
+
+Under autocast PyTorch runs the norm and SiLU in fp32: six passes over fp32 pictures where one of half the width does. Modules are
+known by their attributes (the taming-transformers family: Infinity, VAR and HART draw with it), and since code between modules
+cannot be read off them, a small random latent is decoded both ways when the path is put on. Convolutions, attention and
+upsampling are the model's own modules, called as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparvar_kernels.path import group_norm_silu
+from sparvar_kernels.path.door import FLOATS
+from sparvar_tune.adapters.instance_forward import Undos, replace_method
+from sparvar_tune.fused.compile_ahead import compile_ahead
+from sparvar_tune.fused.product import why_not_owned
+
+SHORTCUTS = ("nin_shortcut", "conv_shortcut")
+# A latent of the check, and how far both ways may lie apart. At VAR's depth roundings alone make 0.058 in bf16, 0.007 in fp16
+# (whose fraction is as long as that of TF32, which fp32 convolutions may use); GELU, ReLU or hard swish for SiLU make 0.7.
+LATENT = (4, 3)
+APART = {torch.float32: 0.05, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+def decoder_of(model: Any, given: Mapping[str, Any]) -> nn.Module | None:
+    """The decoder that this call of generate draws with: of its `vae`, else of the model's own; None if neither has one."""
+    vae = given.get("vae")
+    if vae is None:
+        vae = next(iter(getattr(model, "vae_proxy", ())), None)
+    decoder = getattr(vae, "decoder", None)
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
+def attach_decoder(decoder: nn.Module, channels_last: bool = True) -> FusedDecoder:
+    """Puts the fused path into a live decoder; `undo()` of what it returns takes it out, exactly.
+
+    channels_last: weights of 3 x 3 convolutions are laid out so, values untouched, which makes all pictures within the decoder
+    channels_last. `undo()` lays them out as before.
+    Raises ValueError in one line, with nothing changed, for a decoder that it does not know whole.
+    """
+    reason = why_not_decoder(decoder)
+    if reason:
+        raise ValueError(f"{type(decoder).__name__}: {reason}")
+    weight: Tensor = conv_of(decoder.conv_in).weight  # type: ignore[union-attr]
+    z = torch.randn(1, weight.shape[1], *LATENT, generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        path = None
+        try:
+            want = decoder(z)
+            path = FusedDecoder(decoder, channels_last)
+            reason = _why_not_alike(path(z), want)
+        except Exception as error:
+            reason = f"decoding a small latent: {f'{error}'.partition(chr(10))[0]}"
+    if path is None:
+        raise ValueError(f"{type(decoder).__name__}: {reason}")
+    if reason:
+        path.undo()
+        raise ValueError(f"{type(decoder).__name__}: {reason}")
+    return path
+
+
+def why_not_decoder(decoder: Any) -> str | None:
+    """Why a decoder is not one of the family, as far as its modules tell, or None."""
+    missing = [name for name in ("conv_in", "mid", "up", "norm_out", "conv_out") if not hasattr(decoder, name)]
+    if missing:
+        return f"it has no {', '.join(missing)}; want a decoder of the taming-transformers family"
+    for name in ("conv_in", "conv_out"):
+        if conv_of(getattr(decoder, name)) is None:
+            return f"{name} is {type(getattr(decoder, name)).__name__}, want a 2-D convolution"
+    reason = _why_not_norm(decoder.norm_out) or why_not_owned(decoder)
+    if reason:
+        return f"norm_out: {reason}" if norm_of(decoder.norm_out) is None else reason
+    if not all(hasattr(decoder.mid, name) for name in ("block_1", "block_2")):
+        return "mid has no block_1 and block_2"
+    if not len(decoder.up) or not all(hasattr(level, "block") for level in decoder.up):
+        return "up is not a list of levels, each with a list of residual blocks"
+    for i, level in enumerate(decoder.up):
+        if len(getattr(level, "attn", ())) not in (0, len(level.block)):
+            return f"up.{i} has {len(level.attn)} attention blocks for {len(level.block)} residual ones"
+    for name, block in _blocks(decoder):
+        reason = _why_not_block(block)
+        if reason:
+            return f"{name}: {reason}"
+    for t in decoder.parameters():
+        if t.dtype not in FLOATS or t.device.type not in ("cpu", "cuda"):
+            return f"its weights are {t.dtype} on {t.device}, want {', '.join(map(str, FLOATS))} on a CPU or a CUDA GPU"
+    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in decoder.modules()):
+        return "it is in training mode and drops at random, want eval() before"
+    return None
+
+
+class FusedDecoder(Undos):
+    """A decoder on the fused path. reason: why the last picture was decoded by the model's own code, None if it was not."""
+
+    def __init__(self, decoder: Any, channels_last: bool) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.reason: str | None = None
+        self.compiled: set[torch.Size] = set()  # latents whose binaries were made
+        if channels_last:
+            for module in decoder.modules():
+                if isinstance(module, nn.Conv2d):
+                    self.add(ChannelsLast(module))
+        for module in decoder.modules():
+            if is_attention(module):
+                self.add(replace_method(module.norm, "forward", _Normed(module.norm)))
+        self.add(replace_method(decoder, "forward", self._forward))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The picture of a latent [B, z, h, w]."""
+        decoder = self.decoder
+        x = decoder.conv_in(z)
+        x = _residual(decoder.mid.block_1, x)
+        if getattr(decoder.mid, "attn_1", None) is not None:
+            x = decoder.mid.attn_1(x)
+        x = _residual(decoder.mid.block_2, x)
+        for level in reversed(decoder.up):
+            attentions = getattr(level, "attn", ())
+            for i, block in enumerate(level.block):
+                x = _residual(block, x)
+                if len(attentions):
+                    x = attentions[i](x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        out: Tensor = decoder.conv_out(_normed(decoder.norm_out, x))
+        return out.contiguous()  # as the model's own code gives it: a caller may view() it
+
+    def builds(self, latent: tuple[int, int, int, int], dtype: torch.dtype) -> list[Any]:
+        """Binaries (`backends.triton.binary.Build`) that a picture of `latent` [B, z, h, w] launches, to be compiled ahead.
+
+        dtype: what convolutions make, autocast's where it is on. Every upsampling is taken to double both sides, and pictures to
+        be channels_last; what is foreseen wrongly costs its compilation, what is missed is compiled when it is needed.
+        """
+        from sparvar_kernels.path.triton.group_norm import Shape, group_norm_builds
+
+        decoder, (batch, _, height, width) = self.decoder, latent
+        plain = {id(norm_of(m.norm)) for m in decoder.modules() if is_attention(m)}
+        sides: list[list[nn.Module]] = [[decoder.mid]]  # what runs before the first upsampling, between it and the second, ...
+        for level in reversed(decoder.up):
+            sides[-1].append(level)
+            if hasattr(level, "upsample"):
+                sides.append([])
+        sides[-1].append(decoder.norm_out)
+        found: dict[Any, None] = {}
+        for i, parts in enumerate(sides):
+            for norm in (m for part in parts for m in part.modules() if isinstance(m, nn.GroupNorm)):
+                shape = Shape(batch, norm.num_channels, height * width * 4**i, last=True)
+                weight, bias = (None if t is None else t.dtype for t in (norm.weight, norm.bias))
+                silu = id(norm) not in plain
+                made = group_norm_builds(shape, norm.num_groups, dtype, dtype, weight, bias, silu, shape.aligned)
+                found |= dict.fromkeys(made)
+        return list(found)
+
+    def _forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        self.reason = self._why_not(args, kwargs)
+        if self.reason:
+            return inner(*args, **kwargs)
+        z: Tensor = args[0]
+        if z.is_cuda and z.shape not in self.compiled:
+            self.compiled.add(z.shape)
+            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else z.dtype
+            compile_ahead(self.builds((z.shape[0], z.shape[1], z.shape[2], z.shape[3]), dtype), z.device)
+        return self(z)
+
+    def _why_not(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:
+            return "it was called with something else than one latent [B, z, h, w]"
+        z = args[0]
+        if z.dtype not in FLOATS or z.device.type not in ("cpu", "cuda"):
+            return f"the latent is {z.dtype} on {z.device}"
+        if torch.is_grad_enabled() and (z.requires_grad or any(t.requires_grad for t in self.decoder.parameters())):
+            return "a gradient is asked for; call it under torch.no_grad() or torch.inference_mode()"
+        return None
+
+
+class ChannelsLast:
+    """The weight of a convolution, laid out channels_last. Undone, it has the strides it had, and the values it has by then."""
+
+    def __init__(self, module: nn.Conv2d) -> None:
+        self.weight: Any = module._parameters.get("weight")
+        self.before: tuple[int, ...] | None = None
+        t = self.weight
+        if type(t) is nn.Parameter and t.is_contiguous() and not t.is_contiguous(memory_format=torch.channels_last):
+            self.before = t.stride()
+            _, channels, height, width = t.shape
+            self._lay((height * width * channels, 1, width * channels, channels))
+
+    def _lay(self, strides: tuple[int, ...]) -> None:
+        t = self.weight
+        with torch.inference_mode(False), torch.no_grad():  # memory made in inference mode could not learn afterwards
+            t.data = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+    def undo(self) -> None:
+        if self.before is not None and self.weight.is_contiguous(memory_format=torch.channels_last):
+            self._lay(self.before)
+        self.before = None
+
+
+def conv_of(module: Any) -> nn.Conv2d | None:
+    """The 2-D convolution that a module is or, as Infinity's `Conv`, holds."""
+    inner = getattr(module, "conv", module)
+    return inner if isinstance(inner, nn.Conv2d) else None
+
+
+def norm_of(module: Any) -> nn.GroupNorm | None:
+    """The GroupNorm that a module is or, as Infinity's `Normalize`, holds; of one picture both of its norm_axis are the same."""
+    inner = getattr(module, "norm", module)
+    return inner if type(inner) is nn.GroupNorm else None
+
+
+def is_attention(module: Any) -> bool:
+    """A block whose norm goes into convolutions and nowhere else: (norm, qkv or q, k, v, proj_out)."""
+    products = ("qkv",) if hasattr(module, "qkv") else ("q", "k", "v")
+    known = all(conv_of(getattr(module, name, None)) is not None for name in (*products, "proj_out"))
+    return known and _why_not_norm(getattr(module, "norm", None)) is None
+
+
+def _blocks(decoder: Any) -> Iterator[tuple[str, Any]]:
+    yield from (("mid.block_1", decoder.mid.block_1), ("mid.block_2", decoder.mid.block_2))
+    for i, level in enumerate(decoder.up):
+        yield from ((f"up.{i}.block.{j}", block) for j, block in enumerate(level.block))
+
+
+def _why_not_norm(module: Any) -> str | None:
+    norm = norm_of(module)
+    if norm is None:
+        return f"its norm is {type(module).__name__}, want GroupNorm"
+    return why_not_owned(module) or why_not_owned(norm)
+
+
+def _why_not_block(block: Any) -> str | None:
+    for name in ("norm1", "norm2"):
+        reason = _why_not_norm(getattr(block, name, None))
+        if reason:
+            return reason
+    for name in ("conv1", "conv2"):
+        if conv_of(getattr(block, name, None)) is None:
+            return f"it has no 2-D convolution {name}"
+    shortcut = _shortcut(block)
+    if shortcut is not None and conv_of(shortcut) is None:
+        return f"its shortcut is {type(shortcut).__name__}, want a 2-D convolution"
+    if not isinstance(getattr(block, "dropout", None), nn.Dropout | nn.Identity | None):
+        return f"its dropout is {type(block.dropout).__name__}, want Dropout or none"
+    return why_not_owned(block)
+
+
+def _shortcut(block: Any) -> Any:
+    """The convolution beside a block's own two, or None."""
+    found = next((own for name in SHORTCUTS if isinstance(own := getattr(block, name, None), nn.Module)), None)
+    return None if isinstance(found, nn.Identity) else found
+
+
+def _why_not_alike(got: Tensor, want: Tensor) -> str | None:
+    """Why two decodings are not of one decoder, or None."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return f"its own code makes {tuple(want.shape)} {want.dtype} of a latent, the known order {tuple(got.shape)} {got.dtype}"
+    if not bool(torch.isfinite(want).all()):
+        return "its picture of a random latent is not finite, so that both ways cannot be compared"
+    apart = float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-12))
+    if not apart <= APART[want.dtype]:
+        return f"its modules have the known names, but its own code makes another picture of them ({apart:.2g} apart)"
+    return None
+
+
+def _normed(module: Any, x: Tensor, silu: bool = True) -> Tensor:
+    """silu(norm(x)) in the dtype that a convolution casts it to."""
+    norm = norm_of(module)
+    assert norm is not None
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, out_dtype=dtype)
+
+
+class _Normed:
+    """The norm of an attention block."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, inner: Any, x: Tensor) -> Any:
+        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.module.parameters()))
+        known = x.ndim == 4 and x.dtype in FLOATS and x.device.type in ("cpu", "cuda")
+        return _normed(self.module, x, silu=False) if known and not wants_grad else inner(x)
+
+
+def _residual(block: Any, x: Tensor) -> Tensor:
+    """A residual block."""
+    h = block.conv1(_normed(block.norm1, x))
+    h = _normed(block.norm2, h)
+    if getattr(block, "dropout", None) is not None:
+        h = block.dropout(h)
+    h = block.conv2(h)
+    shortcut = _shortcut(block)
+    out: Tensor = (x if shortcut is None else shortcut(x)) + h
+    return out

@@ -1,0 +1,21 @@
+"""Every kind of generation step, by its name in files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from sparvar_kernels.policy import Step
+from sparvar_tune.generation.cache_budget import CacheBudget
+from sparvar_tune.generation.drop_unconditional import DropUnconditional
+from sparvar_tune.generation.prune_tokens import PruneTokens
+from sparvar_tune.generation.skip_scales import SkipScales
+
+STEPS: dict[str, type[Step]] = {step.kind: step for step in (SkipScales, DropUnconditional, CacheBudget, PruneTokens)}
+
+
+def why_not_steps(steps: Iterable[Step], can: Collection[str], who: str) -> str | None:
+    """Why `who`, which can do steps of the kinds `can`, cannot do these, or None."""
+    for step in steps:
+        if step.kind not in can:
+            return f"{step.kind}: {who} cannot do that; it can do {', '.join(sorted(can)) or 'no step of a generation'}"
+    return None

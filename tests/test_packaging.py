@@ -1,0 +1,71 @@
+"""What is published: the sdist, the wheel that is built from it, their contents and metadata."""
+
+from __future__ import annotations
+
+import email
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from lab.try_installs import ROOT, build
+from sparvar_tune import __version__
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("dist")
+    _, wheel = build(folder)
+    tree = next((folder / "unpacked").iterdir())
+    with zipfile.ZipFile(wheel) as file:
+        assert file.testzip() is None
+        file.extractall(folder / "installed")
+    return tree, folder / "installed"
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_sdist_holds_what_builds_the_wheel_and_no_more(built):
+    tree, _ = built
+    tops = {PurePosixPath(name).parts[0] for name in files(tree)}
+    assert tops == {"sparvar_tune", "kernels", "profiles", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO", ".gitignore"}
+
+
+def test_the_wheel_holds_the_packages_the_profiles_and_no_more(built):
+    _, installed = built
+    own = {"sparvar_tune": ROOT / "sparvar_tune", "sparvar_kernels": ROOT / "kernels" / "sparvar_kernels",
+           "sparvar_tune/_profiles": ROOT / "profiles"}  # fmt: skip
+    want = {f"{place}/{name}" for place, folder in own.items() for name in files(folder) if "__pycache__" not in name}
+    assert {name for name in files(installed) if ".dist-info/" not in name} == want
+    assert {"sparvar_tune/py.typed", "sparvar_kernels/py.typed", "sparvar_tune/pocketvar/pocketvar.safetensors"} <= want
+
+
+def test_metadata(built):
+    _, installed = built
+    info = installed / f"sparvar_tune-{__version__}.dist-info"
+    told = email.message_from_string((info / "METADATA").read_text())
+    assert (told["Name"], told["Version"], told["License-Expression"]) == ("sparvar-tune", __version__, "Apache-2.0")
+    assert told["Requires-Python"] == ">=3.10" and "# sparvar-tune" in told.get_payload()
+    assert "Apache License" in (info / "licenses" / "LICENSE").read_text()
+    assert "sparvar-tune = sparvar_tune.cli:main" in (info / "entry_points.txt").read_text()
+    needed = [r for r in told.get_all("Requires-Dist") if "extra ==" not in r]
+    assert any(r.startswith("torch") for r in needed) and not any(r.startswith(("triton", "pytest")) for r in needed)
+
+
+def test_an_installed_wheel_finds_its_profiles(built, tmp_path):
+    """Unpacked beside torch, with nothing of the checkout in reach."""
+    _, installed = built
+    env = {**os.environ, "PYTHONPATH": str(installed), "SPARVAR_TUNE_HOME": str(tmp_path)}
+    words = [sys.executable, "-m", "sparvar_tune", "explain", "--gpu", "cpu", "--model", "pocketvar", "--json"]
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(json.loads(done.stdout)["profile"]) == installed / "sparvar_tune" / "_profiles" / "cpu" / "pocketvar.json"
