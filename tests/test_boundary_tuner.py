@@ -432,3 +432,11 @@ def test_of_few_scales_only_options_that_hide_something_are_offered():
         assert "paper" not in menu.fixed_points(schedule, 2, 2)
     with pytest.raises(ValueError, match="2 scales: a policy acts on the last 3"):
         menu.menu(ScaleSchedule.square((1, 2)), 1)
+
+
+def test_the_papers_setting_of_a_shallow_model_has_no_rule_that_no_layer_uses():
+    from sparvar_kernels import Csla
+    from sparvar_kernels.geometry.scales import ScaleSchedule
+
+    policy = menu.paper_policy(ScaleSchedule.square((1, 2, 4, 8, 12, 16)), 1, 2)
+    assert policy.rules and all(isinstance(rule.variant, Csla) for rule in policy.rules)

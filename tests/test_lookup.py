@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from examples import changed, example, fails
 
+from sparvar_kernels import Cs4a, Policy, Reuse, Tile
+from sparvar_tune import runtime
 from sparvar_tune.catalog.gpus import GPUS, distance, find_gpu
 from sparvar_tune.profile import identity, store
 from sparvar_tune.profile.schema import MachineCode, ProfileError
+from sparvar_tune.runtime.demote import deciding
+from sparvar_tune.runtime.load import near_counts
 
 
 def on(gpu, **workload):
@@ -161,3 +165,30 @@ def test_a_miss_names_the_nearest_that_is_too_far(tmp_path, has, wants, said):
     gpu = find_gpu(wants)
     found = store.find("pocketvar.json", gpu, store.near(gpu), (tmp_path,))
     assert isinstance(found, store.Miss) and (said in found.reason if said else "too far" not in found.reason)
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"model": None}, 'model "None": unknown'), ({"model": 3}, 'model "3": unknown'), ({"gpu": None}, 'gpu "None": unknown'),
+        ({"preset": "papr"}, 'preset "papr": unknown; nearest: paper'),
+        ({"resolution": 256}, '"256"'), ({"aspect": 1.0}, '"1.0"'),
+        ({"images": "2"}, "images: got '2', want 1..256, a whole number"),
+        ({"images": 1.5}, "images: got 1.5, want 1..256, a whole number"),
+        ({"path": 3}, "path: got 3, want a path"), ({"folders": 5}, "folders: got 5, want a path"),
+        ({"folders": [5]}, r"folders: got \[5\], want a path"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_argument_is_one_line_and_never_dense_in_silence(home, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        runtime.load_profile(**{"model": "pocketvar", "gpu": "cpu", **wrong})
+
+
+def test_of_two_counts_as_near_the_smaller_serves():
+    assert near_counts(2)[:4] == [2, 3, 1, 4]
+
+
+def test_nothing_is_decided_for_scales_that_run_dense():
+    policy = Policy.uniform(1, 1, {8: Cs4a(6, 0.2, Tile(4, 4)), 7: Reuse(6)})
+    assert deciding(policy) == deciding(policy, {8}) == {6} and deciding(policy, {7, 8}) == set()

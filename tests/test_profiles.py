@@ -409,3 +409,14 @@ def test_what_would_not_load_is_not_written(tmp_path, made, said):
         store.save(made, tmp_path / "p.json")
     assert "p.json: not written: " in str(caught.value) and said in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_measured_profile_holds_no_predicted_row():
+    made = example()
+    measured = made.rows[-1]
+    guessed = dataclasses.replace(
+        measured, state="predicted", tuned=None, dense=None, speedup=None, tuned_predicted_ms=1.0, dense_predicted_ms=2.0
+    )
+    assert guessed.why_not() is None
+    reason = dataclasses.replace(made, rows=(*made.rows[:-1], guessed)).why_not()
+    assert reason == "rows: every row must be 'measured' like the profile"

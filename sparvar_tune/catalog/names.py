@@ -11,8 +11,9 @@ PRESETS = ("near-lossless", "paper", "fast")  # closest first
 DEFAULT_PRESET, CUSTOM = PRESETS[0], "custom"
 
 
-def unknown_name(kind: str, got: str, known: Iterable[str]) -> ValueError:
-    """The error to raise, such as `gpu "h10": unknown; nearest: h100-sxm, h200. Known: a100-40, ...`."""
+def unknown_name(kind: str, got: object, known: Iterable[str]) -> ValueError:
+    """The error to raise, such as `gpu "h10": unknown; nearest: h100-sxm, h200. Known: a100-40, ...`; `got` may be no text."""
+    got = str(got)
     names = {name.lower(): name for name in known}
     close = get_close_matches(got.lower(), names, n=4, cutoff=0.4)
     # a name is more often cut short than misspelt at the front: most leading letters in common first

@@ -242,7 +242,7 @@ def row_of(name: str, folders: tuple[Path, ...]) -> Model:
     try:
         return find_model(name)
     except ValueError:
-        if not re.fullmatch(SLUG, name):
+        if not isinstance(name, str) or not re.fullmatch(SLUG, name):
             raise
         for path in sorted(path for folder in folders for path in folder.glob(f"*/{name}*.json")):
             if path.stem.split("--")[0] == name and path.parent.name in GPUS:

@@ -12,7 +12,7 @@ import torch
 
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.models import MAX_IMAGES, Model
-from sparvar_tune.catalog.names import DEFAULT_PRESET
+from sparvar_tune.catalog.names import CUSTOM, DEFAULT_PRESET, PRESETS, unknown_name
 from sparvar_tune.profile.machine import device_name, here_or_named, is_here, silicon, versions
 from sparvar_tune.profile.misses import Missed, record
 from sparvar_tune.profile.schema import Profile, ProfileError, one_line
@@ -51,12 +51,16 @@ def load_profile(
     images: how many at once; where that number has no profile, the nearest within a factor of four lends its own. path: that
     file and no other; it must be for this model and silicon. folders: where to look, in place of this user's and the shipped
     ones. device: the CUDA device it is for, the current one by default. record_miss: where there is none, keep a note in this
-    user's folder for `sparvar-tune --from-misses`. Raises ValueError for an unknown model or GPU or a number of images out of
-    range, and ProfileError for a damaged or foreign file.
+    user's folder for `sparvar-tune --from-misses`. Raises ValueError for an unknown model, GPU or preset or a number of images
+    out of range, and ProfileError for a damaged or foreign file.
     """
     silicon_row, said = here_or_named(gpu, device)
-    if not 1 <= images <= MAX_IMAGES:
-        raise ValueError(f"images: got {images}, want 1..{MAX_IMAGES}")
+    if preset not in (*PRESETS, CUSTOM):  # a name in no table would find no file and run dense
+        raise unknown_name("preset", preset, (*PRESETS, CUSTOM))
+    if not isinstance(images, int) or isinstance(images, bool) or not 1 <= images <= MAX_IMAGES:
+        raise ValueError(f"images: got {images!r}, want 1..{MAX_IMAGES}, a whole number")
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path: got {path!r}, want a path")
     if path is not None:
         path = Path(path)
         raw = read_bytes(path)
@@ -119,7 +123,10 @@ def _row(model: str | Model, given: Sequence[PathLike] | PathLike | None) -> Mod
 
 
 def _places(given: Sequence[PathLike] | PathLike) -> tuple[Path, ...]:
-    return tuple(map(Path, [given] if isinstance(given, str | os.PathLike) else given))
+    places = [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(places, Sequence) or not all(isinstance(place, str | os.PathLike) for place in places):
+        raise ValueError(f"folders: got {given!r}, want a path or a list of them")
+    return tuple(map(Path, places))
 
 
 def near_counts(images: int) -> list[int]:
