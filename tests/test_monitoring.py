@@ -36,6 +36,7 @@ from sparvar_kernels import AttentionProblem, Policy, Pooled, Rule
 from sparvar_kernels.backends.cpu.layer import Layer
 from sparvar_tune.catalog.gpus import device_row, find_gpu
 from sparvar_tune.catalog.metrics import METRICS
+from sparvar_tune.generation import DropUnconditional, SkipScales
 from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.monitoring import metrics, watch
 from sparvar_tune.monitoring.images import pictures_of
@@ -255,6 +256,29 @@ def test_a_live_model_is_watched_by_itself(kind, model, path):
                 assert told.counts[("sparvar.unfused",)] == (path == "fused")
         assert checks.everything(driven) == before
         assert checks.same(checks.draw(driven), sparse)
+    assert checks.same(checks.draw(driven), dense)
+
+
+@pytest.mark.parametrize("path", ["attention", "fused"])
+def test_a_twin_does_no_step_of_the_policy(path):
+    """Guidance whose unconditional half is dropped, and a scale left out: the certificate is against pictures without either."""
+    driven = (var_hart_lookalikes if path == "fused" else lookalikes).Var()
+    layers, last = len(driven.blocks), len(driven.grids()) - 1
+    rules = (Rule(last - 1, "A", Pooled(2, 2)),)
+    steps = (DropUnconditional(last - 2), SkipScales((last,)))
+    policy = Policy(("AB",) * layers, rules, steps)
+    dense = checks.draw(driven)
+    tuned = tuned_for(driven, "var-d16", policy)
+    meaning = tuple(sorted({**dict(tuned.profile.meaning), **{step.kind: step.meaning for step in steps}}.items()))
+    workload = dataclasses.replace(tuned.profile.workload, layers=layers)
+    tuned.profile = dataclasses.replace(tuned.profile, workload=workload, meaning=meaning)
+    with sparvar_tune.apply(driven.model, tuned, path) as on:
+        sparse = checks.draw(driven)
+        with sparvar_tune.monitor(on, to=(told := Told()), every=1):
+            drawn, n = checks.draw(driven), len(sparse.logits)
+        assert n == last and torch.equal(drawn.pictures, sparse.pictures) and ("sparvar.samples.failed",) not in told.counts
+        assert all(map(torch.equal, drawn.logits, [*sparse.logits, *sparse.logits, *dense.logits]))
+        assert checks.same(checks.draw(driven), sparse)  # and afterwards every step again
     assert checks.same(checks.draw(driven), dense)
 
 

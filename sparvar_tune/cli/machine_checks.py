@@ -25,6 +25,7 @@ ROOM_BYTES = 1 << 30  # binaries and trials of a long search
 EXTRAS = {
     "gpu": (("triton", "nvidia-ml-py"), "kernels on NVIDIA GPUs; clocks and power beside their times"),
     "profile": (("nvtx",), "named ranges in Nsight's timelines"),
+    "monitor": (("prometheus-client", "opentelemetry-api"), "what a server runs, told to Prometheus or OpenTelemetry"),
     "report": (("matplotlib", "jinja2", "scipy"), "sparvar-tune report, and the sampler study"),
     "storage": (("psycopg", "pymysql", "sqlalchemy"), "trials that machines share through PostgreSQL or MySQL"),
     "completion": (("argcomplete",), "Tab completes commands, options, models and GPUs"),

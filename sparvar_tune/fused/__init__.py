@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from sparvar_kernels.attention import SparseAttention
@@ -53,17 +53,16 @@ class OnPath(Undos):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While it lasts the model draws by its own code, one image at a time; nothing may be undone meanwhile."""
-        live: Any = self.live
-        with live.paused() if live is not None else nullcontext():
-            before = self.fused is not None and self.fused.enabled
+        """While it lasts the model draws by its own code, every step of its own, one image at a time; nothing may be undone
+        meanwhile."""
+        with ExitStack() as undone:
+            for change in self.changes:
+                if change is not self.fused:
+                    undone.enter_context(change.paused())
             if self.fused is not None:
+                undone.callback(setattr, self.fused, "enabled", self.fused.enabled)
                 self.fused.enabled = False
-            try:
-                yield
-            finally:
-                if self.fused is not None:
-                    self.fused.enabled = before
+            yield
 
     @property
     def why_not_fused(self) -> str | None:

@@ -16,6 +16,7 @@ from sparvar_tune.adapters import load_adapter
 from sparvar_tune.cli.commands.generate import class_index
 from sparvar_tune.cli.console import require_here, say
 from sparvar_tune.cli.exit_codes import ExitCode
+from sparvar_tune.cli.json_answer import Asked, print_answer
 from sparvar_tune.cli.options import TraceOptions
 from sparvar_tune.measure.limits import machine_limits
 from sparvar_tune.policy_search.menu import paper_policy
@@ -51,12 +52,11 @@ def run(options: TraceOptions) -> int:
         files.append(stem.with_name(f"{stem.name}.kernels.csv"))
         write_atomic(files[-1], launched.to_csv(index=False, float_format="%.6g").encode())
     if options.json:
-        say(json.dumps({
-            "command": "trace", "model": subject.model.slug, "gpu": subject.gpu.slug, "way": options.way, "what": traced.what,
-            "limits": vars(limits), "rows": _records(found), "kernels": [] if launched is None else _records(launched),
-            "files": [str(path) for path in files],
-        }, allow_nan=False))  # fmt: skip
-        return 0
+        print_answer("trace", ExitCode.DONE, Asked.of(subject), {
+            "way": options.way, "what": traced.what, "limits": vars(limits), "rows": _records(found),
+            "kernels": [] if launched is None else _records(launched), "files": [str(path) for path in files], "run": None,
+        })  # fmt: skip
+        return ExitCode.DONE
     say(f"{subject.model.slug} on {subject.gpu.slug}, {options.way}: {traced.what}, one run; its {found.ms.sum():.1f} ms:")
     say(table.text(found))
     say(f"% of limit: of this machine's own rates, {limits.gemm_flops_per_s / 1e12:.3g} TFLOP/s in {dtype} and "
@@ -64,7 +64,7 @@ def run(options: TraceOptions) -> int:
     if launched is not None and len(launched):
         say(f"kernels{', replayed' if options.graph else ''}:\n{launched.head(12).to_string(index=False)}")
     say(f"wrote {', '.join(map(str, files))}" + ("; open the .trace.json at ui.perfetto.dev" if options.tell == "torch" else ""))
-    return 0
+    return ExitCode.DONE
 
 
 def _records(found: pandas.DataFrame) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def _under_tool(options: TraceOptions, stem: Path) -> int:
     report = f"{stem}.{WRITES[options.tell]}"
     if shutil.which(command[0]) is None:
         if options.json:
-            say(json.dumps({"command": "trace", "run": command, "files": []}))
+            _answer_run(options, ExitCode.MISSING_TOOL, command, [])
         else:
             say(f"{command[0]} is not on the PATH; where it is, run\n{shlex.join(command)}\nand open {report}")
         return ExitCode.MISSING_TOOL
@@ -89,10 +89,16 @@ def _under_tool(options: TraceOptions, stem: Path) -> int:
     if done.returncode:
         raise ValueError(f"{command[0]}: ended with exit code {done.returncode}; run it by hand: {shlex.join(command)}")
     if options.json:
-        say(json.dumps({"command": "trace", "run": command, "files": [report]}))
+        _answer_run(options, ExitCode.DONE, command, [report])
     else:
         say(f"wrote {report}")
-    return 0
+    return ExitCode.DONE
+
+
+def _answer_run(options: TraceOptions, code: ExitCode, command: list[str], files: list[str]) -> None:
+    print_answer("trace", code, Asked.of(options.subject), {
+        "way": options.way, "what": None, "limits": None, "rows": [], "kernels": [], "files": files, "run": command
+    })  # fmt: skip
 
 
 def _subject(options: TraceOptions) -> runs.Run:

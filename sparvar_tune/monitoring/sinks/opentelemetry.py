@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opentelemetry import metrics
+from opentelemetry.metrics import get_meter
 
 from sparvar_tune.monitoring.metrics import ROWS
 from sparvar_tune.profile.machine import version_of
@@ -15,7 +15,7 @@ class OpenTelemetrySink:
     """Instruments of the meter "sparvar_tune"; a provider gives the same ones again."""
 
     def __init__(self, provider: Any = None) -> None:
-        meter = (provider or metrics).get_meter("sparvar_tune", version_of("sparvar-tune"))
+        meter = (get_meter if provider is None else provider.get_meter)("sparvar_tune", version_of("sparvar-tune") or "")
         self.found: dict[str, Any] = {}
         for name, row in ROWS.items():
             if row.kind == "counter":
