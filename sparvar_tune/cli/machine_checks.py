@@ -24,8 +24,9 @@ ROOM_BYTES = 1 << 30  # binaries and trials of a long search
 # Extra of pyproject.toml -> its packages and what they give.
 EXTRAS = {
     "gpu": (("triton", "nvidia-ml-py"), "kernels on NVIDIA GPUs; clocks and power beside their times"),
-    "profile": (("nvtx",), "named ranges in Nsight's timelines"),
-    "report": (("matplotlib", "scipy"), "plots, and one more sampler to compare"),
+    "profile": (("nvtx",), "named ranges in Nsight's timelines (sparvar-tune trace)"),
+    "monitor": (("prometheus-client", "opentelemetry-api"), "a server's pictures told to Prometheus or OpenTelemetry"),
+    "report": (("matplotlib", "scipy"), "plots of sparvar-tune report, and one more sampler to compare"),
     "storage": (("psycopg", "pymysql", "sqlalchemy"), "trials that machines share through PostgreSQL or MySQL"),
     "completion": (("argcomplete",), "Tab completes commands, options, models and GPUs"),
 }
