@@ -32,7 +32,10 @@ def main() -> int:
     parser.add_argument("--baseline", type=Path, default=BASELINE)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    facts = facts_of(options.run)
+    try:
+        facts = facts_of(options.run)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{options.run}: no file of pytest-benchmark ({error}); run make bench")
     if options.write:
         baseline.save(facts, options.baseline)
         print(f"wrote {len(facts)} facts to {options.baseline}")
