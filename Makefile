@@ -1,13 +1,14 @@
 # Two commands set up everything they need inside .venv:
 #   make demo    tune pocketvar on this CPU, then draw a picture dense and tuned, side by side
 #   make test    lint, types, tests (make fast: without the slow ones)
-# And: make docs writes the API reference to build/api.
+# And: make docs writes the API reference to build/api; make bench holds counts, binaries and speed-ups against
+# tests/benchmarks/baseline.json, make baseline writes that file anew.
 PYTHON ?= python3
 PIP_TORCH ?= $(if $(TORCH_CPU_INDEX),--extra-index-url $(TORCH_CPU_INDEX),)
 BIN := .venv/bin
 IN_PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test fast docs clean
+.PHONY: demo test fast bench baseline docs clean
 demo: .venv/.demo
 	$(BIN)/sparvar-tune --gpu cpu --model pocketvar
 	$(BIN)/sparvar-tune generate --model pocketvar --class cat --out cat.png
@@ -20,6 +21,17 @@ test: .venv/.test
 
 fast: .venv/.test
 	$(BIN)/pytest $(IN_PARALLEL) -m 'not slow and not gpu'
+
+bench: build/bench.json
+	$(BIN)/python -m lab.bench_baseline build/bench.json
+
+baseline: build/bench.json
+	$(BIN)/python -m lab.bench_baseline build/bench.json --write
+
+.PHONY: build/bench.json
+build/bench.json: .venv/.test
+	mkdir -p build
+	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-json $@ --benchmark-columns min,median,rounds
 
 docs: .venv/.test
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'

@@ -170,5 +170,20 @@ class CheckAdapterOptions:
 
 
 @dataclass(frozen=True)
+class BenchOptions:
+    """baseline: the file to compare with, or with `write` to write; None only measures."""
+
+    subject: Subject
+    profile: Path | None
+    baseline: Path | None
+    write: bool
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.write and self.baseline is None:
+            raise ValueError("bench --write: want --baseline FILE, the file to write")
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     json: bool = False

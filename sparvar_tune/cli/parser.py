@@ -25,7 +25,20 @@ from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "trace", "report", "check", "check-adapter", "doctor")
+COMMANDS = (
+    "tune",
+    "generate",
+    "show",
+    "explain",
+    "verify",
+    "compare",
+    "trace",
+    "report",
+    "check",
+    "check-adapter",
+    "bench",
+    "doctor",
+)
 DOCTOR = "say what this machine can do, what is missing and the command that mends it"
 TRACERS, WAYS = ("torch", "nvtx", "proton", "nsys", "ncu"), ("tuned", "dense", "paper")
 
@@ -191,10 +204,15 @@ def build_parser() -> argparse.ArgumentParser:
                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     own.add_argument("model", metavar="FILE.py:FUNCTION", help="FUNCTION(device) returns the adapter; or an entry point's name")
     own.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench = command("bench", "hold a profile's counts, binaries and speed-ups against a baseline file: what became worse")
+    images(bench)
+    bench.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
+    bench.add_argument("--baseline", type=Path, metavar="FILE", help="of an earlier run; exit code 1 where something is worse")
+    bench.add_argument("--write", action="store_true", help="write --baseline FILE anew; other machines' facts in it stay")
 
     doctor = commands.add_parser("doctor", help=DOCTOR, description=DOCTOR, epilog=EPILOG,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    for p in (show, explain, verify, compare, check, doctor):
+    for p in (show, explain, verify, compare, check, bench, doctor):
         p.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there (docs/json.md)")
     return top
 
@@ -230,6 +248,8 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
         return w.command, o.TraceOptions(
             subject, w.profile, w.tell, w.way, w.layer, w.label, w.seed, w.mode == "graph", w.cold, w.out, w.json
         )
+    if w.command == "bench":
+        return w.command, o.BenchOptions(subject, w.profile, w.baseline, w.write, w.json)
     if w.command == "verify":
         return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write, w.json)
     return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out, w.json)

@@ -10,22 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmark_cases import CASES, POOLED, tiny_call
 
-from lab.kernel_table import Case, cases, error_of
-from sparvar_kernels import Policy, Pooled, ScaleSchedule, SparseAttention, oracle
+from lab.kernel_table import Case, error_of
+from sparvar_kernels import oracle
 from sparvar_kernels.backends.configs import TritonConfig
-from sparvar_tune.launch_search.layer_call import Bench, decision_scales
-
-SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # fourteen grids like HART's; Infinity's schedules have thirteen
-CASES = {case.name: case for case in cases()}
-POOLED = replace(CASES["reuse"], name="pooled 4x4", policy=Policy.uniform(1, 28, {12: Pooled(9, 4)}))  # no row of the table
-
-
-def tiny(case: Case) -> Case:
-    schedule = ScaleSchedule.square(SIDES[: len(case.schedule)])
-    heads = case.policy.heads[0][:: case.heads // 4][:4]  # a mixed layer stays mixed
-    rules = tuple(r for r in case.policy.rules if r.head_class in heads)
-    return replace(case, schedule=schedule, heads=4, head_dim=32, dtype="fp32", policy=Policy((heads,), rules))
+from sparvar_tune.launch_search.layer_call import Bench
 
 
 def reference_error(case: Case, made: torch.Tensor, inputs: dict[int, tuple[torch.Tensor, ...]]) -> float:
@@ -46,15 +36,8 @@ def reference_error(case: Case, made: torch.Tensor, inputs: dict[int, tuple[torc
 
 @pytest.mark.parametrize("name", [*CASES, POOLED.name])
 def test_tiny_case_on_a_cpu(benchmark, name):
-    case = tiny(CASES.get(name, POOLED))
-    attend = SparseAttention(
-        case.policy, case.schedule, softmax_scale=case.problem(0).softmax_scale, logit_bound=case.logit_bound
-    )
-    first = decision_scales(case.policy, 0, case.scale_index)
-    inputs = {s: case.problem(s).make_inputs(s) for s in (*first, case.scale_index)}
-    for s in first:
-        attend(*inputs[s], 0, s)
-    made = benchmark.pedantic(lambda: attend(*inputs[case.scale_index], 0, case.scale_index), rounds=5, warmup_rounds=1)
+    case, inputs, call = tiny_call(name)
+    made = benchmark.pedantic(call, rounds=5, warmup_rounds=1)
     assert reference_error(case, made, inputs) < 1e-5
 
 
