@@ -16,14 +16,15 @@ from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.profile.schema import Profile
 from sparvar_tune.ways.settings import BUDGET_S, PAIRS, Settings, seconds
-from sparvar_tune.ways.subject import Subject
+from sparvar_tune.ways.subject import Subject, place_of
 
 if TYPE_CHECKING:
     import pandas
 
 
 def tune(
-    model: Any, *, generate: Callable[[Any, int], Any] | None = None, prompts: Sequence[Any] = (), name: str | None = None,
+    model: Any, *, generate: Callable[[Any, int], Any] | None = None, prompts: Path | str | Sequence[Any] | None = None,
+    name: str | None = None, source: Path | str | None = None, weights: Path | str | None = None,
     gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
     images: int = 1, bounds: Mapping[str, float] | None = None, budget: float | str = BUDGET_S,
     pairs: int = PAIRS, seed: int = 0, out: Path | str | None = None, resume: bool = False, search: bool = False,
@@ -34,7 +35,8 @@ def tune(
 
     model: a name as the command takes it, an adapter (of a model of one's own), or a live Infinity, HART or VAR with
     generate(prompt, seed) -> picture, which draws with it, and the prompts to tune on (`sparvar_tune.adapters.LiveModel`). name:
-    of a live model that is in no table.
+    of a live model that is in no table. source, weights: a checkout of the authors' code and a folder of weights, or "random",
+    to open a model of the table from; prompts is then a text file, a line each, or a list.
     quality: "near-lossless", "paper" or "fast"; bounds: such as {"psnr": 34.5, "ssim": 0.95}, what the confidence bound of
     the mean must reach instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for
     this user's. progress: gets every line the command would print, such as `print`; None for silence. The others are those
@@ -50,8 +52,10 @@ def tune(
         tuple(map(Path, merge)), _path(log), storage,
     )  # fmt: skip
     if generate is not None:
-        model = LiveModel(model, generate, prompts, name=name)
-    way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images), settings)
+        drawn: Any = () if prompts is None else prompts
+        model, prompts = LiveModel(model, generate, drawn, name=name), None
+    place = place_of(source, weights, prompts)
+    way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images, place), settings)
     return way.run(progress or _silent, _silent)
 
 
