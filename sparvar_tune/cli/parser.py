@@ -25,7 +25,8 @@ from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "trace", "report", "check", "check-adapter", "doctor")
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "capture", "trace", "report", "check", "check-adapter",
+            "doctor")  # fmt: skip
 DOCTOR = "say what this machine can do, what is missing and the command that mends it"
 TRACERS, WAYS = ("torch", "nvtx", "proton", "nsys", "ncu"), ("tuned", "dense", "paper")
 
@@ -193,6 +194,14 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--price", type=float, default=2.0, help="of one GPU-hour, an assumption of yours (default 2)")
     report.add_argument("--currency", default="USD", help="of the price (default USD)")
 
+    capture = command("capture", "record q, k and v of one dense picture in a safetensors file, its size said first")
+    checkout(capture)
+    capture.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
+    capture.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
+    capture.add_argument("--scales", type=whole, nargs="+", metavar="SCALE", help="those recorded (default: the last two)")
+    capture.add_argument("--out", type=Path, default=Path("capture.safetensors"))
+    capture.add_argument("--dry-run", action="store_true", help="say how large it would be, draw nothing")
+
     check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
 
     text = "try every promise of a model of your own that is to be tuned, a line each (docs/your-model.md)"
@@ -234,6 +243,8 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
     assert subject is not None  # argparse wants --model there
     if w.command == "generate":
         return w.command, o.GenerateOptions(subject, w.label, w.seed, w.out, w.profile)
+    if w.command == "capture":
+        return w.command, o.CaptureOptions(subject, w.label, w.seed, tuple(w.scales or ()), w.out, w.dry_run)
     if w.command == "explain":
         return w.command, o.ExplainOptions(subject, w.profile, w.json)
     if w.command == "trace":

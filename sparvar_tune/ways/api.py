@@ -14,6 +14,7 @@ from torch import Tensor
 from sparvar_tune.adapters import Adapter, LiveModel, Pair
 from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.measure.capture import Recorder
+from sparvar_tune.measure.capture_file import CaptureFile, CaptureWriter
 from sparvar_tune.profile.schema import Profile
 from sparvar_tune.ways.settings import BUDGET_S, PAIRS, Settings, seconds
 from sparvar_tune.ways.subject import Subject, place_of
@@ -81,21 +82,34 @@ def explain(
 
 
 def capture(
-    model: str | Adapter, pair: Pair = (0, 0), *, scales: Sequence[int] | None = None, device: str = "cpu"
-) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
+    model: str | Adapter, pair: Pair = (0, 0), *, scales: Sequence[int] | None = None, device: str = "cpu",
+    out: Path | str | None = None,
+) -> Mapping[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """q, k and v of every attention call of one dense generation: by (layer, scale index).
 
     model: a slug, or an adapter, that of a model of one's own. pair: (class, noise seed). scales: those kept, None for the
     last two. device: "cpu" or "cuda", where a slug's model runs. q is [B, H, Nq, D], k and v [B, H, Nk, D], in the model's
     dtype, on its device; k and v are views of one cache, so a capture takes the memory of its queries and one cache a layer.
 
-    Raises ValueError for an unknown model, one without an adapter, and scales it does not have.
+    out: a safetensors file that gets them call by call instead, so that memory holds one call; the answer reads them from it.
+
+    Raises ValueError for an unknown model, one without an adapter, scales it does not have, and a disk without the room.
     """
     adapter = Subject.of(model, device if device == "cpu" else "auto").adapter if isinstance(model, str) else model
     last = len(adapter.schedule) - 1
     kept = tuple(sorted(range(last - 1, last + 1) if scales is None else set(scales)))
     if not kept or not 0 <= kept[0] <= kept[-1] <= last:
         raise ValueError(f"scales: got {list(kept)}, want some of 0..{last}")
+    if out is not None:
+        about = {
+            "softmax_scale": adapter.softmax_scale,
+            "weights_sha256": adapter.weights_sha256,
+            "class": pair[0],
+            "seed": pair[1],
+        }
+        with CaptureWriter(Path(out), adapter.dense, adapter.model, adapter.schedule, kept, **about) as writer:
+            adapter.finish(adapter.start(pair, kept[0]), writer)
+        return CaptureFile(out)
     recorder = Recorder(adapter.dense, kept)
     adapter.finish(adapter.start(pair, kept[0]), recorder)
     return recorder.calls

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparvar_tune.adapters.checkouts.importing import Names, checkout, module_of, need, noise_of, quietly
+from sparvar_tune.adapters.checkouts.importing import Names, checkout, need, noise_of, quietly
 from sparvar_tune.catalog.models import Model
 
 CFG, CONTEXT_DIM = 4.5, 1536
@@ -26,8 +26,7 @@ def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, _quantise: bool
     out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float())
 
 
-KERNELS = module_of("hart_backend.fused_kernels", rms_norm=rms_norm)
-UNUSED: Names = {"hart_backend": {"fused_kernels": KERNELS}}
+UNUSED: Names = {"hart_backend.fused_kernels": {"rms_norm": rms_norm}}
 
 
 def open_live(row: Model, size: tuple[str, str], device: str, place: Any) -> tuple[Any, Any, float]:
@@ -97,9 +96,7 @@ def _released(context: int, device: str, place: Any) -> Any:
     import transformers
 
     if int(transformers.__version__.split(".")[0]) >= 5:
-        raise ValueError(
-            f"--source: transformers {transformers.__version__} loads HART's weights wrongly; pip install 'transformers<5'"
-        )
+        raise ValueError(f"--source: transformers {transformers.__version__} loads HART wrongly; pip install 'transformers<5'")
     from hart.modules.models.transformer import HARTForT2I
     from hart.utils import encode_prompts, llm_system_prompt
 

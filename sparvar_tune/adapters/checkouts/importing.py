@@ -59,6 +59,9 @@ def stand_ins(names: Names) -> Iterator[None]:
                         put.append(made)
                         sys.modules[made] = module_of(made)
                 vars(sys.modules[name]).update(has)
+                parent, _, child = name.rpartition(".")
+                if parent in put:
+                    setattr(sys.modules[parent], child, sys.modules[name])
         yield
     finally:
         for name in put:
