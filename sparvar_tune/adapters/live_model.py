@@ -26,6 +26,7 @@ from sparvar_tune.adapters.live_attention import Inside, schedule_of
 from sparvar_tune.adapters.opening import call
 from sparvar_tune.adapters.protocol import Pair, Parts
 from sparvar_tune.adapters.registry import recognise
+from sparvar_tune.adapters.steps import attach
 from sparvar_tune.adapters.whole_images import WholeImages, as_picture, begin_image
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.models import Model, own_model
@@ -55,6 +56,7 @@ class LiveModel(WholeImages):
             raise ValueError("prompts: want a list of at least one, each what generate(prompt, seed) takes")
         self.family, self.parts = recognise(model)
         self.generate, self.prompts = generate, tuple(prompts)
+        self.steps = tuple(getattr(self.family, "STEPS", ()))
         own, schedule = self._watched()
         dense = SparseAttention(
             Policy(("A" * self.parts.heads,) * self.parts.layers, ()), schedule, softmax_scale=self.parts.softmax_scale,
@@ -92,12 +94,13 @@ class LiveModel(WholeImages):
 
     def _inside(self, pair: Pair, attend: Inside) -> Tensor:
         """The picture with `attend` in the model. Raises ValueError where it was not used from begin to end of one image."""
-        hooks: Any = self.family.attach(self.parts, attend)  # type: ignore[arg-type]
+        hooks: Any = attach(self.family, self.parts, attend)  # type: ignore[arg-type]
         try:
             picture = self.untouched(pair)
         finally:
             hooks.undo()
-        reason, images = getattr(hooks, "reason", None), getattr(hooks, "images", 1)  # families of other packages may not say
+        live = getattr(hooks, "live", hooks)
+        reason, images = getattr(live, "reason", None), getattr(live, "images", 1)  # families of other packages may not say
         if reason:
             raise ValueError(f"generate: {reason}")
         if images != 1:
