@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters.attention_names import attention_names, forward_with
 from sparvar_tune.adapters.instance_forward import Replaced, Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.generation import SkipScales
 
 # model -> the scale from which on only the conditional half runs; set by guidance.py
 DROPPED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -61,7 +63,9 @@ class Inside:
         self.attend, self.target = attend, attend
         while not isinstance(self.target, SparseAttention):
             self.target = getattr(self.target, "inner", dense)
-        self.skip_scales: tuple[int, ...] = attend.skip_scales
+        self.policy = self.target.policy
+        if attend.skip_scales != self.target.skip_scales:  # it has no policy of its own, and says so itself
+            self.policy = replace(self.policy, steps=(SkipScales(attend.skip_scales),) if attend.skip_scales else ())
         every, scales = not self.target.policy.rules and attend is not self.target, range(len(self.target.schedule))
         self.sparse = [[s >= until and (every or _is_sparse(plans[s])) for s in scales] for plans in self.target.plans]
 

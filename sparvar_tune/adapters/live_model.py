@@ -26,6 +26,7 @@ from sparvar_tune.adapters.live_attention import Inside, schedule_of
 from sparvar_tune.adapters.opening import call
 from sparvar_tune.adapters.protocol import Pair, Parts
 from sparvar_tune.adapters.registry import recognise
+from sparvar_tune.adapters.steps import attach
 from sparvar_tune.adapters.whole_images import WholeImages, as_picture, begin_image
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.models import Model, own_model
@@ -55,6 +56,7 @@ class LiveModel(WholeImages):
             raise ValueError("prompts: want a list of at least one, each what generate(prompt, seed) takes")
         self.family, self.parts = recognise(model)
         self.generate, self.prompts = generate, tuple(prompts)
+        self.steps = tuple(getattr(self.family, "STEPS", ()))
         own, schedule = self._watched()
         dense = SparseAttention(
             Policy(("A" * self.parts.heads,) * self.parts.layers, ()), schedule, softmax_scale=self.parts.softmax_scale,
@@ -65,6 +67,9 @@ class LiveModel(WholeImages):
         assert seen.rows is not None and seen.dtype is not None  # what was called for the image is known by now
         self._compare(own, ours)
         found = row or _row(self.parts, schedule, seen.rows, seen.dtype, name)
+        reason = _why_not(found, self.parts, schedule, seen.rows, seen.dtype)
+        if reason:
+            raise ValueError(f"model {found.slug}: {reason}")
         super().__init__(
             found, device=_device(self.parts.model), classes=[str(p) for p in self.prompts], weights=self.parts.model,
             temperature=temperature,
@@ -89,12 +94,13 @@ class LiveModel(WholeImages):
 
     def _inside(self, pair: Pair, attend: Inside) -> Tensor:
         """The picture with `attend` in the model. Raises ValueError where it was not used from begin to end of one image."""
-        hooks: Any = self.family.attach(self.parts, attend)  # type: ignore[arg-type]
+        hooks: Any = attach(self.family, self.parts, attend)  # type: ignore[arg-type]
         try:
             picture = self.untouched(pair)
         finally:
             hooks.undo()
-        reason, images = getattr(hooks, "reason", None), getattr(hooks, "images", 1)  # families of other packages may not say
+        live = getattr(hooks, "live", hooks)
+        reason, images = getattr(live, "reason", None), getattr(live, "images", 1)  # families of other packages may not say
         if reason:
             raise ValueError(f"generate: {reason}")
         if images != 1:
@@ -154,16 +160,31 @@ class _Shapes:
 
 def _row(found: Parts, schedule: ScaleSchedule, rows: int, dtype: str, name: str | None) -> Model:
     """The table's row of such a model at such a size; otherwise a row of its own."""
-    kind = (found.family, found.layers, found.heads, found.head_dim, found.softmax_scale, dtype, rows)
-    for m in models.MODELS.values() if name is None else ():
-        same = kind == (m.family, m.layers, m.heads, m.head_dim, m.softmax_scale, m.dtype, m.guidance_batch)
-        if same and any(schedule == s for aspects in m.resolutions.values() for s in aspects.values()):
-            return m
+    for known in models.MODELS.values() if name is None else ():
+        if _why_not(known, found, schedule, rows, dtype) is None:
+            return known
     name = name or f"{found.family}-{found.layers}x{found.heads}x{found.head_dim}-{dtype}-{rows}"
     return own_model(
         name, schedule, layers=found.layers, heads=found.heads, head_dim=found.head_dim, dtype=dtype,
         softmax_scale=found.softmax_scale, logit_bound=found.logit_bound, guidance_batch=rows, family=found.family,
     )  # fmt: skip
+
+
+def _why_not(row: Model, found: Parts, schedule: ScaleSchedule, rows: int, dtype: str) -> str | None:
+    """Why a live model is not what a row says, or None."""
+    pairs = (
+        ("family", found.family, row.family), ("layers", found.layers, row.layers), ("heads", found.heads, row.heads),
+        ("head_dim", found.head_dim, row.head_dim), ("softmax_scale", found.softmax_scale, row.softmax_scale),
+        ("dtype", dtype, row.dtype), ("guidance rows", rows, row.guidance_batch),
+    )  # fmt: skip
+    for name, got, want in pairs:
+        if got != want:
+            return f"{name} of this one is {got}, want {want}"
+    if not any(schedule == s for aspects in row.resolutions.values() for s in aspects.values()):
+        return f"this one draws {len(schedule)} scales up to {schedule.aspect()}, none of its sizes"
+    if row.logit_bound is not None and (found.logit_bound is None or found.logit_bound > row.logit_bound * (1 + 1e-6)):
+        return f"the logits of this one reach {found.logit_bound or 'any value'}, want at most {row.logit_bound:g}"
+    return None
 
 
 def _device(model: Any) -> str:

@@ -75,7 +75,7 @@ class FromScale:
     def __init__(self, before: Any, after: Any, until: int) -> None:
         self.before, self.after, self.until = before, after, until
         self.skip_scales: tuple[int, ...] = after.skip_scales
-        self.policy = getattr(after, "policy", None)  # its steps, for a model that can do more than skip
+        self.policy: Policy | None = getattr(after, "policy", None)  # its steps, for a model that can do more than skip
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
         out: Tensor = (self.before if scale_index < self.until else self.after)(q, k, v, layer, scale_index)

@@ -104,7 +104,7 @@ _VAR_256 = _square("256", "1 2 3 4 5 6 8 10 13 16")
 _VAR_512 = _square("512", "1 2 3 4 6 9 13 18 24 32")
 
 
-def _infinity(size: str, layers: int, heads: int) -> Model:
+def _infinity(size: str, layers: int, heads: int, resolutions: Schedules = _INFINITY) -> Model:
     return Model(
         slug=f"infinity-{size.lower()}",
         title=f"Infinity-{size}",
@@ -118,8 +118,8 @@ def _infinity(size: str, layers: int, heads: int) -> Model:
         dtype="bf16",
         guidance_batch=2,
         layout="BHND",
-        resolutions=_INFINITY,
-        default_resolution="1M",
+        resolutions=resolutions,
+        default_resolution=list(resolutions)[-1],
         default_aspect="1.000",
         adapter=None,
         family="infinity",
@@ -153,6 +153,7 @@ def _var(depth: int, schedules: Schedules) -> Model:
 _ROWS = (
     _infinity("2B", layers=32, heads=16),
     _infinity("8B", layers=40, heads=28),
+    _infinity("8B-512", layers=40, heads=28, resolutions={"0.25M": _INFINITY["0.25M"]}),
     Model(
         slug="hart",
         title="HART-0.7B",

@@ -187,3 +187,18 @@ class BenchOptions:
 @dataclass(frozen=True)
 class DoctorOptions:
     json: bool = False
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """scales: those recorded, () for the last two. out: a safetensors file."""
+
+    subject: Subject
+    label: str | None
+    seed: int
+    scales: tuple[int, ...]
+    out: Path
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        whole("seed", self.seed, 0, 2**62 - 1)

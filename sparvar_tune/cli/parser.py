@@ -25,20 +25,8 @@ from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
-COMMANDS = (
-    "tune",
-    "generate",
-    "show",
-    "explain",
-    "verify",
-    "compare",
-    "trace",
-    "report",
-    "check",
-    "check-adapter",
-    "bench",
-    "doctor",
-)
+COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "capture", "trace", "report", "check", "check-adapter",
+            "doctor")  # fmt: skip
 DOCTOR = "say what this machine can do, what is missing and the command that mends it"
 TRACERS, WAYS = ("torch", "nvtx", "proton", "nsys", "ncu"), ("tuned", "dense", "paper")
 
@@ -101,6 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
         p.add_argument("--aspect", help="height / width with three decimals, such as 1.000 (default)")
         return p
 
+    def checkout(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--source", type=Path, metavar="CHECKOUT", help="of the authors' code, to open the model from")
+        p.add_argument("--weights", metavar="FOLDER", help="with the published weights, or random for a dry run at real shapes")
+        p.add_argument("--prompts", type=Path, metavar="FILE", help="what is drawn, a prompt (for VAR a class number) a line")
+
     def images(p: argparse.ArgumentParser) -> None:
         p.add_argument("--images", type=whole, default=1, help="how many at once the profile is for (default 1)")
 
@@ -108,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         "tune", "search a policy, certify it on held-out pictures, write the profile (the default command)", model=False
     )
     images(tune)
+    checkout(tune)
     tune.add_argument("--from-misses", action="store_true", help="tune what load_profile(..., record_miss=True) did not find")
     tune.add_argument("--min", type=bound, action="append", default=[], metavar="NAME=VALUE", dest="bounds", help="what the "
                       "confidence bound of the mean must reach instead of the quality's own value; of "
@@ -134,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
 
     generate = command("generate", "draw one picture dense and tuned, side by side, as a PNG")
+    checkout(generate)
     generate.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
     generate.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
     generate.add_argument("--out", type=Path, default=Path("sparvar.png"))
@@ -154,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "re-time a profile on this machine and re-check its pictures; what fails runs dense from then on")
     images(verify)
+    checkout(verify)
     verify.add_argument("--profile", type=Path)
     verify.add_argument("--pairs", type=whole, default=VERIFY_PAIRS)
     verify.add_argument("--budget", type=duration, default=VERIFY_BUDGET_S,
@@ -161,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--write", action="store_true", help="store the new times as this user's profile")
 
     compare = command("compare", "dense, the paper's fixed setting and the tuned profiles in one table, interleaved in one run")
+    checkout(compare)
     compare.add_argument("--pairs", type=whole, default=PAIRS)
     compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
     compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
@@ -197,6 +194,14 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--price", type=float, default=2.0, help="of one GPU-hour, an assumption of yours (default 2)")
     report.add_argument("--currency", default="USD", help="of the price (default USD)")
 
+    capture = command("capture", "record q, k and v of one dense picture in a safetensors file, its size said first")
+    checkout(capture)
+    capture.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
+    capture.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
+    capture.add_argument("--scales", type=whole, nargs="+", metavar="SCALE", help="those recorded (default: the last two)")
+    capture.add_argument("--out", type=Path, default=Path("capture.safetensors"))
+    capture.add_argument("--dry-run", action="store_true", help="say how large it would be, draw nothing")
+
     check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
 
     text = "try every promise of a model of your own that is to be tuned, a line each (docs/your-model.md)"
@@ -224,13 +229,14 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
 
     if w.command == "doctor":  # before anything that needs torch
         return w.command, o.DoctorOptions(w.json)
-    from sparvar_tune.ways.subject import Subject
+    from sparvar_tune.ways.subject import Subject, place_of
 
     if w.command == "check-adapter":
         return w.command, o.CheckAdapterOptions(w.model, w.device)
     subject = None
     if w.model is not None and w.command != "check":
-        subject = Subject.of(w.model, w.gpu, w.quality, w.resolution, w.aspect, getattr(w, "images", 1))
+        place = place_of(getattr(w, "source", None), getattr(w, "weights", None), getattr(w, "prompts", None))
+        subject = Subject.of(w.model, w.gpu, w.quality, w.resolution, w.aspect, getattr(w, "images", 1), place)
     if w.command == "tune":
         return w.command, _tune_options(w, subject)
     if w.command == "show":
@@ -242,6 +248,8 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
     assert subject is not None  # argparse wants --model there
     if w.command == "generate":
         return w.command, o.GenerateOptions(subject, w.label, w.seed, w.out, w.profile)
+    if w.command == "capture":
+        return w.command, o.CaptureOptions(subject, w.label, w.seed, tuple(w.scales or ()), w.out, w.dry_run)
     if w.command == "explain":
         return w.command, o.ExplainOptions(subject, w.profile, w.json)
     if w.command == "trace":

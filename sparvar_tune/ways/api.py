@@ -14,16 +14,18 @@ from torch import Tensor
 from sparvar_tune.adapters import Adapter, LiveModel, Pair
 from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.measure.capture import Recorder
+from sparvar_tune.measure.capture_file import CaptureFile, CaptureWriter
 from sparvar_tune.profile.schema import Profile
 from sparvar_tune.ways.settings import BUDGET_S, PAIRS, Settings, seconds
-from sparvar_tune.ways.subject import Subject
+from sparvar_tune.ways.subject import Subject, place_of
 
 if TYPE_CHECKING:
     import pandas
 
 
 def tune(
-    model: Any, *, generate: Callable[[Any, int], Any] | None = None, prompts: Sequence[Any] = (), name: str | None = None,
+    model: Any, *, generate: Callable[[Any, int], Any] | None = None, prompts: Path | str | Sequence[Any] | None = None,
+    name: str | None = None, source: Path | str | None = None, weights: Path | str | None = None,
     gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None, aspect: str | None = None,
     images: int = 1, bounds: Mapping[str, float] | None = None, budget: float | str = BUDGET_S,
     pairs: int = PAIRS, seed: int = 0, out: Path | str | None = None, resume: bool = False, search: bool = False,
@@ -34,7 +36,8 @@ def tune(
 
     model: a name as the command takes it, an adapter (of a model of one's own), or a live Infinity, HART or VAR with
     generate(prompt, seed) -> picture, which draws with it, and the prompts to tune on (`sparvar_tune.adapters.LiveModel`). name:
-    of a live model that is in no table.
+    of a live model that is in no table. source, weights: a checkout of the authors' code and a folder of weights, or "random",
+    to open a model of the table from; prompts is then a text file, a line each, or a list.
     quality: "near-lossless", "paper" or "fast"; bounds: such as {"psnr": 34.5, "ssim": 0.95}, what the confidence bound of
     the mean must reach instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for
     this user's. progress: gets every line the command would print, such as `print`; None for silence. The others are those
@@ -50,8 +53,10 @@ def tune(
         tuple(map(Path, merge)), _path(log), storage,
     )  # fmt: skip
     if generate is not None:
-        model = LiveModel(model, generate, prompts, name=name)
-    way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images), settings)
+        drawn: Any = () if prompts is None else prompts
+        model, prompts = LiveModel(model, generate, drawn, name=name), None
+    place = place_of(source, weights, prompts)
+    way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images, place), settings)
     return way.run(progress or _silent, _silent)
 
 
@@ -77,21 +82,34 @@ def explain(
 
 
 def capture(
-    model: str | Adapter, pair: Pair = (0, 0), *, scales: Sequence[int] | None = None, device: str = "cpu"
-) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
+    model: str | Adapter, pair: Pair = (0, 0), *, scales: Sequence[int] | None = None, device: str = "cpu",
+    out: Path | str | None = None,
+) -> Mapping[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """q, k and v of every attention call of one dense generation: by (layer, scale index).
 
     model: a slug, or an adapter, that of a model of one's own. pair: (class, noise seed). scales: those kept, None for the
     last two. device: "cpu" or "cuda", where a slug's model runs. q is [B, H, Nq, D], k and v [B, H, Nk, D], in the model's
     dtype, on its device; k and v are views of one cache, so a capture takes the memory of its queries and one cache a layer.
 
-    Raises ValueError for an unknown model, one without an adapter, and scales it does not have.
+    out: a safetensors file that gets them call by call instead, so that memory holds one call; the answer reads them from it.
+
+    Raises ValueError for an unknown model, one without an adapter, scales it does not have, and a disk without the room.
     """
     adapter = Subject.of(model, device if device == "cpu" else "auto").adapter if isinstance(model, str) else model
     last = len(adapter.schedule) - 1
     kept = tuple(sorted(range(last - 1, last + 1) if scales is None else set(scales)))
     if not kept or not 0 <= kept[0] <= kept[-1] <= last:
         raise ValueError(f"scales: got {list(kept)}, want some of 0..{last}")
+    if out is not None:
+        about = {
+            "softmax_scale": adapter.softmax_scale,
+            "weights_sha256": adapter.weights_sha256,
+            "class": pair[0],
+            "seed": pair[1],
+        }
+        with CaptureWriter(Path(out), adapter.dense, adapter.model, adapter.schedule, kept, **about) as writer:
+            adapter.finish(adapter.start(pair, kept[0]), writer)
+        return CaptureFile(out)
     recorder = Recorder(adapter.dense, kept)
     adapter.finish(adapter.start(pair, kept[0]), recorder)
     return recorder.calls

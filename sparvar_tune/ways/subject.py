@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparvar_tune.adapters import Adapter, load_adapter
+from sparvar_tune.adapters.checkouts import Place, open_checkout
 from sparvar_tune.adapters.opening import entry_point, is_file, open_own
 from sparvar_tune.adapters.protocol import why_not_adapter
+from sparvar_tune.catalog import models
 from sparvar_tune.catalog.gpus import GPUS, Gpu, device_row, find_gpu
-from sparvar_tune.catalog.models import MAX_IMAGES, MODELS, Model
+from sparvar_tune.catalog.models import MAX_IMAGES, Model
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, unknown_name
 from sparvar_tune.profile import store
 from sparvar_tune.profile.machine import choose_gpu, is_here
@@ -38,31 +40,21 @@ class Subject:
     @classmethod
     def of(
         cls, model: str | Adapter, gpu: str = "auto", quality: str = DEFAULT_PRESET, resolution: str | None = None,
-        aspect: str | None = None, images: int = 1,
+        aspect: str | None = None, images: int = 1, place: Callable[[Model], Place] | None = None,
     ) -> Subject:  # fmt: skip
         """By names; gpu "auto": this machine; resolution and aspect None: the model's own. Raises ValueError for unknown ones.
 
         model: a name of the table, FILE.py:FUNCTION, the name of an installed package's model or of one that was tuned before,
-        or an adapter.
+        or an adapter. place: where a table's model is opened from; gets its row.
         """
         silicon = device_row() or GPUS["cpu"] if gpu == "auto" else find_gpu(gpu)
         if not isinstance(model, str):
             silicon = _silicon_of(model, gpu, silicon)
-        adapter = model
-        if isinstance(model, str) and (is_file(model) or (model not in MODELS and entry_point(model))):
-            adapter = open_own(model, silicon.device if is_here(silicon) else "cpu")
-        if isinstance(adapter, str):
-            row = store.row_of(adapter, _own_profiles())
-            opener = functools.partial(load_adapter, row, silicon.device) if row.adapter is not None else None
-            own = row.default_resolution, row.default_aspect
-        else:
-            row, own = adapter.model, size_of(adapter)
-            opener = functools.partial(_same, adapter)
+        row, size, opener = _find(model, silicon, resolution, aspect, place)
         if quality not in PRESETS:
             raise unknown_name("quality", quality, PRESETS)
-        resolution, aspect = resolution or own[0], aspect or own[1]
-        row.schedule(resolution, aspect)
-        return cls(row, gpu, silicon, quality, resolution, aspect, whole("images", images, 1, MAX_IMAGES), opener)
+        row.schedule(*size)
+        return cls(row, gpu, silicon, quality, *size, whole("images", images, 1, MAX_IMAGES), opener)
 
     @functools.cached_property
     def adapter(self) -> Adapter:
@@ -111,6 +103,28 @@ class Subject:
         )  # fmt: skip
 
 
+def _find(
+    model: str | Adapter, silicon: Gpu, resolution: str | None, aspect: str | None, place: Callable[[Model], Place] | None
+) -> tuple[Model, tuple[str, str], Callable[[], Adapter] | None]:  # fmt: skip
+    """The row, resolution and aspect that are meant, and how the model is opened, if it can be."""
+    if isinstance(model, str) and (is_file(model) or (model not in models.MODELS and entry_point(model))):
+        model = open_own(model, silicon.device if is_here(silicon) else "cpu")
+    if not isinstance(model, str):
+        if place is not None:
+            raise ValueError("--source: it is for models of the table; this one has a function of its own that opens it")
+        own = size_of(model)
+        return model.model, (resolution or own[0], aspect or own[1]), functools.partial(_same, model)
+    row = store.row_of(model, _own_profiles())
+    size = resolution or row.default_resolution, aspect or row.default_aspect
+    if place is None:
+        return row, size, functools.partial(load_adapter, row, silicon.device) if row.adapter is not None else None
+    row.schedule(*size)
+    found = place(row)
+    made = found.row(row, *size)  # random weights have a row of their own, of this one size
+    opener = functools.partial(open_checkout, found, row, size, silicon.device)
+    return made, size if made is row else (made.default_resolution, made.default_aspect), opener
+
+
 def size_of(adapter: Adapter) -> tuple[str, str]:
     """Resolution and aspect, by the names of its row, that an adapter draws."""
     model = adapter.model
@@ -141,3 +155,15 @@ def _own_profiles() -> tuple[Path, ...]:
 
 def _same(adapter: Adapter) -> Adapter:
     return adapter
+
+
+def place_of(
+    source: Path | str | None, weights: Path | str | None, prompts: Path | str | Sequence[str] | None
+) -> Callable[[Model], Place] | None:
+    """How a row's place is found, None without a checkout. Raises ValueError for weights or prompts without one."""
+    if source is None:
+        for name, given in (("--weights", weights), ("--prompts", prompts)):
+            if given is not None:
+                raise ValueError(f"{name}: want --source CHECKOUT with it")
+        return None
+    return lambda row: Place.of(row, source, weights, prompts)
