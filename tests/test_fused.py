@@ -64,7 +64,8 @@ def test_sparse_equals_the_attention_path(name, batch):
         want = checks.draw(driven, batch=batch)
     assert max(errors(want, checks.draw(driven, batch=batch))) > 1e-4  # the policy does something
     with on(driven, attend) as path:
-        checks.draw(driven, batch=batch)
+        for _ in range(3):
+            checks.draw(driven, batch=batch)
         poisoned(path)
         ours = checks.draw(driven, batch=batch)
     assert max(errors(ours, want)) < BOUND["fp32"]

@@ -394,16 +394,30 @@ def test_the_gpus_steps_have_names(monkeypatch):
     assert all(s.work.flops > 0 for s in spans if s.label.step == "gathered")
 
 
-@pytest.mark.gpu
-def test_a_graphs_kernels_have_names(tmp_path):
+def sparse_layer():
     schedule = ScaleSchedule.square((1, 2, 4, 6, 8))
     policy = Policy(("AB",), (Rule(4, "A", Cs4a(3, 0.5, TILE)), Rule(4, "B", Csla((-1, -1, 3, 3, 3), 1, TILE))))
     problems = [AttentionProblem(schedule, s, 2, 2, 64, "bf16") for s in range(5)]
-    subject = runs.one_layer("m", problems, SparseAttention(policy, schedule), 0, "cuda")
+    return runs.one_layer("m", problems, SparseAttention(policy, schedule), 0, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_graphs_kernels_have_names(tmp_path):
+    subject = sparse_layer()
     spans = runs.spans_of(subject)
     assert {s.label.step for s in spans} >= {"gathered", "decide", "dense"} and all(s.ms >= 0 for s in spans)
     (path,) = runs.tell(subject, "torch", tmp_path / "a", graph=True)
     found = chrome.kernels(chrome.read_trace(path))
     assert {"gathered", "decide", "dense"} <= set(found.step)
-    (tree,) = runs.tell(subject, "proton", tmp_path / "b")
+
+
+@pytest.mark.gpu
+def test_protons_scopes_name_the_steps(tmp_path):
+    """In a process of its own: CUPTI serves one profiler a process."""
+    code = f"import pathlib, test_tracing as t; t.runs.tell(t.sparse_layer(), 'proton', pathlib.Path({str(tmp_path / 'b')!r}))"
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels"), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (tree,) = tmp_path.glob("b*")
     assert "step=gathered" in tree.read_text() and "scale=4" in tree.read_text()

@@ -8,13 +8,14 @@ from typing import Any
 from sparvar_tune.measure.timing import paired_speedup, timing
 
 PUBLIC, DENSE = "public, FlashAttention-2", "path, graphs, dense"
-KINDS = ("products", "attention", "our elementwise")
+KINDS = ("products", "attention", "our elementwise", "convolutions")
 
 
 ABOUT = """
 Unmodified public code with random weights at its published sizes, batch with guidance, beside our path on the same model in one
 process, every way in turn. Text features are random; the public decoder is in every figure. Wall: from call to finished device,
-p50 (p20..p80), milliseconds. GPU: the sum of kernels and copies of a picture, by a profiler, in pictures of their own. Ratios of
+p50 (p20..p80), milliseconds. GPU: the sum of kernels and copies of a picture, by a profiler, in pictures of their own. A
+decoder's time is by device events: where it waits for the host, that is in it. Ratios of
 wall times are medians of paired pictures with 95 % intervals; ratios of GPU times are of medians. Random weights say nothing of
 a picture's fidelity: what a policy costs there is certified elsewhere, per weights.
 """
@@ -50,31 +51,53 @@ def _gpu(way: dict[str, Any]) -> float:
     return median(k["gpu_ms"] for k in way["kernels"])
 
 
+def decoding(run: dict[str, Any]) -> dict[str, float]:
+    """Way -> its decoder's device time, ms: the calls in the order in which `ladder.climb` drew."""
+    ways = run["ways"]
+    alive = [name for name, way in ways.items() if "error" not in way]
+    order = [name for name in alive for _ in ways[name]["first_ms"]]
+    for i in range(len(ways[alive[0]]["wall_ms"])):
+        order += alive[i % len(alive) :] + alive[: i % len(alive)]
+    order += [name for name in alive for _ in ways[name]["kernels"]]
+    if len(order) != len(run["decoder_ms"]):
+        raise ValueError(f"{run['model']}: {len(run['decoder_ms'])} decodings for {len(order)} pictures")
+    found: dict[str, list[float]] = {name: [] for name in alive}
+    for name, ms in zip(order, run["decoder_ms"], strict=True):
+        found[name].append(ms)
+    return {name: median(ms) for name, ms in found.items()}
+
+
 def _ladder(run: dict[str, Any]) -> list[str]:
     ways = {name: way for name, way in run["ways"].items() if "error" not in way}
-    public, dense, decoder = ways.get(PUBLIC), ways.get(DENSE), median(run["decoder_ms"])
+    public, dense, decoder = ways.get(PUBLIC), ways.get(DENSE), decoding(run)
+    note = " " + run["note"] if "note" in run else ""
     lines = [
         f"## {title(run)}", "",
         f"{run['date']}, {run['gpu']}, torch {run['torch']}, triton {run['triton']}, host {run['host']}; "
-        f"n = {len(next(iter(ways.values()))['wall_ms'])}. The decoder takes {decoder:.0f} ms of every picture; "
-        "\"bare\" leaves it out.", "",
-        "| way | wall | x public | bare x public | GPU | x public | bare x public | bare x our dense | launches |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"n = {len(next(iter(ways.values()))['wall_ms'])}. \"Bare\" leaves each way's decoder out.{note}", "",
+        "| way | wall | x public | bare x public | GPU | x public | bare x public | bare x our dense | decoder | launches |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, way in run["ways"].items():
         if "error" in way:
-            lines.append(f"| {name} | {way['error'][:120]} | - | - | - | - | - | - | - |")
+            lines.append(f"| {name} | {way['error'][:120]} | - | - | - | - | - | - | - | - |")
             continue
         t, gpu = timing(way["wall_ms"]), _gpu(way)
         cells = [f"{t.p50_ms:.0f} ({t.p20_ms:.0f}..{t.p80_ms:.0f})", "-", "-", f"{gpu:.0f}", "-", "-", "-"]
         if public:
             cells[1] = _ratio(public["wall_ms"], way["wall_ms"])
-            cells[2] = _ratio(*([ms - decoder for ms in w["wall_ms"]] for w in (public, way)))
-            cells[4], cells[5] = f"{_gpu(public) / gpu:.2f}", f"{(_gpu(public) - decoder) / (gpu - decoder):.2f}"
+            cells[2] = _ratio(*([ms - decoder[n] for ms in w["wall_ms"]] for n, w in ((PUBLIC, public), (name, way))))
+            cells[4] = f"{_gpu(public) / gpu:.2f}"
+            cells[5] = _bare(_gpu(public) - decoder[PUBLIC], gpu - decoder[name])
         if dense:
-            cells[6] = f"{(_gpu(dense) - decoder) / (gpu - decoder):.2f}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {way['kernels'][-1]['launches']:,} |")
+            cells[6] = _bare(_gpu(dense) - decoder[DENSE], gpu - decoder[name])
+        lines.append(f"| {name} | {' | '.join(cells)} | {decoder[name]:.0f} | {way['kernels'][-1]['launches']:,} |")
     return lines
+
+
+def _bare(base: float, ms: float) -> str:
+    """A ratio of GPU times without decoders; none where a decoder waited for the host for longer than all kernels take."""
+    return f"{base / ms:.2f}" if min(base, ms) > 0 else "-"
 
 
 def _ratio(public: list[float], way: list[float]) -> str:
@@ -83,18 +106,13 @@ def _ratio(public: list[float], way: list[float]) -> str:
 
 
 def _kinds(run: dict[str, Any]) -> list[str]:
-    decoder = median(run["decoder_ms"])
-    lines = [
-        "",
-        f"| GPU milliseconds of | {' | '.join(KINDS)} | decoder | rest |",
-        "|".join(["", *["---"] * (len(KINDS) + 3), ""]),
-    ]
+    lines = ["", f"| GPU milliseconds of | {' | '.join(KINDS)} | rest |"]
+    lines.append("|".join(["", *["---"] * (len(KINDS) + 2), ""]))
     for name, way in run["ways"].items():
         if "error" not in way:
-            kinds = way["kernels"][-1]["kinds"]
-            own = [kinds.get(kind, 0.0) for kind in KINDS]
-            rest = way["kernels"][-1]["gpu_ms"] - sum(own) - decoder
-            lines.append(f"| {name} | {' | '.join(f'{ms:.0f}' for ms in own)} | {decoder:.0f} | {rest:.0f} |")
+            found = way["kernels"][-1]
+            own = [found["kinds"].get(kind, 0.0) for kind in KINDS]
+            lines.append(f"| {name} | {' | '.join(f'{ms:.0f}' for ms in (*own, found['gpu_ms'] - sum(own)))} |")
     return lines
 
 
@@ -103,10 +121,15 @@ def _memory(run: dict[str, Any]) -> list[str]:
     lines = [
         "", f"Peak memory that PyTorch holds: public "
         f"{peak['public'] / gib:.2f} GiB, ours {peak['ours'] / gib:.2f} GiB "
-        f"({1 - peak['ours'] / peak['public']:.0%} less); weights are {run['weights_bytes'] / gib:.2f} GiB of both and captured "
+        f"({_share(peak)}); weights are {run['weights_bytes'] / gib:.2f} GiB of both and captured "
         f"graphs {run['captured_bytes'] / gib:.2f} GiB in ours.",
     ]  # fmt: skip
     return lines
+
+
+def _share(peak: dict[str, int]) -> str:
+    less = 1 - peak["ours"] / peak["public"]
+    return f"{abs(less):.0%} {'less' if less >= 0 else 'more'}"
 
 
 def _first(runs: list[dict[str, Any]]) -> list[str]:

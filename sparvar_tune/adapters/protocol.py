@@ -155,6 +155,11 @@ class Parts:
     def layers(self) -> int:
         return len(self.attentions)
 
+    @property
+    def on_gpu(self) -> bool:
+        first = next(iter(self.attentions[0].parameters()), None)
+        return first is not None and first.is_cuda
+
 
 class Undoable(Protocol):
     """A change to a live model; `undo` takes it back, in any order with others, and may be called twice."""

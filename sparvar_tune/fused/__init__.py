@@ -98,7 +98,7 @@ def put_on(family: Any, found: Parts, attend: SparseAttention | None, path: str 
 
 def _fused(found: Parts, attend: SparseAttention | None, path: str, graphs: bool) -> tuple[FusedPath | None, str | None]:
     """The fused path put on, or why not."""
-    if path == "attention" or (path == "auto" and not _on_gpu(found)):
+    if path == "attention" or (path == "auto" and not found.on_gpu):
         return None, "path is attention" if path == "attention" else "the model is on no GPU; path='fused' runs it all the same"
     thins = [] if attend is None else [step.kind for step in attend.policy.steps if step.thins]
     if thins:
@@ -107,8 +107,3 @@ def _fused(found: Parts, attend: SparseAttention | None, path: str, graphs: bool
         return attach(found, stack_of(found), attend, graphs), None
     except ValueError as error:
         return None, str(error)
-
-
-def _on_gpu(found: Parts) -> bool:
-    first = next(iter(found.attentions[0].parameters()), None)
-    return first is not None and first.is_cuda

@@ -16,6 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from sparvar_tune.fused.compile_ahead import compile_ahead
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
 from sparvar_tune.fused.stack import Stack
 
+LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -72,7 +74,8 @@ class Workspace:
         lengths = [*filter(None, [self.schedule.prefix]), *(self.schedule.num_queries(s) for s in scales)]
         builds = list(stack.builds(lengths))
         for attend in self.sparse:
-            first = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
+            form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
+            first = [replace(p, softmax_scale=attend.softmax_scale, logit_bound=attend.logit_bound) for p in form]
             p = first[0]
             kind = (p.batch, p.heads, p.head_dim, self.dtype, device)
             with torch.device("cpu"):  # plans are the host's, whatever the caller's default device
@@ -198,6 +201,12 @@ class FusedPath(Undos):
         except ValueError as error:
             self.why_not_decoder = str(error)
 
+    def _is_small(self) -> bool:
+        """Whether the image is so small that its decoder waits for the host: an H100 took 35 ms instead of 11 at 256 pixels."""
+        schedule = self.stack.schedule(self._given)
+        last = schedule.num_queries(len(schedule) - 1) if isinstance(schedule, ScaleSchedule) else LEAST_GRID
+        return self.found.on_gpu and last < LEAST_GRID
+
     # Attention
 
     def new_attention(self, schedule: ScaleSchedule) -> SparseAttention:
@@ -230,11 +239,11 @@ class FusedPath(Undos):
             raise RuntimeError("this model is drawing an image already; draw one at a time, or load it twice")
         try:
             self._given, self._start, self.reason = bound(self.found, args, kwargs), 0, None
-            decoder = decoder_of(self.found.model, self._given)
+            decoder = None if self._is_small() else decoder_of(self.found.model, self._given)
             if decoder is not self._decodes:
                 self._put_on_decoder(decoder)
                 if decoder is None:
-                    self.why_not_decoder = "the model draws with none that is known"
+                    self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
                 self._decodes = decoder
             out = inner(*args, **kwargs)
             if self.work is not None and self._start is not None:
@@ -295,7 +304,7 @@ class FusedPath(Undos):
                 if x.is_cuda:
                     self.work.compile(self.stack, x.device)
             assert self.work is not None
-            if self.work.images < 2:
+            if not (self._by_graph(x) and self.work.images > 1):  # a replay runs no Python of theirs
                 for attend in self.work.sparse:
                     attend.reset()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -310,8 +319,11 @@ class FusedPath(Undos):
         reason = other_schedule(schedule, self.attend.schedule) if self.attend is not None else None
         return reason or self.stack.why_not_image(given)
 
+    def _by_graph(self, x: Tensor) -> bool:
+        return self.use_graphs and x.is_cuda
+
     def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
-        if not (self.use_graphs and x.is_cuda) or work.images == 0:
+        if not self._by_graph(x) or work.images == 0:
             return self.stack.run(x, at)
         key = (at.start, at.length, at.rows)
         graph = work.graphs.get(key)

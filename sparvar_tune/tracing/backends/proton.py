@@ -40,7 +40,10 @@ def session(stem: Path) -> Iterator[Session]:
     import triton.profiler as proton
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    number, made = proton.start(str(stem)), Session(Scopes())
+    try:
+        number, made = proton.start(str(stem)), Session(Scopes())
+    except RuntimeError as error:  # CUPTI serves one profiler a process
+        raise ValueError(f"proton cannot start here: {error}; run it in a process where no other profiler ran") from None
     try:
         yield made
     finally:
