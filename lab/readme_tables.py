@@ -90,9 +90,8 @@ def pictures() -> str:
         memory = run["peak_bytes"]
         rows.append([*row, f"{memory['public'] / 2**30:.0f}", f"{memory['ours'] / 2**30:.0f}"])
     return table(
-        ["a picture on an H100, ms", "public code", "our path, dense", "with CSLA 8x8", "and half of guidance dropped at three scales",
-        
-         "GiB, public", "GiB, ours"], rows,
+        ["a picture on an H100, ms", "public code", "our path, dense", "with CSLA 8x8",
+         "and half of guidance dropped at three scales", "GiB, public", "GiB, ours"], rows,
     )  # fmt: skip
 
 
