@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sparvar_tune.cli import options
 
 COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "capture", "trace", "report", "check", "check-adapter",
-            "doctor")  # fmt: skip
+            "bench", "doctor")  # fmt: skip
 DOCTOR = "say what this machine can do, what is missing and the command that mends it"
 TRACERS, WAYS = ("torch", "nvtx", "proton", "nsys", "ncu"), ("tuned", "dense", "paper")
 
