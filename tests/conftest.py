@@ -17,7 +17,9 @@ torch.set_num_threads(1)  # before the test modules: some make profiles of this 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "slow" not in item.keywords)  # the long ones first: processes beside each other end together
+    # Two processes get half of the list each, and take from one another's end: each begins with long ones, so both end together.
+    slow, fast = ([item for item in items if ("slow" in item.keywords) == long] for long in (True, False))
+    items[:] = slow[::2] + fast[: len(fast) // 2] + slow[1::2] + fast[len(fast) // 2 :]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
