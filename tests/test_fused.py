@@ -131,6 +131,24 @@ def test_an_exception_leaves_nothing_behind():
     assert max(errors(checks.draw(driven), plain)) < 1e-6 and checks.everything(driven) == before
 
 
+@pytest.mark.parametrize("change, reason", [
+    (lambda x: x[:, :-1], "3 tokens after 1 are no scale"),
+    (lambda x: torch.cat((x, x, x[:1])), "5 rows where the image began with 2"),
+])  # fmt: skip
+def test_a_loop_of_another_order_ends_in_one_line(change, reason):
+    driven = block_lookalikes.Infinity()
+    own = driven.model.add_lvl_embeding
+    plain = checks.draw(driven)
+    with on(driven):
+        checks.draw(driven)
+        vars(driven.model)["add_lvl_embeding"] = lambda x, s, *a: change(x) if s == 1 else own(x, s, *a)
+        with pytest.raises(ValueError, match=reason) as caught:
+            checks.draw(driven)
+        assert "\n" not in str(caught.value) and "path='attention'" in str(caught.value)
+        del vars(driven.model)["add_lvl_embeding"]
+    assert checks.same(checks.draw(driven), plain)
+
+
 def test_other_prompts_and_batches_in_turn():
     """Buffers are made again where an image is of another kind, and serve again where it is not."""
     driven = block_lookalikes.Infinity()

@@ -90,6 +90,18 @@ class Workspace:
         keys, values = self.cached[:, :, begin : begin + self.before + self.tail].transpose(2, 3).unbind(0)
         return keys, values
 
+    def why_not_pass(self, start: int, x: Tensor) -> str | None:
+        """Why x [rows, L, C] after `start` tokens is no pass of this kind of image, or None: buffers are laid out for those."""
+        schedule = self.schedule
+        lengths = {begin: schedule.num_queries(s) for s, begin in enumerate(schedule.starts[:-1])}
+        if schedule.prefix:
+            lengths[0] = schedule.prefix
+        if lengths.get(start) != x.shape[1]:
+            return f"{x.shape[1]} tokens after {start} are no scale of the image's schedule"
+        if x.shape[0] not in self.problems:
+            return f"{x.shape[0]} rows where the image began with {self.rows}; want all or half"
+        return None
+
     def last(self, x: Tensor) -> Tensor:
         """The stream of the last grid, as many rows and channels as x has."""
         return self.x[: x.shape[0] * self.tail * x.shape[2]].view(x.shape[0], self.tail, x.shape[2])
@@ -267,6 +279,9 @@ class FusedPath(Undos):
         work = self.work
         assert work is not None
         with torch.no_grad(), torch.autocast(given["x"].device.type, enabled=False):
+            reason = work.why_not_pass(self._start, given["x"])
+            if reason:
+                raise ValueError(f"{reason}; apply with path='attention' for a loop of another order")
             x = work.stream(given["x"])
             x.copy_(given["x"])
             at = OnePass(work, self._start, x)
