@@ -49,3 +49,12 @@ def test_readmes_python_runs(home):
         warnings.simplefilter("ignore")
         exec(compile(code, "README.md", "exec"), names)
     names["applied"].undo()  # type: ignore[attr-defined]
+
+
+def test_whole_pictures_report_is_what_its_raw_numbers_say():
+    import json
+
+    from lab.whole_image.report import render
+
+    raw = ROOT / "reports" / "whole-image-h100.json"
+    assert render(json.loads(raw.read_text("utf-8"))) == raw.with_suffix(".md").read_text("utf-8")
