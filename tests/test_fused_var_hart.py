@@ -110,6 +110,19 @@ def test_an_exception_and_changed_weights_leave_nothing_behind(family):
     assert checks.same(checks.draw(driven), plain) and checks.everything(driven) == before
 
 
+@pytest.mark.parametrize("family", ["var", "hart"])
+def test_weights_that_were_copied_are_seen_to_change(family):
+    """In bf16 the path holds copies of fp32 weights."""
+    driven = FAMILIES[family]("bf16")
+    with on(driven):
+        first = checks.draw(driven)
+        (driven.blocks[1].ffn.fc2 if family == "var" else driven.blocks[1].ffn.down_proj).weight.mul_(2)
+        changed = checks.draw(driven)
+    assert errors(changed, first)[0] > 0.01
+    with on(driven):
+        assert checks.same(checks.draw(driven), changed)
+
+
 def test_a_last_grid_in_rounds_runs_the_models_own_blocks():
     driven = whole.Hart()
     plain = checks.draw(driven, rounds=2)

@@ -88,16 +88,20 @@ class HartStack:
 
     def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
         from sparvar_kernels.path.triton.append import TURNS, append_build
-        from sparvar_kernels.path.triton.gated_silu import gated_silu_build
+        from sparvar_kernels.path.triton.gated_silu import BLOCK, gated_silu_build
         from sparvar_kernels.path.triton.residual_norm import residual_norm_build
 
         block, found = self.blocks[0], self.found
         dtype, width, turn = block.qkv.dtype, block.weight.shape[0], TURNS["rotate_half"]
         cosine = {"normalise": block.cosine, "scaled": block.cosine}
         made: list[Any] = [append_build(dtype, found.head_dim, found.heads, n, turn=turn, **cosine) for n in lengths]
-        weight, update = {"weight": block.weight.dtype}, {"update": dtype}
-        made += [residual_norm_build(self.held, dtype, width, "rms", True, o) for o in (weight, update | weight)]
-        return [*made, residual_norm_build(self.held, self.held, width, "none", True, update), gated_silu_build(dtype)]
+        norm, update = {"weight": block.weight.dtype}, {"update": dtype}
+        made += [residual_norm_build(self.held, dtype, width, "rms", True, o) for o in (norm, update | norm)]
+        # whether what a pass gates is a whole number of the kernel's blocks; a foreign module does not say
+        weight = block.gate.weight
+        evens = (True,) if weight is not None and weight.shape[0] % BLOCK == 0 else (True, False)
+        made += [gated_silu_build(dtype, even) for even in evens]
+        return [*made, residual_norm_build(self.held, self.held, width, "none", True, update)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """The table of all places, by the model's own rotary modules and as they round it."""
