@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -13,6 +15,8 @@ from sparvar_kernels.backends.cpu import layer as layer_cpu
 # The same examples on every run and machine: a failure here is a failure there.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+# One thread, here and in the processes that tests start: two on a machine whose cores are taken wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)  # before the test modules: some make profiles of this machine when they are read
 
 

@@ -17,6 +17,7 @@ SAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_an_example_runs(path, tmp_path):
     assert path.read_text().count("\n") <= 70, "an example is read in one go"
