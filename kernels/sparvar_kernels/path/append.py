@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
 
 Pairs = Literal["interleaved", "halves", "rotate_half"]
 PAIRS = ("interleaved", "halves", "rotate_half")
@@ -70,11 +70,7 @@ def append_qkv(
     arguments = (
         pointer(qkv), pointer(cache_k), pointer(cache_v), pointer(query), scale_at, table_at, *rest, start, eps
     )  # fmt: skip
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            run(grid, *arguments)
-    else:
-        run(grid, *arguments)
+    on_device(device, run, grid, *arguments)
     return query.transpose(1, 2)
 
 

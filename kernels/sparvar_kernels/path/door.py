@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,15 @@ def form(t: Tensor | None) -> Form:
 def by_triton(device: torch.device) -> bool:
     """Where the kernels run: on a GPU, and in Triton's interpreter on a CPU."""
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device(device: torch.device, run: Callable[..., object], *arguments: Any) -> None:
+    """Launches on the GPU of the inputs, whichever is current."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(*arguments)
+    else:
+        run(*arguments)
 
 
 def why_not_plain(name: str, t: Tensor, device: torch.device) -> str | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -32,11 +31,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     from sparvar_kernels.path.triton.gated_silu import gated_silu_launch
 
     run, grid, many = gated_silu_launch(*forms, device)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            run(grid, pointer(gate), pointer(up), many)
-    else:
-        run(grid, pointer(gate), pointer(up), many)
+    on_device(device, run, grid, pointer(gate), pointer(up), many)
     return gate
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
 
 
 def group_norm_silu(
@@ -54,11 +54,7 @@ def group_norm_silu(
     first = pointer(x), pointer(parts), *launch.sizes
     second = pointer(parts), scale, pointer(moments), *launch.sizes, eps
     third = pointer(x), pointer(moments), shift, pointer(out), *launch.sizes
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch.run(first, second, third)
-    else:
-        launch.run(first, second, third)
+    on_device(device, launch.run, first, second, third)
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
 
 Norm = Literal["layer", "rms", "none"]
 MOST_CHANNELS = 1 << 14
@@ -55,11 +55,7 @@ def residual_norm(
     run, grid, rest = residual_norm_launch(*forms, out.dtype, norm, add_one, device)
     given = (x if t is None else t for t in tensors.values())
     arguments = (*map(pointer, given), pointer(out), *rest, eps)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            run(grid, *arguments)
-    else:
-        run(grid, *arguments)
+    on_device(device, run, grid, *arguments)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
 
 MOST_HEAD_DIM = 128
 
@@ -44,11 +44,7 @@ def text_attention(q: Tensor, kv: Tensor, starts: Tensor, softmax_scale: float, 
 
     run, grid, rest = text_attention_launch(*forms, device)
     arguments = (pointer(q), pointer(kv), pointer(starts), pointer(out), *rest, softmax_scale * LOG2E)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            run(grid, *arguments)
-    else:
-        run(grid, *arguments)
+    on_device(device, run, grid, *arguments)
     return out
 
 
