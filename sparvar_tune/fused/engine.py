@@ -157,9 +157,7 @@ class OnePass:
         if plan is None or (not plan.records and all(variant.reads == "everything" for variant, _ in plan.groups)):
             return dense_attention(q, k, v, self.work.problems[self.rows][s or 0])
         assert s is not None
-        if len(self.work.sparse) == 1:
-            return sparse(q, k, v, layer, s)
-        if self.rows < self.work.rows:  # the conditional half has an object of its own, whose decisions are of that half
+        if len(self.work.sparse) == 1 or self.rows < self.work.rows:  # what is left after a drop is the first object's half
             return sparse(q, k, v, layer, s)
         half = self.rows // 2
         halves = zip(self.work.sparse, (slice(None, half), slice(half, None)), strict=True)
