@@ -20,6 +20,7 @@ from sparvar_kernels.path import group_norm_silu
 from sparvar_kernels.path.door import FLOATS
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.fused.compile_ahead import compile_ahead
+from sparvar_tune.fused.decoder_graph import DecoderGraph
 from sparvar_tune.fused.product import why_not_owned
 
 SHORTCUTS = ("nin_shortcut", "conv_shortcut")
@@ -38,11 +39,12 @@ def decoder_of(model: Any, given: Mapping[str, Any]) -> nn.Module | None:
     return decoder if isinstance(decoder, nn.Module) else None
 
 
-def attach_decoder(decoder: nn.Module, channels_last: bool = True) -> FusedDecoder:
+def attach_decoder(decoder: nn.Module, channels_last: bool = True, graphs: bool = True) -> FusedDecoder:
     """Puts the fused path into a live decoder; `undo()` of what it returns takes it out, exactly.
 
     channels_last: weights of 3 x 3 convolutions are laid out so, values untouched, which makes all pictures within the decoder
-    channels_last. `undo()` lays them out as before.
+    channels_last. `undo()` lays them out as before. graphs: on a GPU, pictures of a kind are replayed as one CUDA graph from the
+    second one on, unless they are larger than MOST_PIXELS or somebody's hook is in the decoder.
     Raises ValueError in one line, with nothing changed, for a decoder that it does not know whole.
     """
     reason = why_not_decoder(decoder)
@@ -54,7 +56,7 @@ def attach_decoder(decoder: nn.Module, channels_last: bool = True) -> FusedDecod
         path = None
         try:
             want = decoder(z)
-            path = FusedDecoder(decoder, channels_last)
+            path = FusedDecoder(decoder, channels_last, graphs)
             reason = _why_not_alike(path(z), want)
         except Exception as error:
             reason = f"decoding a small latent: {f'{error}'.partition(chr(10))[0]}"
@@ -99,9 +101,10 @@ def why_not_decoder(decoder: Any) -> str | None:
 class FusedDecoder(Undos):
     """A decoder on the fused path. reason: why the last picture was decoded by the model's own code, None if it was not."""
 
-    def __init__(self, decoder: Any, channels_last: bool) -> None:
+    def __init__(self, decoder: Any, channels_last: bool, graphs: bool) -> None:
         super().__init__()
         self.decoder = decoder
+        self.graph = DecoderGraph(decoder, self) if graphs else None
         self.reason: str | None = None
         self.compiled: set[torch.Size] = set()  # latents whose binaries were made
         if channels_last:
@@ -167,7 +170,7 @@ class FusedDecoder(Undos):
             self.compiled.add(z.shape)
             dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else z.dtype
             compile_ahead(self.builds((z.shape[0], z.shape[1], z.shape[2], z.shape[3]), dtype), z.device)
-        return self(z)
+        return self(z) if self.graph is None or not z.is_cuda else self.graph(z)
 
     def _why_not(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:

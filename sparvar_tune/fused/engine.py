@@ -33,9 +33,10 @@ from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import compile_ahead
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
+from sparvar_tune.fused.graph import captured
 from sparvar_tune.fused.stack import Stack
 
-LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU
+LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU without a graph
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -60,6 +61,7 @@ class Workspace:
         self.pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
         self.side = torch.cuda.Stream(x.device) if x.is_cuda else None  # one for all: the pool keeps memory apart by stream
         self.room: torch.cuda.CUDAGraph | None = None  # never replayed
+        self.why_not_graphs: str | None = None
         self.images = 0  # drawn to the end
         self.sparse = [path.new_attention(schedule) for _ in range(2 if path.splits(schedule) else 1)]
         form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
@@ -207,15 +209,16 @@ class FusedPath(Undos):
             return
         self._decodes, self.why_not_decoder = decoder, None
         try:
-            self.decoder = attach_decoder(decoder)
+            self.decoder = attach_decoder(decoder, graphs=self.use_graphs)
         except ValueError as error:
             self.why_not_decoder = str(error)
 
     def _is_small(self) -> bool:
-        """Whether the image is so small that its decoder waits for the host: an H100 took 35 ms instead of 11 at 256 pixels."""
+        """Whether the image is so small that its decoder waits for the host where it has no graph: an H100 took 35 ms instead of
+        11 at 256 pixels."""
         schedule = self.stack.schedule(self._given)
         last = schedule.num_queries(len(schedule) - 1) if isinstance(schedule, ScaleSchedule) else LEAST_GRID
-        return self.found.on_gpu and last < LEAST_GRID
+        return self.found.on_gpu and not self.use_graphs and last < LEAST_GRID
 
     # Attention
 
@@ -332,34 +335,39 @@ class FusedPath(Undos):
         reason = other_schedule(schedule, self.attend.schedule) if self.attend is not None else None
         return reason or self.stack.why_not_image(given)
 
+    @property
+    def why_not_graphs(self) -> str | None:
+        """Why the stack's launches are not replayed as graphs, or None."""
+        if not self.use_graphs or not self.found.on_gpu:
+            return "graphs are off" if self.found.on_gpu else "the model is on no GPU"
+        return None if self.work is None else self.work.why_not_graphs
+
     def _by_graph(self, x: Tensor) -> bool:
-        return self.use_graphs and x.is_cuda
+        return self.use_graphs and x.is_cuda and self.work is not None and self.work.why_not_graphs is None
 
     def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
         if not self._by_graph(x) or work.images == 0:
             return self.stack.run(x, at)
-        key = (at.start, at.length, at.rows)
-        graph = work.graphs.get(key)
-        if graph is None and work.room is None:  # the largest first, so that the others fit into what it takes
-            work.room = self._capture(work, work.last(x), OnePass(work, work.before, work.last(x), dense=True))
-        if graph is None:
-            graph = work.graphs[key] = self._capture(work, x, at)
-        graph.replay()
-        return None
+        graph = work.graphs.get((at.start, at.length, at.rows)) or self._capture(work, x, at)
+        return self.stack.run(x, at) if graph is None else graph.replay()
 
-    def _capture(self, work: Workspace, x: Tensor, at: OnePass) -> torch.cuda.CUDAGraph:
-        """The stack at one scale as a graph; nothing is computed by it. Its memory comes from the pool that all graphs share."""
-        graph, side = torch.cuda.CUDAGraph(), work.side
-        assert side is not None
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.device(x.device), torch.cuda.stream(side):
-            graph.capture_begin(pool=work.pool, capture_error_mode="thread_local")
-            try:
-                self.stack.run(x, at)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(x.device).wait_stream(side)
+    def _capture(self, work: Workspace, x: Tensor, at: OnePass) -> torch.cuda.CUDAGraph | None:
+        """The stack at one scale as a graph. Its memory comes from the pool that all graphs share."""
+        if work.room is None:  # the largest first, so that the others fit into what it takes
+            work.room = self._captured(work, work.last(x), OnePass(work, work.before, work.last(x), dense=True))
+        graph = None if work.room is None else self._captured(work, x, at)
+        if graph is not None:
+            work.graphs[at.start, at.length, at.rows] = graph
         return graph
+
+    def _captured(self, work: Workspace, x: Tensor, at: OnePass) -> torch.cuda.CUDAGraph | None:
+        graph = captured(lambda: self.stack.run(x, at), x.device, work.pool, work.side)
+        if not isinstance(graph, str):
+            return graph
+        work.why_not_graphs = graph
+        work.graphs.clear()
+        warnings.warn(f"the fused path runs without graphs: {graph}", stacklevel=2)
+        return None
 
 
 def _dtype(x: Tensor) -> torch.dtype:
