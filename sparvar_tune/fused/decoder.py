@@ -57,6 +57,7 @@ def attach_decoder(decoder: nn.Module, channels_last: bool = True, graphs: bool 
         try:
             want = decoder(z)
             path = FusedDecoder(decoder, channels_last, graphs)
+            path.compile(z)
             reason = _why_not_alike(path(z), want)
         except Exception as error:
             reason = f"decoding a small latent: {f'{error}'.partition(chr(10))[0]}"
@@ -161,15 +162,20 @@ class FusedDecoder(Undos):
                 found |= dict.fromkeys(made)
         return list(found)
 
+    def compile(self, z: Tensor) -> None:
+        """Makes ready what latents of z's shape launch."""
+        if not z.is_cuda or z.shape in self.compiled:
+            return
+        self.compiled.add(z.shape)
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else z.dtype
+        compile_ahead(self.builds((z.shape[0], z.shape[1], z.shape[2], z.shape[3]), dtype), z.device)
+
     def _forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         self.reason = self._why_not(args, kwargs)
         if self.reason:
             return inner(*args, **kwargs)
         z: Tensor = args[0]
-        if z.is_cuda and z.shape not in self.compiled:
-            self.compiled.add(z.shape)
-            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else z.dtype
-            compile_ahead(self.builds((z.shape[0], z.shape[1], z.shape[2], z.shape[3]), dtype), z.device)
+        self.compile(z)
         return self(z) if self.graph is None or not z.is_cuda else self.graph(z)
 
     def _why_not(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:

@@ -31,7 +31,7 @@ from sparvar_tune.adapters.guidance import GENERATE, bound
 from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.fused.compile_ahead import compile_ahead
+from sparvar_tune.fused.compile_ahead import compile_ahead, read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
 from sparvar_tune.fused.graph import captured
 from sparvar_tune.fused.stack import Stack
@@ -395,6 +395,8 @@ def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, gr
         reason = reason or "its unconditional half is dropped already; apply first, drop after"
     if reason:
         raise ValueError(f"the blocks cannot run as one: {reason}")
+    if found.on_gpu:
+        read_triton()
     path = FusedPath(found, stack, attend, graphs)
     for i, block in enumerate(found.blocks):
         path.add(replace_method(block, "forward", path.first_block if i == 0 else path.other_block))

@@ -5,6 +5,8 @@ A Linear that carries hooks, parametrisations or another class (LoRA, quantised)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,11 +38,14 @@ class Product:
         bias = own if bias is None and self.plain else bias
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype) if self.plain else None
+        # a module in another dtype ran under autocast, which the fused path has switched off around it
+        self.casts = not self.plain and any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module))
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is not None:
             return F.linear(x, self.weight, self.bias)
-        out: Tensor = self.module(x)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.casts, cache_enabled=False):
+            out: Tensor = self.module(x)
         out = out.to(self.dtype)
         return out if self.bias is None else out + self.bias
 
@@ -50,6 +55,10 @@ class Product:
             return F.gelu(self(x), approximate="tanh")
         rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
         return rows.view(*x.shape[:-1], -1)
+
+
+def _tensors(module: Any) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else iter(())
 
 
 def why_not_owned(module: Any) -> str | None:

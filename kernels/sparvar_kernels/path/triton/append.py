@@ -16,7 +16,7 @@ from sparvar_kernels.path.triton.launch import PathBuild
 NO_TURN, INTERLEAVED, HALVES, ROTATE_HALF = range(4)
 TURNS = {"interleaved": INTERLEAVED, "halves": HALVES, "rotate_half": ROTATE_HALF}
 WARPS = 4
-HEADS_EACH = (4, 3, 2, 1)  # heads that share what a program reads of the table: the first of these that divides them
+HEADS_EACH = (4, 3, 2, 1)  # heads that share what a program reads of a table of whole channels: the first of these that divides
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def append_build(
     constants = {
         "NORMALISE": normalise, "SCALED": scaled, "TURN": turn, "DIM": head_dim,
         "HALF": max(1, triton.next_power_of_2(head_dim) // 2), "BLOCK_L": block_l(head_dim, length),
-        "HEADS": heads_each(heads),
+        "HEADS": heads_each(heads, turn),
     }  # fmt: skip
     return PathBuild.of(append_kernel, types, constants, {"num_warps": WARPS, "num_stages": 1}, aligned)
 
@@ -127,8 +127,9 @@ def block_l(head_dim: int, length: int) -> int:
     return min(max(16 * 128 // triton.next_power_of_2(head_dim), 4), 4 if length <= 64 else 64)
 
 
-def heads_each(heads: int) -> int:
-    return next(n for n in HEADS_EACH if heads % n == 0)
+def heads_each(heads: int, turn: int) -> int:
+    """Half a table or none is read so quickly that more programs gain more: 3 to 8 % on an H100."""
+    return next(n for n in HEADS_EACH if heads % n == 0) if turn == ROTATE_HALF else 1
 
 
 @lru_cache(maxsize=4096)
