@@ -20,13 +20,14 @@ from sparvar_kernels.path import group_norm_silu
 from sparvar_kernels.path.door import FLOATS
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.fused.compile_ahead import compile_ahead
-from sparvar_tune.fused.decoder_graph import DecoderGraph
+from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
 
 SHORTCUTS = ("nin_shortcut", "conv_shortcut")
 # A latent of the check, and how far both ways may lie apart. At VAR's depth roundings alone make 0.058 in bf16, 0.007 in fp16
 # (whose fraction is as long as that of TF32, which fp32 convolutions may use); GELU, ReLU or hard swish for SiLU make 0.7.
 LATENT = (4, 3)
+MOST_PIXELS = 1024 * 1024  # of a call; larger pictures keep the GPU busy, and a graph would hold their memory for good
 APART = {torch.float32: 0.05, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
@@ -105,7 +106,7 @@ class FusedDecoder(Undos):
     def __init__(self, decoder: Any, channels_last: bool, graphs: bool) -> None:
         super().__init__()
         self.decoder = decoder
-        self.graph = DecoderGraph(decoder, self) if graphs else None
+        self.graph = ModuleGraph(decoder, most=3 * MOST_PIXELS) if graphs else None
         self.reason: str | None = None
         self.compiled: set[torch.Size] = set()  # latents whose binaries were made
         if channels_last:
@@ -176,7 +177,7 @@ class FusedDecoder(Undos):
             return inner(*args, **kwargs)
         z: Tensor = args[0]
         self.compile(z)
-        return self(z) if self.graph is None or not z.is_cuda else self.graph(z)
+        return self(z) if self.graph is None or not z.is_cuda else self.graph(self, z)
 
     def _why_not(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:

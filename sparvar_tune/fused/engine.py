@@ -401,5 +401,5 @@ def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, gr
     for i, block in enumerate(found.blocks):
         path.add(replace_method(block, "forward", path.first_block if i == 0 else path.other_block))
     path.add(replace_method(found.model, GENERATE, path.generate))
-    path.add(stack.around(path.is_drawing))
+    path.add(stack.around(path.is_drawing, graphs and found.on_gpu))
     return path

@@ -17,6 +17,7 @@ from sparvar_kernels.path import append_qkv, gated_silu, residual_norm
 from sparvar_tune.adapters.hart import BLOCK
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.fused.denoiser import put_on_denoiser
 from sparvar_tune.fused.product import Product, why_not_owned
 from sparvar_tune.fused.stack import Pass
 from sparvar_tune.fused.var import learned_factor
@@ -133,9 +134,9 @@ class HartStack:
         del qkv
         return block.proj(at.attend(i, q))
 
-    def around(self, drawing: Callable[[], bool]) -> Undos:
-        """What of it waits for the device comes once an image, before the last grid."""
-        return Undos()
+    def around(self, drawing: Callable[[], bool], graphs: bool) -> Undos:
+        """The denoiser that refines the last grid."""
+        return put_on_denoiser(self.found.model, drawing, graphs)
 
 
 def stack(found: Parts) -> HartStack:

@@ -166,7 +166,7 @@ class InfinityStack:
         seen = text_attention(query, self.text[i], self.starts[: rows + 1], block.text_scale, out=query)
         return block.from_text(seen.view(rows, length, width))
 
-    def around(self, drawing: Callable[[], bool]) -> Undos:
+    def around(self, drawing: Callable[[], bool], graphs: bool) -> Undos:
         """The level embedding makes an index on the host, copies it to the device and looks it up; here a row is added, the same
         sums. The head's AdaLN goes through torch.compile, which takes seconds at the first picture."""
         undos, model = Undos(), self.found.model

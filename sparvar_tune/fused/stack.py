@@ -69,7 +69,8 @@ class Stack(Protocol):
     def run(self, x: Tensor, at: Pass) -> None:
         """All blocks over x [rows, L, C], in place. Nothing in it may wait for the device or look at values."""
 
-    def around(self, drawing: Callable[[], bool]) -> Undos:
+    def around(self, drawing: Callable[[], bool], graphs: bool) -> Undos:
         """What else of the model is slow or waits for the device between the stacks, replaced by the same work done otherwise.
 
-        drawing(): whether the image being drawn is on this path; where not, the model's own code runs."""
+        drawing(): whether the image being drawn is on this path; where not, the model's own code runs. graphs: whether launches
+        may be replayed as CUDA graphs."""

@@ -111,7 +111,7 @@ class VarStack:
         del qkv
         return block.proj(at.attend(i, q))
 
-    def around(self, drawing: Callable[[], bool]) -> Undos:
+    def around(self, drawing: Callable[[], bool], graphs: bool) -> Undos:
         """Nothing of it waits for the device."""
         return Undos()
 

@@ -1,0 +1,227 @@
+"""A module as one CUDA graph: when it is captured, what it must not outlive, and on a GPU that it is the eager path."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from types import SimpleNamespace
+
+import adapter_checks as checks
+import block_lookalikes
+import pytest
+import torch
+from test_fused import on
+from test_fused_decoder import made
+from torch import nn
+
+from sparvar_tune.fused import denoiser, module_graph
+from sparvar_tune.fused.decoder import attach_decoder
+from sparvar_tune.fused.denoiser import put_on_denoiser
+from sparvar_tune.fused.module_graph import ModuleGraph
+
+
+def latent(height, width, seed):
+    return torch.randn(2, 4, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+class Replayed:
+    """Stands for a graph on a CPU: what was captured runs again, on the same tensors."""
+
+    def __init__(self, run):
+        self.run, self.replays = run, 0
+        run()
+
+    def replay(self):
+        self.replays += 1
+        self.run()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    found = []
+    monkeypatch.setattr(module_graph, "captured", lambda run, device: found.append(Replayed(run)) or found[-1])
+    return found
+
+
+@torch.no_grad()
+def test_the_first_is_eager_the_second_captured_and_every_picture_has_its_own_memory(graphs):
+    decoder = made()
+    path = ModuleGraph(decoder)
+    latents = [latent(4, 4, seed) for seed in range(4)]
+    out = []
+    for i, z in enumerate(latents):
+        out.append(path(decoder, z))
+        assert (path.why_not is None) == (i > 0) and len(graphs) == (i > 0)
+    assert graphs[0].replays == 3
+    assert all(torch.equal(got, decoder(z)) for got, z in zip(out, latents, strict=True))
+
+
+@torch.no_grad()
+def test_another_kind_is_captured_anew(graphs):
+    """Another shape, autocast, a switch of PyTorch, weights that lie elsewhere; values that change in place are seen."""
+    decoder = made()
+    path, z = ModuleGraph(decoder), latent(4, 4, 0)
+
+    def draws(z=z):
+        before = len(graphs)
+        for _ in range(3):
+            assert torch.equal(path(decoder, z), decoder(z))
+        return len(graphs) - before
+
+    assert draws() == 1 and draws() == 0
+    decoder.conv_in.weight.mul_(1.5)
+    assert draws() == 0
+    decoder.conv_in.weight = nn.Parameter(decoder.conv_in.weight * 0.5)
+    assert draws() == 1
+    assert draws(latent(4, 6, 0)) == 1
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    try:
+        assert draws() == 1
+    finally:
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+
+
+@torch.no_grad()
+def test_what_is_more_than_launches_is_never_captured(graphs):
+    decoder, z, seen = made(), latent(4, 4, 0), []
+    path = ModuleGraph(decoder)
+    for _ in range(2):
+        path(decoder, z)
+    hook = decoder.up[0].block[0].conv1.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(3):
+        path(decoder, z)
+    assert len(seen) == 3 and "up.0.block.0.conv1: another tool's hook" in path.why_not and graphs[0].replays == 1
+    hook.remove()
+    path.most = decoder(z).numel() - 1
+    for _ in range(3):
+        path(decoder, z)
+    assert len(graphs) == 1 and "a graph is for at most" in path.why_not
+    path.most = None
+    with torch.enable_grad():
+        z.requires_grad_()
+        for _ in range(3):
+            assert path(decoder, z).requires_grad
+    assert len(graphs) == 1 and path.why_not == "a gradient is asked for"
+
+
+@torch.no_grad()
+def test_launches_that_cannot_be_captured_stay_eager(monkeypatch):
+    monkeypatch.setattr(module_graph, "captured", lambda run, device: "it waits for the GPU")
+    decoder, z = made(), latent(4, 4, 0)
+    path = ModuleGraph(decoder)
+    assert all(torch.equal(path(decoder, z), decoder(z)) for _ in range(3)) and path.why_not == "it waits for the GPU"
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_replays_are_the_eager_path_bit_for_bit():
+    with torch.device("cuda"):
+        decoder = made().cuda()
+    torch.backends.cudnn.benchmark = False
+    latents = [latent(16, 16, seed).cuda() for seed in range(4)]
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            with attach_decoder(decoder, graphs=False):
+                want = [decoder(z) for z in latents]
+            with attach_decoder(decoder) as path:
+                got = [decoder(z) for z in latents]
+                assert path.graph.why_not is None and path.reason is None
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+class Embedding(nn.Module):
+    """As the denoiser's: frequencies made on the host at each call."""
+
+    frequency_embedding_size = 16
+
+    def __init__(self, longest=10_000):
+        super().__init__()
+        self.longest, self.mlp = longest, nn.Linear(16, 16)
+
+    def timestep_embedding(self, t, dim):
+        half = dim // 2
+        waves = torch.exp(-math.log(self.longest) * torch.arange(0, half, dtype=torch.float32, device="cpu") / half).to(t.device)
+        angles = t[:, None].float() * waves[None]
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+    def forward(self, t):
+        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size))
+
+
+class Denoiser(nn.Module):
+    def __init__(self, longest=10_000):
+        super().__init__()
+        self.input_proj, self.time_embed, self.cond_embed = nn.Linear(4, 16), Embedding(longest), nn.Linear(8, 16)
+        self.res_blocks, self.final_layer = nn.ModuleList([nn.Linear(16, 16)]), nn.Linear(16, 8)
+
+    def forward(self, x, t, c):
+        x, y = self.input_proj(x), self.time_embed(t) + self.cond_embed(c)
+        for block in self.res_blocks:
+            x = x + block(x * (1 + y))
+        return self.final_layer(x)
+
+
+def steps(net, device="cpu"):
+    generator = torch.Generator().manual_seed(5)
+    for t in (900, 500, 7, 0):
+        x, c = torch.randn(6, 4, generator=generator), torch.randn(6, 8, generator=generator)
+        yield net.forward(x.to(device), torch.full((6,), t, device=device), c.to(device))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("longest", [10_000, 5_000])
+def test_the_denoiser_keeps_its_frequencies_and_only_while_drawing(longest, monkeypatch):
+    """Waves of another length than the known are the module's own."""
+    net, drawing, calls = Denoiser(longest), [True], []
+    want = list(steps(net))
+    model = SimpleNamespace(diffloss=SimpleNamespace(net=net))
+    own = Embedding.timestep_embedding
+    monkeypatch.setattr(Embedding, "timestep_embedding", lambda *args: calls.append(1) or own(*args))
+    before = [dict(vars(m)) for m in net.modules()]
+    with put_on_denoiser(model, lambda: drawing[0], True):
+        assert all(torch.equal(a, b) for a, b in zip(steps(net), want, strict=True))
+        assert len(calls) == (1 if longest == 10_000 else 5)
+        drawing[0], calls[:] = False, []
+        assert all(torch.equal(a, b) for a, b in zip(steps(net), want, strict=True)) and len(calls) == 4
+    assert [dict(vars(m)) for m in net.modules()] == before
+    with put_on_denoiser(model, lambda: True, False):
+        assert [dict(vars(m)) for m in net.modules()] == before
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_gpu_steps_of_the_denoiser_are_replayed_bit_for_bit(monkeypatch):
+    net, made = Denoiser().cuda(), []
+    with torch.autocast("cuda", torch.float16):
+        want = list(steps(net, "cuda"))
+        monkeypatch.setattr(denoiser, "ModuleGraph", lambda module: made.append(ModuleGraph(module)) or made[-1])
+        with put_on_denoiser(SimpleNamespace(diffloss=SimpleNamespace(net=net)), lambda: True, True):
+            got = [list(steps(net, "cuda")) for _ in range(2)]
+    assert all(torch.equal(a, b) for drawn in got for a, b in zip(drawn, want, strict=True))
+    assert made[0].why_not is None
+
+
+class Waiting(nn.Linear):
+    """A product whose module waits for the GPU, as a quantised one may."""
+
+    def forward(self, x):
+        return super().forward(x) * (1.0 if float(x.abs().max()) >= 0 else 0.0)
+
+
+@pytest.mark.gpu
+def test_gpu_blocks_that_cannot_be_captured_run_without_graphs():
+    with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
+        driven = block_lookalikes.Infinity()
+        driven.model.rng = torch.Generator("cuda")
+        old = driven.blocks[1].sa.proj
+        driven.blocks[1].sa.proj = Waiting(old.in_features, old.out_features)
+        with on(driven, graphs=False):
+            want = [checks.draw(driven) for _ in range(3)]
+        with on(driven) as path, pytest.warns(UserWarning, match="runs without graphs: its launches cannot be captured"):
+            got = [checks.draw(driven)]
+            assert path.fused.why_not_graphs is None
+            got += [checks.draw(driven), checks.draw(driven)]
+            assert "cannot be captured" in path.fused.why_not_graphs and path.why_not_fused is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(checks.same(a, b) for a, b in zip(got, want, strict=True))
