@@ -28,9 +28,7 @@ def put_on_denoiser(model: Any, drawing: Callable[[], bool], graphs: bool) -> Un
     if not graphs or not isinstance(net, nn.Module) or not all(hasattr(net, name) for name in PARTS) or why_not_owned(net):
         return undos
     embed: Any = net.time_embed
-    if not all(hasattr(embed, name) for name in EMBEDDING) or why_not_owned(
-        embed
-    ):
+    if not all(hasattr(embed, name) for name in EMBEDDING) or why_not_owned(embed):
         return undos
     waves, graph = Waves(embed), ModuleGraph(net)
 

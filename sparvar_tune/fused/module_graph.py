@@ -16,8 +16,8 @@ class ModuleGraph:
     """Calls of one kind of tensors: the first runs eagerly, the second is captured, later ones are replayed.
 
     One kind is kept at a time. A kind is what a graph cannot change any more: shapes, dtypes, device, autocast, PyTorch's
-    switches for convolutions and products, and where the weights lie. module: all that runs, whose weights and hooks are looked at at each
-    call. most: numbers of an output beyond which there is no graph, as it holds their memory for good.
+    switches for convolutions and products, and where the weights lie. module: all that runs, whose weights and hooks are
+    looked at at each call. most: numbers of an output beyond which there is no graph, as it holds their memory for good.
     why_not: why the last call ran eagerly, None where it did not.
     """
 
