@@ -39,8 +39,18 @@ class Replayed:
 @pytest.fixture
 def graphs(monkeypatch):
     found = []
-    monkeypatch.setattr(module_graph, "captured", lambda run, device: found.append(Replayed(run)) or found[-1])
+    monkeypatch.setattr(module_graph, "captured", lambda run, device, pool: found.append(Replayed(run)) or found[-1])
     return found
+
+
+@pytest.fixture(autouse=True)
+def held(monkeypatch, request):
+    """What graphs hold, the last of these many bytes; on a GPU it is asked for."""
+    bytes_ = [0]
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(module_graph, "held_bytes", lambda pool: bytes_[-1])
+    return bytes_
 
 
 @torch.no_grad()
@@ -82,7 +92,7 @@ def test_another_kind_is_captured_anew(graphs):
 
 
 @torch.no_grad()
-def test_what_is_more_than_launches_is_never_captured(graphs):
+def test_what_is_more_than_launches_is_never_captured(graphs, held):
     decoder, z, seen = made(), latent(4, 4, 0), []
     path = ModuleGraph(decoder)
     for _ in range(2):
@@ -92,21 +102,21 @@ def test_what_is_more_than_launches_is_never_captured(graphs):
         path(decoder, z)
     assert len(seen) == 3 and "up.0.block.0.conv1: another tool's hook" in path.why_not and graphs[0].replays == 1
     hook.remove()
-    path.most = decoder(z).numel() - 1
+    held.append(module_graph.MOST_BYTES + 1)
     for _ in range(3):
-        path(decoder, z)
-    assert len(graphs) == 1 and "a graph is for at most" in path.why_not
-    path.most = None
+        assert torch.equal(path(decoder, z), decoder(z))
+    assert len(graphs) == 2 and "GiB, want at most" in path.why_not
+    held.append(0)
     with torch.enable_grad():
         z.requires_grad_()
         for _ in range(3):
             assert path(decoder, z).requires_grad
-    assert len(graphs) == 1 and path.why_not == "a gradient is asked for"
+    assert len(graphs) == 2 and path.why_not == "a gradient is asked for"
 
 
 @torch.no_grad()
 def test_launches_that_cannot_be_captured_stay_eager(monkeypatch):
-    monkeypatch.setattr(module_graph, "captured", lambda run, device: "it waits for the GPU")
+    monkeypatch.setattr(module_graph, "captured", lambda run, device, pool: "it waits for the GPU")
     decoder, z = made(), latent(4, 4, 0)
     path = ModuleGraph(decoder)
     assert all(torch.equal(path(decoder, z), decoder(z)) for _ in range(3)) and path.why_not == "it waits for the GPU"

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lab.whole_image.decoding import Decoding
+
 KINDS = (  # the first whose mark a kernel's name has; what has none is the decoder's or the rest
     ("attention", ("flash", "fmha", "sdpa", "gathered", "fetched", "mass_kernel", "select_kernel", "shortlist", "text_att")),
     ("convolutions", ("conv", "winograd", "implicit", "fprop")),
@@ -28,11 +30,15 @@ KINDS = (  # the first whose mark a kernel's name has; what has none is the deco
 
 @dataclass
 class Way:
-    """on, off: put the way on and take it off; a picture in between is this way's."""
+    """on, off: put the way on and take it off; a picture in between is this way's.
+
+    warm: pictures after which it is as it stays.
+    """
 
     name: str
     on: Callable[[], None]
     off: Callable[[], None]
+    warm: int = 0
 
 
 @contextlib.contextmanager
@@ -42,6 +48,14 @@ def using(way: Way) -> Iterator[None]:
         yield
     finally:
         way.off()
+
+
+@contextlib.contextmanager
+def warmed(way: Way, draw: Callable[[], object]) -> Iterator[None]:
+    with using(way):
+        for _ in range(way.warm):
+            draw()
+        yield
 
 
 def flash() -> contextlib.AbstractContextManager[None]:
@@ -95,7 +109,12 @@ def kernels(draw: Callable[[], object]) -> dict[str, Any]:
 
 
 def climb(
-    draw: Callable[[], object], ways: Mapping[str, Way], rounds: int, profiled: int, say: Callable[[str], None]
+    draw: Callable[[], object],
+    ways: Mapping[str, Way],
+    rounds: int,
+    profiled: int,
+    decoding: Decoding,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Every way's wall times in rotating order, then its kernels. Ways are warm: each drew three pictures before."""
     found: dict[str, Any] = {}
@@ -108,16 +127,18 @@ def climb(
             found[name] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
             say(f"{name}: {found[name]['error']}")
             continue
-        found[name] = {"first_ms": first, "wall_ms": [], "kernels": []}
+        found[name] = {"first_ms": first, "wall_ms": [], "decoder_ms": [], "kernels": []}
         say(f"{name}: first pictures {', '.join(f'{ms:.0f}' for ms in first)} ms ({time.perf_counter() - begun:.0f} s)")
     alive = [name for name in ways if "error" not in found[name]]
     for i in range(rounds):
         for name in alive[i % len(alive) :] + alive[: i % len(alive)]:
-            with using(ways[name]):
+            with warmed(ways[name], draw):
+                decoding.ms()
                 found[name]["wall_ms"].append(wall_ms(draw))
+                found[name]["decoder_ms"].append(sum(decoding.ms()))
         say(f"round {i + 1}/{rounds}")
     for name in alive:
-        with using(ways[name]):
+        with warmed(ways[name], draw):
             for _ in range(profiled):
                 found[name]["kernels"].append(kernels(draw))
         k = found[name]["kernels"][-1] if found[name]["kernels"] else {}

@@ -52,19 +52,8 @@ def _gpu(way: dict[str, Any]) -> float:
 
 
 def decoding(run: dict[str, Any]) -> dict[str, float]:
-    """Way -> its decoder's device time, ms: the calls in the order in which `ladder.climb` drew."""
-    ways = run["ways"]
-    alive = [name for name, way in ways.items() if "error" not in way]
-    order = [name for name in alive for _ in ways[name]["first_ms"]]
-    for i in range(len(ways[alive[0]]["wall_ms"])):
-        order += alive[i % len(alive) :] + alive[: i % len(alive)]
-    order += [name for name in alive for _ in ways[name]["kernels"]]
-    if len(order) != len(run["decoder_ms"]):
-        raise ValueError(f"{run['model']}: {len(run['decoder_ms'])} decodings for {len(order)} pictures")
-    found: dict[str, list[float]] = {name: [] for name in alive}
-    for name, ms in zip(order, run["decoder_ms"], strict=True):
-        found[name].append(ms)
-    return {name: median(ms) for name, ms in found.items()}
+    """Way -> its decoder's device time, ms."""
+    return {name: median(way["decoder_ms"]) for name, way in run["ways"].items() if "error" not in way}
 
 
 def _ladder(run: dict[str, Any]) -> list[str]:

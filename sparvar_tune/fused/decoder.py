@@ -27,7 +27,6 @@ SHORTCUTS = ("nin_shortcut", "conv_shortcut")
 # A latent of the check, and how far both ways may lie apart. At VAR's depth roundings alone make 0.058 in bf16, 0.007 in fp16
 # (whose fraction is as long as that of TF32, which fp32 convolutions may use); GELU, ReLU or hard swish for SiLU make 0.7.
 LATENT = (4, 3)
-MOST_PIXELS = 1024 * 1024  # of a call; larger pictures keep the GPU busy, and a graph would hold their memory for good
 APART = {torch.float32: 0.05, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
@@ -45,7 +44,7 @@ def attach_decoder(decoder: nn.Module, channels_last: bool = True, graphs: bool 
 
     channels_last: weights of 3 x 3 convolutions are laid out so, values untouched, which makes all pictures within the decoder
     channels_last. `undo()` lays them out as before. graphs: on a GPU, pictures of a kind are replayed as one CUDA graph from the
-    second one on, unless they are larger than MOST_PIXELS or somebody's hook is in the decoder.
+    second one on, unless that would hold much memory or somebody's hook is in the decoder.
     Raises ValueError in one line, with nothing changed, for a decoder that it does not know whole.
     """
     reason = why_not_decoder(decoder)
@@ -106,7 +105,7 @@ class FusedDecoder(Undos):
     def __init__(self, decoder: Any, channels_last: bool, graphs: bool) -> None:
         super().__init__()
         self.decoder = decoder
-        self.graph = ModuleGraph(decoder, most=3 * MOST_PIXELS) if graphs else None
+        self.graph = ModuleGraph(decoder) if graphs else None
         self.reason: str | None = None
         self.compiled: set[torch.Size] = set()  # latents whose binaries were made
         if channels_last:

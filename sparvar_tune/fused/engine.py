@@ -33,7 +33,7 @@ from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import compile_ahead, read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
-from sparvar_tune.fused.graph import captured
+from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.stack import Stack
 
 LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU without a graph
@@ -115,10 +115,7 @@ class Workspace:
     @property
     def captured_bytes(self) -> int:
         """Memory that graphs hold beside the buffers."""
-        if self.pool is None:
-            return 0
-        found = (s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) == tuple(self.pool))
-        return sum(int(s["total_size"]) for s in found)
+        return 0 if self.pool is None else held_bytes(self.pool)
 
 
 # model -> buffers in use, by what they are: all paths of one model draw one image at a time, so they can have the same

@@ -16,24 +16,42 @@ def captured(
     pool: memory that graphs share which are replayed one after another; side: the stream to capture on, one for all graphs of a
     pool, as it keeps memory apart by stream. `run` must have run before, so that all it launches is compiled.
     """
-    graph, side = torch.cuda.CUDAGraph(), side or torch.cuda.Stream(device)
+    pool, side = pool or torch.cuda.graph_pool_handle(), side or torch.cuda.Stream(device)
+    try:
+        return _captured(run, device, pool, side)
+    except torch.OutOfMemoryError:  # what PyTorch keeps for later cannot be given back while capturing
+        torch.cuda.empty_cache()
+    try:
+        return _captured(run, device, pool, side)
+    except torch.OutOfMemoryError as error:
+        return f"its launches cannot be captured: {_line(error)}"
+
+
+def held_bytes(pool: Any) -> int:
+    """Memory of the device that the graphs of a pool hold."""
+    found = (s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) == tuple(pool))
+    return sum(int(s["total_size"]) for s in found)
+
+
+def _captured(run: Callable[[], object], device: torch.device, pool: Any, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph | str:
+    graph, reason = torch.cuda.CUDAGraph(), None
     side.wait_stream(torch.cuda.current_stream(device))
-    reason: str | None = None
     with torch.cuda.device(device), torch.cuda.stream(side):
-        graph.capture_begin(pool=pool or torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             run()
         except torch.OutOfMemoryError:
             _ended(graph)
             raise
         except RuntimeError as error:  # what waits for the GPU or allocates outside PyTorch is refused while capturing
-            reason = f"{error}".partition("\n")[0] or type(error).__name__
+            reason = _line(error)
         except BaseException:
             _ended(graph)
             raise
         broken = _ended(graph)
     torch.cuda.current_stream(device).wait_stream(side)
-    return graph if reason is None and broken is None else f"its launches cannot be captured: {reason or broken}"
+    reason = reason or broken
+    return graph if reason is None else f"its launches cannot be captured: {reason}"
 
 
 def _ended(graph: torch.cuda.CUDAGraph) -> str | None:
@@ -41,5 +59,9 @@ def _ended(graph: torch.cuda.CUDAGraph) -> str | None:
     try:
         graph.capture_end()
     except RuntimeError as error:
-        return f"{error}".partition("\n")[0]
+        return _line(error)
     return None
+
+
+def _line(error: Exception) -> str:
+    return f"{error}".partition("\n")[0] or type(error).__name__

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparvar_tune.fused.graph import captured
+from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.product import why_not_owned
+
+MOST_BYTES = 3 << 29  # what is larger keeps the GPU busy without a graph
 
 
 class ModuleGraph:
@@ -17,12 +19,12 @@ class ModuleGraph:
 
     One kind is kept at a time. A kind is what a graph cannot change any more: shapes, dtypes, device, autocast, PyTorch's
     switches for convolutions and products, and where the weights lie. module: all that runs, whose weights and hooks are
-    looked at at each call. most: numbers of an output beyond which there is no graph, as it holds their memory for good.
+    looked at at each call. A graph that would hold more than MOST_BYTES is let go of, and calls of its kind stay eager.
     why_not: why the last call ran eagerly, None where it did not.
     """
 
-    def __init__(self, module: nn.Module, most: int | None = None) -> None:
-        self.module, self.most = module, most
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.why_not: str | None = "it was not called yet"
         self._kind: Hashable = None
         self._graph: torch.cuda.CUDAGraph | str | None = None
@@ -34,12 +36,9 @@ class ModuleGraph:
         self.why_not, kind = self._why_not(given), self._kind_of(given)
         if self.why_not or kind != self._kind:
             self.forget()
-            out = run(*given)
-            if self.why_not is None and self.most is not None and out.numel() > self.most:
-                self.why_not = f"it makes {out.numel()} numbers, a graph is for at most {self.most}"
-            elif self.why_not is None:
+            if self.why_not is None:
                 self.why_not, self._kind = "it is the first of its kind", kind
-            return out
+            return run(*given)
         if self._graph is None:
             self._graph = self._captured(run, given)
         if isinstance(self._graph, str):
@@ -66,7 +65,12 @@ class ModuleGraph:
                 def launch() -> None:
                     self._out = run(*self._given)
 
-                return captured(launch, given[0].device)
+                graph = captured(launch, given[0].device, pool := torch.cuda.graph_pool_handle())
+        held = 0 if isinstance(graph, str) else held_bytes(pool)
+        if held > MOST_BYTES:
+            self._given, self._out = (), torch.empty(0)
+            return f"its graph would hold {held / 2**30:.1f} GiB, want at most {MOST_BYTES / 2**30:.1f}"
+        return graph
 
     def _kind_of(self, given: tuple[Tensor, ...]) -> Hashable:
         cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
