@@ -115,7 +115,7 @@ def climb(
     profiled: int,
     decoding: Decoding,
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Every way's wall times in rotating order, then its kernels. Ways are warm: each drew three pictures before."""
     found: dict[str, Any] = {}
     for name, way in ways.items():
