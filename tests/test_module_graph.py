@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from types import SimpleNamespace
 
 import adapter_checks as checks
 import block_lookalikes
@@ -14,9 +12,8 @@ from test_fused import on
 from test_fused_decoder import made
 from torch import nn
 
-from sparvar_tune.fused import denoiser, module_graph
+from sparvar_tune.fused import module_graph
 from sparvar_tune.fused.decoder import attach_decoder
-from sparvar_tune.fused.denoiser import put_on_denoiser
 from sparvar_tune.fused.module_graph import ModuleGraph
 
 
@@ -137,78 +134,6 @@ def test_gpu_replays_are_the_eager_path_bit_for_bit():
                 got = [decoder(z) for z in latents]
                 assert path.graph.why_not is None and path.reason is None
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-class Embedding(nn.Module):
-    """As the denoiser's: frequencies made on the host at each call."""
-
-    frequency_embedding_size = 16
-
-    def __init__(self, longest=10_000):
-        super().__init__()
-        self.longest, self.mlp = longest, nn.Linear(16, 16)
-
-    def timestep_embedding(self, t, dim):
-        half = dim // 2
-        waves = torch.exp(-math.log(self.longest) * torch.arange(0, half, dtype=torch.float32, device="cpu") / half).to(t.device)
-        angles = t[:, None].float() * waves[None]
-        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-
-    def forward(self, t):
-        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size))
-
-
-class Denoiser(nn.Module):
-    def __init__(self, longest=10_000):
-        super().__init__()
-        self.input_proj, self.time_embed, self.cond_embed = nn.Linear(4, 16), Embedding(longest), nn.Linear(8, 16)
-        self.res_blocks, self.final_layer = nn.ModuleList([nn.Linear(16, 16)]), nn.Linear(16, 8)
-
-    def forward(self, x, t, c):
-        x, y = self.input_proj(x), self.time_embed(t) + self.cond_embed(c)
-        for block in self.res_blocks:
-            x = x + block(x * (1 + y))
-        return self.final_layer(x)
-
-
-def steps(net, device="cpu"):
-    generator = torch.Generator().manual_seed(5)
-    for t in (900, 500, 7, 0):
-        x, c = torch.randn(6, 4, generator=generator), torch.randn(6, 8, generator=generator)
-        yield net.forward(x.to(device), torch.full((6,), t, device=device), c.to(device))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("longest", [10_000, 5_000])
-def test_the_denoiser_keeps_its_frequencies_and_only_while_drawing(longest, monkeypatch):
-    """Waves of another length than the known are the module's own."""
-    net, drawing, calls = Denoiser(longest), [True], []
-    want = list(steps(net))
-    model = SimpleNamespace(diffloss=SimpleNamespace(net=net))
-    own = Embedding.timestep_embedding
-    monkeypatch.setattr(Embedding, "timestep_embedding", lambda *args: calls.append(1) or own(*args))
-    before = [dict(vars(m)) for m in net.modules()]
-    with put_on_denoiser(model, lambda: drawing[0], True):
-        assert all(torch.equal(a, b) for a, b in zip(steps(net), want, strict=True))
-        assert len(calls) == (1 if longest == 10_000 else 5)
-        drawing[0], calls[:] = False, []
-        assert all(torch.equal(a, b) for a, b in zip(steps(net), want, strict=True)) and len(calls) == 4
-    assert [dict(vars(m)) for m in net.modules()] == before
-    with put_on_denoiser(model, lambda: True, False):
-        assert [dict(vars(m)) for m in net.modules()] == before
-
-
-@pytest.mark.gpu
-@torch.inference_mode()
-def test_gpu_steps_of_the_denoiser_are_replayed_bit_for_bit(monkeypatch):
-    net, made = Denoiser().cuda(), []
-    with torch.autocast("cuda", torch.float16):
-        want = list(steps(net, "cuda"))
-        monkeypatch.setattr(denoiser, "ModuleGraph", lambda module: made.append(ModuleGraph(module)) or made[-1])
-        with put_on_denoiser(SimpleNamespace(diffloss=SimpleNamespace(net=net)), lambda: True, True):
-            got = [list(steps(net, "cuda")) for _ in range(2)]
-    assert all(torch.equal(a, b) for drawn in got for a, b in zip(drawn, want, strict=True))
-    assert made[0].why_not is None
 
 
 class Waiting(nn.Linear):

@@ -15,10 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import adapter_checks as checks
 import lookalikes
+import torch
 
 from public_models import tiny_hart, tiny_infinity, tiny_var
+from public_models.stand_ins import autocast
 from sparvar_tune import adapters, fused
 from sparvar_tune.adapters.cross_attention import varlen_cross_attention
+from sparvar_tune.fused.denoiser import put_on_denoiser
 
 
 def say(driven, found: dict[str, bool], **given) -> None:
@@ -106,6 +109,28 @@ def cross_attention(driven, batch: int) -> dict[str, bool]:
             and max(errors) < 2**-7}  # fmt: skip
 
 
+def denoiser(driven) -> dict[str, bool]:
+    """The denoiser of the last grid: the same random numbers, the same sample, and the global generator left alike."""
+    loss, sampled, c = driven.model.diffloss, [], torch.randn(12, 128, generator=torch.Generator().manual_seed(3))
+
+    def sample() -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(1)
+        with torch.inference_mode(), autocast(driven.dtype):
+            return loss.sample(z=c, temperature=0.9, cfg=2.5), torch.get_rng_state()
+
+    plain = sample()
+    own = type(loss.gen_diffusion).p_sample
+    type(loss.gen_diffusion).p_sample = lambda *args, **kwargs: sampled.append(1) or own(*args, **kwargs)
+    try:
+        with put_on_denoiser(driven.model, lambda: True, graphs=False):
+            ours = sample()
+        steps, undone = len(sampled), sample()
+    finally:
+        type(loss.gen_diffusion).p_sample = own
+    same = [all(torch.equal(a, b) for a, b in zip(plain, other, strict=True)) for other in (ours, undone)]
+    return {"denoiser = untouched": same[0] and steps == 0, "denoiser, undone = untouched": same[1] and len(sampled) > 0}
+
+
 def run_infinity(checkout: str) -> None:
     tiny = tiny_infinity.Tiny(checkout)
     common(tiny)
@@ -145,6 +170,7 @@ def run_hart(checkout: str) -> None:
             say(tiny, checks.half_and_skip(tiny, batch), options=options, batch=batch)
             say(tiny, fused_path(tiny, batch=batch), options=options, batch=batch)
         say(tiny, checks.policy_steps(tiny, 2), options=options, batch=2)
+        say(tiny, denoiser(tiny), options=options)
         if not flash:
             say(tiny, checks.exception_mid_image(tiny))
             say(tiny, checks.undo_in_any_order(tiny))
