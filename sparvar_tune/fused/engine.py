@@ -59,7 +59,6 @@ class Workspace:
         self.layers = found.layers
         self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
-        self.side = torch.cuda.Stream(x.device) if x.is_cuda else None  # one for all: the pool keeps memory apart by stream
         self.room: torch.cuda.CUDAGraph | None = None  # never replayed
         self.why_not_graphs: str | None = None
         self.images = 0  # drawn to the end
@@ -358,7 +357,7 @@ class FusedPath(Undos):
         return graph
 
     def _captured(self, work: Workspace, x: Tensor, at: OnePass) -> torch.cuda.CUDAGraph | None:
-        graph = captured(lambda: self.stack.run(x, at), x.device, work.pool, work.side)
+        graph = captured(lambda: self.stack.run(x, at), x.device, work.pool)
         if not isinstance(graph, str):
             return graph
         work.why_not_graphs = graph

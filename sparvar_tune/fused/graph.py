@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
+_SIDES: dict[torch.device, torch.cuda.Stream] = {}  # one for all graphs: PyTorch keeps a workspace of products for each stream
 
-def captured(
-    run: Callable[[], object], device: torch.device, pool: Any = None, side: torch.cuda.Stream | None = None
-) -> torch.cuda.CUDAGraph | str:
+
+def captured(run: Callable[[], object], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph | str:
     """A graph of what `run` launches, or in one line why there is none; nothing is computed by it.
 
-    pool: memory that graphs share which are replayed one after another; side: the stream to capture on, one for all graphs of a
-    pool, as it keeps memory apart by stream. `run` must have run before, so that all it launches is compiled.
+    pool: of `torch.cuda.graph_pool_handle`: memory that graphs share which are replayed one after another. `run` must have run
+    before, so that all it launches is compiled.
     """
-    pool, side = pool or torch.cuda.graph_pool_handle(), side or torch.cuda.Stream(device)
+    first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     try:
-        return _captured(run, device, pool, side)
+        return _captured(first, run, device, pool)
     except torch.OutOfMemoryError:  # what PyTorch keeps for later cannot be given back while capturing
         torch.cuda.empty_cache()
     try:
-        return _captured(run, device, pool, side)
+        return _captured(second, run, device, pool)  # the first still holds the pool, which is gone for good without any holder
     except torch.OutOfMemoryError as error:
         return f"its launches cannot be captured: {_line(error)}"
 
@@ -33,8 +33,10 @@ def held_bytes(pool: Any) -> int:
     return sum(int(s["total_size"]) for s in found)
 
 
-def _captured(run: Callable[[], object], device: torch.device, pool: Any, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph | str:
-    graph, reason = torch.cuda.CUDAGraph(), None
+def _captured(
+    graph: torch.cuda.CUDAGraph, run: Callable[[], object], device: torch.device, pool: Any
+) -> torch.cuda.CUDAGraph | str:
+    side, reason = _SIDES.setdefault(device, torch.cuda.Stream(device)), None
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(side):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
