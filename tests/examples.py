@@ -44,6 +44,20 @@ def example() -> schema.Profile:
     )  # fmt: skip
 
 
+HUGE = 10**400  # an integer that no float holds
+
+
+def paths_of(value, path=()):
+    """The way to every value in what JSON holds: keys and positions."""
+    yield path
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from paths_of(v, (*path, k))
+    elif isinstance(value, list):
+        for i, v in enumerate(value):
+            yield from paths_of(v, (*path, i))
+
+
 def changed(part, **changes):
     return dataclasses.replace(example(), **{part: dataclasses.replace(getattr(example(), part), **changes)})
 

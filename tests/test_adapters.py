@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import threading
 import types
@@ -15,7 +14,7 @@ import lookalikes
 import pytest
 import tiny
 import torch
-from examples import example
+from made_profiles import tuned_for
 
 import sparvar_tune
 from sparvar_kernels import Csla, Policy, Rule, SparseAttention, Tile
@@ -25,9 +24,7 @@ from sparvar_tune.adapters import registry
 from sparvar_tune.adapters.attention_names import attention_names
 from sparvar_tune.adapters.cross_attention import flash_attn_stand_in, varlen_cross_attention
 from sparvar_tune.adapters.instance_forward import replace_method
-from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.generation import DropUnconditional, SkipScales
-from sparvar_tune.runtime.tuned import Tuned
 
 KINDS = {
     "infinity": lookalikes.Infinity,
@@ -407,18 +404,6 @@ def test_scales_that_cannot_be_skipped(from_scale):
 
 
 # Through a profile
-
-
-def tuned_for(driven, model: str, policy: Policy, **workload) -> Tuned:
-    _, parts = adapters.recognise(driven.model)
-    schedule = parts.schedule or ScaleSchedule(tuple(driven.grids()))
-    base = example()
-    w = dataclasses.replace(
-        base.workload, model=model, grids=schedule.grids, prefix=schedule.prefix, layers=4, heads=2, head_dim=16,
-        softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound and 100.0,
-        **{"weights_sha256": adapters.weights_sha256(driven.model), **workload},
-    )  # fmt: skip
-    return Tuned(find_gpu("cpu"), dataclasses.replace(base, policy=policy, rows=(), workload=w), None, ())
 
 
 @pytest.mark.parametrize("kind, model", [("infinity", "infinity-2b"), ("hart", "hart"), ("var", "var-d16")])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_runtime import profile
+from made_profiles import profile
 
 import sparvar_tune
 from sparvar_kernels import AttentionProblem, Csla, Policy, Rule, Tile, why_not

@@ -10,7 +10,7 @@ import pytest
 import replayed
 import tiny
 import torch
-from test_runtime import profile
+from made_profiles import profile
 
 from sparvar_tune import runtime
 from sparvar_tune.catalog.gpus import GPUS

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from command_line import refused, run
 from PIL import Image
 
 from sparvar_tune import runtime
-from sparvar_tune.cli import parser
 from sparvar_tune.policy_search import storage
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import misses, overlay, schema, store
@@ -34,23 +34,6 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
     tiny.install(monkeypatch.setattr)
     torch.set_num_threads(1)  # on a busy machine two wait for one another longer than the tiny model takes
     return home
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    try:
-        code = parser.main(list(words))
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line a refusal prints; fails unless the exit code is 2 and nothing looks like a traceback."""
-    code, _, err = run(capsys, *words)
-    assert code == 2, (code, err)
-    assert err.startswith("sparvar-tune: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    return err
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_triton import LAST_CASES, ODD, VARIANTS, check, edges_layouts_and_bits, needs_triton
+from gathered_checks import LAST_CASES, ODD, VARIANTS, check, edges_layouts_and_bits, needs_triton
 from tolerances import TOLERANCES
 
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Reuse, Rule, ScaleSchedule, Tile, why_not

@@ -8,21 +8,11 @@ import adapter_checks as checks
 import block_lookalikes
 import pytest
 import torch
+from fused_checks import BOUND, Adds, errors, on
 from torch import nn
 
 from sparvar_tune import adapters, fused
 from sparvar_tune.fused.product import Product
-
-BOUND = {"fp32": 2e-5, "bf16": 0.03}
-
-
-def errors(got: checks.Drawn, want: checks.Drawn) -> list[float]:
-    return [float((a - b).norm() / b.norm()) for a, b in zip(got.logits, want.logits, strict=True)]
-
-
-def on(driven, attend=None, **options):
-    family, parts = adapters.recognise(driven.model)
-    return fused.put_on(family, parts, attend, "fused", **options)
 
 
 def poisoned(path: fused.OnPath) -> None:
@@ -157,18 +147,6 @@ def test_other_prompts_and_batches_in_turn():
     with on(driven):
         ours = [checks.draw(driven, **given) for given in kinds]
     assert max(max(errors(a, b)) for a, b in zip(ours, plain, strict=True)) < BOUND["fp32"]
-
-
-class Adds(nn.Module):
-    """As LoRA: a Linear and something more."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base, self.more = base, nn.Linear(base.in_features, base.out_features, bias=False)
-        self.weight, self.bias = base.weight, base.bias
-
-    def forward(self, x):
-        return self.base(x) + self.more(x)
 
 
 @pytest.mark.parametrize("where", ["ffn.fc1", "ffn.fc2", "ca.mat_q", "sa.proj", "ca.proj"])

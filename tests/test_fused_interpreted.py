@@ -18,7 +18,7 @@ def run(family: str) -> list:
     """
     import adapter_checks as checks
     import var_hart_lookalikes
-    from test_fused import errors, on
+    from fused_checks import errors, on
 
     driven = getattr(var_hart_lookalikes, family)(layers=1)
     plain, launched = checks.draw(driven), []

@@ -8,7 +8,7 @@ import adapter_checks as checks
 import pytest
 import torch
 import var_hart_lookalikes as whole
-from test_fused import BOUND, Adds, errors, on
+from fused_checks import BOUND, Adds, errors, on
 
 from sparvar_tune import adapters
 

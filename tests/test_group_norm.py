@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 from interpreted import in_interpreter
-from test_path_kernels import DTYPES, assert_rounded_once
+from tolerances import DTYPES, assert_rounded_once
 from torch import Tensor
 
 from sparvar_kernels.path import group_norm_silu

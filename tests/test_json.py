@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+from command_line import run
 from examples import metrics
-from test_runtime import profile
+from made_profiles import profile
 
 from sparvar_tune.cli import console, exit_codes, json_answer, machine_checks, parser
 from sparvar_tune.cli.commands import check, compare, show
@@ -34,11 +35,6 @@ PARTS = {
     "show": (show.Answer,), "explain": (ASKED, Explained), "verify": (ASKED, verifying.Verification),
     "compare": (ASKED, compare.Answer), "check": (check.Answer,),
 }  # fmt: skip
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    code = parser.main(list(words))
-    return code, *capsys.readouterr()
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[dict, str, str]:

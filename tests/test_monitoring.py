@@ -27,9 +27,8 @@ import pytest
 import tiny
 import torch
 import var_hart_lookalikes
+from made_profiles import profile, tuned_for
 from PIL import Image
-from test_adapters import tuned_for
-from test_runtime import profile
 
 import sparvar_tune
 from sparvar_kernels import AttentionProblem, Policy, Pooled, Rule

@@ -12,9 +12,8 @@ import warnings
 
 import pytest
 import tiny
-from examples import metrics
-from test_profiles import HUGE, paths_of
-from test_runtime import GRIDS, profile
+from examples import HUGE, metrics, paths_of
+from made_profiles import GRIDS, profile
 
 from sparvar_kernels import Policy, Pooled, Reuse, Rule
 from sparvar_tune import runtime

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from importlib.util import find_spec
 from typing import Any
@@ -11,25 +10,13 @@ from typing import Any
 import pytest
 import torch
 from interpreted import in_interpreter
+from tolerances import DTYPES, assert_rounded_once
 from torch import Tensor
 
 from sparvar_kernels.path import append_qkv, gated_silu, residual_norm
 from sparvar_kernels.path.append import PAIRS
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# One rounding to the dtype, as a share of the number itself, and fp32 arithmetic of sums that may cancel.
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-TIMES = 2 if os.environ.get("TRITON_INTERPRET") == "1" else 1  # Triton's interpreter cuts bits off where a GPU rounds
-ARITHMETIC = 3e-6
-
-
-def assert_rounded_once(got: Tensor, want: Tensor, what: str) -> None:
-    """Every element within one rounding of the oracle's fp64."""
-    assert got.shape == want.shape and bool(torch.isfinite(got).all()), f"{what}: not finite or of another shape"
-    over = (got.double() - want).abs() - 1.001 * TIMES * ROUNDING[got.dtype] * want.abs()
-    tiny = TIMES * 2.0**-24 if got.dtype == torch.float16 else 0.0  # subnormal
-    assert float(over.max()) <= tiny + ARITHMETIC * float(want.abs().max()), f"{what}: {float(over.max()):.3g} over"
 
 
 def turned(x: Tensor, table: Tensor, pairs: str) -> Tensor:

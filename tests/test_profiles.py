@@ -14,7 +14,7 @@ import re
 import tempfile
 
 import pytest
-from examples import changed, example, fails
+from examples import HUGE, changed, example, fails, paths_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,16 +33,6 @@ def test_round_trip(tmp_path):
     store.save(store.load(path), path)
     assert path.read_text() == TEXT
     assert [p.name for p in path.parent.iterdir()] == ["pocketvar.json"]
-
-
-def paths_of(value, path=()):
-    yield path
-    if isinstance(value, dict):
-        for k, v in value.items():
-            yield from paths_of(v, (*path, k))
-    elif isinstance(value, list):
-        for i, v in enumerate(value):
-            yield from paths_of(v, (*path, i))
 
 
 FIELDS = [p for p in paths_of(json.loads(TEXT)) if p and p != ("checksum",)]
@@ -68,7 +58,6 @@ def values(text):
     return {name: value for name, value in json.loads(text).items() if name != "checksum"}
 
 
-HUGE = 10**400
 WRONG = ({"x": 1}, True, "\x00", [[[]]], None, "x", -1, -1.5, HUGE, 1e300, float("nan"), float("inf"))
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 from benchmark_cases import CASES, tiny_call
+from command_line import run
 from interpreted import in_interpreter
-from test_json import run
 
 from lab import bench_baseline
 from sparvar_kernels.backends.cpu import layer as layer_cpu

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from command_line import refused, run
 from PIL import Image
-from test_cli import refused, run
 
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import schema, store

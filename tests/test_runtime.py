@@ -8,29 +8,15 @@ import warnings
 import pytest
 import tiny
 import torch
-from examples import example
+from made_profiles import GRIDS, profile
 
 import sparvar_tune
-from sparvar_kernels import AttentionProblem, Policy, Pooled, Reuse, Rule
+from sparvar_kernels import AttentionProblem, Policy, Pooled, Rule
 from sparvar_kernels.backends.dense import dense_attention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune import runtime
-from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.pocketvar.model import DENSE, Generation, draw_noise
-from sparvar_tune.profile import identity, machine, schema, store
-
-GRIDS = tuple((s, s) for s in tiny.SIDES)
-
-
-def profile(**changes) -> schema.Profile:
-    base = example()
-    base = dataclasses.replace(
-        base, policy=Policy(("AB", "BB"), (Rule(5, "A", Pooled(3, 2)), Rule(6, "A", Reuse(4)), Rule(6, "B", Pooled(3, 2)))),
-        workload=dataclasses.replace(base.workload, grids=GRIDS, layers=2, heads=2, head_dim=32),
-        kernel_hash=identity.kernel_hash(find_gpu("cpu")),
-        silicon=machine.silicon(find_gpu("cpu"), True), versions=machine.versions(),
-    )  # fmt: skip
-    return dataclasses.replace(base, **changes)
+from sparvar_tune.profile import machine, schema, store
 
 
 def stored(tmp_path, made, gpu="cpu"):

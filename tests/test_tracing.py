@@ -22,7 +22,7 @@ import pytest
 import tiny
 import torch
 import var_hart_lookalikes
-from test_cli import refused, run
+from command_line import refused, run
 
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Pooled, Reuse, Rule, ScaleSchedule, SparseAttention, Tile
 from sparvar_kernels.attention import Launch

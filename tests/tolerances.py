@@ -5,6 +5,8 @@ The oracle sees the same rounded inputs, so what is allowed is the kernel's own 
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,20 @@ def assert_close(out: Tensor, ref: Tensor, dtype: str, slack: float = 1) -> None
     error, worst = relative(out, ref), float((out.double() - ref).abs().max() / ref.abs().max())
     limit = TOLERANCES[dtype] * slack
     assert error < limit and worst < WORST * limit, f"relative L2 {error:.3g}, worst {worst:.3g}, want < {limit:.3g}"
+
+
+# The passes around attention
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One rounding to the dtype, as a share of the number itself, and fp32 arithmetic of sums that may cancel.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+TIMES = 2 if os.environ.get("TRITON_INTERPRET") == "1" else 1  # Triton's interpreter cuts bits off where a GPU rounds
+ARITHMETIC = 3e-6
+
+
+def assert_rounded_once(got: Tensor, want: Tensor, what: str) -> None:
+    """Every element within one rounding of the oracle's fp64."""
+    assert got.shape == want.shape and bool(torch.isfinite(got).all()), f"{what}: not finite or of another shape"
+    over = (got.double() - want).abs() - 1.001 * TIMES * ROUNDING[got.dtype] * want.abs()
+    tiny = TIMES * 2.0**-24 if got.dtype == torch.float16 else 0.0  # subnormal
+    assert float(over.max()) <= tiny + ARITHMETIC * float(want.abs().max()), f"{what}: {float(over.max()):.3g} over"
