@@ -8,8 +8,8 @@ import adapter_checks as checks
 import block_lookalikes
 import pytest
 import torch
-from test_fused import on
-from test_fused_decoder import made
+from decoder_lookalikes import made
+from fused_checks import on
 from torch import nn
 
 from sparvar_tune.fused import module_graph
