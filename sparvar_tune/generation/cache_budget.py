@@ -18,8 +18,8 @@ class CacheBudget:
     or learned factor), over sqrt(head_dim), summed, and the largest of `pool` neighbours in the cache's order; the window's own
     are left out before and after that. Kept keys stay in their order, so that what is left is the cache of the next scale.
 
-    Oracle: the same in fp64, a row and a head at a time (tests/token_oracles.py). Source: ScaleKV (arXiv 2505.19602), whose
-    public code draws the same picture from `published`.
+    Oracle: the same in fp64, a row and a head at a time (`cut_by_hand` in the adapters' tests). Source: ScaleKV
+    (arXiv 2505.19602), whose public code draws the same picture from `published`.
     """
 
     from_scale: int

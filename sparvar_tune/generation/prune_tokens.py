@@ -23,8 +23,9 @@ class PruneTokens:
     `cached_scale`, after its gate, is brought to this grid (each cell the mean of those it covers), and the results of the chosen
     tokens stand in it; then it is added to the residual.
 
-    Oracle: the same in fp64, a row at a time, on Infinity's look-alike (tests/test_prune_tokens.py). Source: FastVAR (arXiv
-    2503.23367), whose public code draws the same picture from `published`; of Infinity it leaves the last two scales out besides.
+    Oracle: the same in fp64, a row at a time, on Infinity's look-alike (tests/generation/test_prune_tokens.py). Source: FastVAR
+    (arXiv 2503.23367), whose public code draws the same picture from `published`; of Infinity it leaves the last two scales out
+    besides.
     """
 
     from_scale: int

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -18,6 +17,7 @@ import replayed
 import torch
 from benchmark_cases import CASES, POOLED, tiny_call
 from interpreted import in_interpreter
+from places import ROOT
 
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.measure.fidelity import Constraint
@@ -35,7 +35,6 @@ COMPILED = (
     "decision scale 40: dense, mass, lists, residual",
 )  # fmt: skip
 WANTED = Constraint({"psnr": 34.57, "ssim": 0.93})
-ROOT = Path(__file__).parents[2]
 HOPPER = ("infinity-8b", "hart")  # their rows are run by warps that fetch
 TORCH = f"torch {torch.__version__.partition('+')[0]}"
 

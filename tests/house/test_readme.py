@@ -1,0 +1,59 @@
+"""README's tables are what the files say, its prose has no figure of its own, its links lead somewhere and its Python runs."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+from places import ROOT
+
+from lab import readme_tables
+
+TEXT = readme_tables.README.read_text("utf-8")
+
+
+def test_tables_are_what_the_files_say():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert readme_tables.with_tables(TEXT) == TEXT, "run python -m lab.readme_tables"
+
+
+def test_prose_states_no_figure_of_its_own():
+    prose = re.sub(r"<!-- table: .*?<!-- end -->", "", TEXT, flags=re.S)
+    figures = re.findall(r"\b\d[\d.,]*\s?(?:x\b|dB|ms\b|us\b|s\b|TFLOP|GB/s|minutes|MiB|GiB)", prose)
+    assert not figures, "a figure belongs into a table that a command writes"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_to_files(page):
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
+        assert link.startswith("http") or (path.parent / link).exists(), f"{page}: {link}"
+
+
+def test_every_command_is_in_readme():
+    from sparvar_tune.cli.parser import COMMANDS
+
+    assert set(re.findall(r"^\| `sparvar-tune (\w[\w-]*)", TEXT, re.M)) == set(COMMANDS) - {"tune"}
+
+
+def test_readmes_python_runs(home):
+    """The lines as they stand, with the model in the box."""
+    from sparvar_tune.pocketvar.model import load_pocketvar
+
+    (code,) = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
+    names: dict[str, object] = {"model": load_pocketvar()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "README.md", "exec"), names)
+    names["applied"].undo()  # type: ignore[attr-defined]
+
+
+def test_whole_pictures_report_is_what_its_raw_numbers_say():
+    import json
+
+    from lab.whole_image.report import render
+
+    raw = ROOT / "reports" / "whole-image-h100.json"
+    assert render(json.loads(raw.read_text("utf-8"))) == raw.with_suffix(".md").read_text("utf-8")

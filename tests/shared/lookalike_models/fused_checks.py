@@ -1,0 +1,31 @@
+"""The fused path put on a look-alike, and how far its logits may be from those of the untouched model."""
+
+from __future__ import annotations
+
+import adapter_checks as checks
+from torch import nn
+
+from sparvar_tune import adapters, fused
+
+BOUND = {"fp32": 2e-5, "bf16": 0.03}
+
+
+def errors(got: checks.Drawn, want: checks.Drawn) -> list[float]:
+    return [float((a - b).norm() / b.norm()) for a, b in zip(got.logits, want.logits, strict=True)]
+
+
+def on(driven, attend=None, **options):
+    family, parts = adapters.recognise(driven.model)
+    return fused.put_on(family, parts, attend, "fused", **options)
+
+
+class Adds(nn.Module):
+    """As LoRA: a Linear and something more."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.more = base, nn.Linear(base.in_features, base.out_features, bias=False)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
