@@ -64,6 +64,10 @@ def test_a_problem_of_another_shape_runs_dense_and_says_so(tuned, change):
     p = AttentionProblem(schedule, 6, 1, **(fields | {k: v for k, v in change.items() if k != "schedule"}))
     q, k, v = p.make_inputs(0)
     assert torch.equal(tuned.attention(p)(q, k, v, layer=0), dense_attention(q, k, v, p))
+    with pytest.raises(ValueError, match="q: got a NoneType"):
+        tuned.attention(p)(None, k, v, layer=0)
+    with pytest.raises(ValueError, match="v: got "):
+        tuned.attention(p)(q, k, v[..., :-1, :], layer=0)
     said = tuned.explain(p)
     assert f"dense: {next(iter(change))} is" in said and "x measured" not in said
 

@@ -76,7 +76,7 @@ class Tuned:
     def attention(self, problem: AttentionProblem) -> Callable[..., Tensor]:
         """`attend(q, k, v, layer=...)` for this problem; dense when the profile is not for its shape."""
         if self.profile is None or self._why_not(problem):
-            return lambda q, k, v, layer: dense_attention(q, k, v, problem)
+            return _Dense(problem)
         bound = _larger(self.profile.workload.logit_bound, problem.logit_bound)
         if bound not in self._attends:
             self._attends[bound] = self.sparse_attention(bound)
@@ -108,6 +108,21 @@ class Tuned:
         if _larger(w.logit_bound, problem.logit_bound) != w.logit_bound:
             lines.append(f"logit bound is {problem.logit_bound}, tuned for {w.logit_bound}: its gain was not measured")
         return "\n".join(lines)
+
+
+class _Dense:
+    """`attend(q, k, v, layer=...)` by PyTorch's dense attention, whose CPU kernel reads past a v that is shorter than k."""
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        self.problem, self.checked = problem, set[tuple[object, ...]]()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        form = tuple((getattr(t, "shape", None), getattr(t, "dtype", None)) for t in (q, k, v))
+        if form not in self.checked:
+            batch = q.shape[0] if isinstance(q, Tensor) and q.ndim and len(q) else self.problem.batch  # any batch, as sparse
+            replace(self.problem, batch=batch).check_inputs(q, k, v)
+            self.checked.add(form)
+        return dense_attention(q, k, v, self.problem)
 
 
 def launch_of(row: Row) -> Launch:

@@ -63,8 +63,15 @@ class AttentionProblem:
         return tuple(t.to(device=device, dtype=DTYPES[self.dtype]) for t in (q, k, v))  # type: ignore[return-value]
 
     def check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raises ValueError naming the first tensor whose shape or dtype is not this problem's."""
+        """Raises ValueError naming the first that is no tensor, or whose shape or dtype is not this problem's."""
         for name, t, n in (("q", q, self.num_queries), ("k", k, self.num_keys), ("v", v, self.num_keys)):
+            if not isinstance(t, Tensor):
+                raise ValueError(no_tensor(name, t))
             want = (self.batch, self.heads, n, self.head_dim)
             if tuple(t.shape) != want or t.dtype != DTYPES[self.dtype]:
                 raise ValueError(f"{name}: got {tuple(t.shape)} {t.dtype}, want {want} {DTYPES[self.dtype]} [B, H, N, D]")
+
+
+def no_tensor(name: str, got: object) -> str:
+    """Why q, k or v is refused that is no tensor: None, a list, an array of numpy."""
+    return f"{name}: got a {type(got).__name__}, want a torch.Tensor [B, H, N, D]"
