@@ -282,6 +282,23 @@ def test_what_is_no_tensor_or_index_is_one_line(at, got, said, warm):
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: ScaleSchedule([(1, 1), (2, 2)]), "grids: got a list"), (lambda: ScaleSchedule(((1, 1.5),)), "grids[0]=(1, 1.5)"),
+    (lambda: ScaleSchedule((4, 8)), "grids[0]=4"), (lambda: SparseAttention(None, SMALL), "policy: got a NoneType"),
+    (lambda: SparseAttention(Policy(("A",)), [1, 4]), "schedule: got a list"), (lambda: Tile("8", 8), "tile 8x8: want height"),
+    (lambda: SparseAttention(Policy(["AA"]), SMALL), "policy: unhashable type: 'list'; want tuples"),
+    (lambda: SparseAttention(Policy(()), SMALL), "policy: heads: got none"),
+    (lambda: SparseAttention(Policy(("A",), (Rule(2, "A", "csla"),)), SMALL), "rules[0]: got a str, want a variant"),
+    (lambda: AttentionProblem(SMALL, 2, 1, 2.0, 16), "heads=2.0"), (lambda: AttentionProblem(None, 2, 1, 2, 16), "schedule: got"),
+    (lambda: AttentionProblem(SMALL, "2", 1, 2, 16), "scale_index='2'"),
+    (lambda: AttentionProblem(SMALL, 2, 1, 2, 16, "fp32", float("nan")), "softmax_scale=nan"),
+])  # fmt: skip
+def test_what_attention_is_made_of_is_checked_where_it_is_made(make, said):
+    with pytest.raises(ValueError) as refused:
+        make()
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["BHND", "BNHD", "BHDN", "cut from qkv"])
 def test_a_compiled_call_has_the_strides_it_promised(name):
     laid_out = {

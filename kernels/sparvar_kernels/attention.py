@@ -56,7 +56,13 @@ class SparseAttention:
     ) -> None:  # fmt: skip
         self.policy, self.schedule = policy, schedule
         self.softmax_scale, self.logit_bound = softmax_scale, logit_bound
-        self.plans = plan_layers(policy, schedule)
+        for name, got, want in (("policy", policy, Policy), ("schedule", schedule, ScaleSchedule)):
+            if not isinstance(got, want):
+                raise ValueError(f"{name}: got a {type(got).__name__}, want a {want.__name__}")
+        try:
+            self.plans = plan_layers(policy, schedule)
+        except (TypeError, AttributeError) as error:  # a list somewhere inside; plans are kept by the policy's value
+            raise ValueError(f"policy: {error}; want tuples of values as Policy and its variants say") from None
         self.launches = dict(launches or {})
         self._ready: dict[tuple[object, ...], Any] = {}  # the layer that runs a kind of input
         self._layers: dict[tuple[object, ...], list[Layer]] = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparvar_tune.catalog.inputs import whole
 from sparvar_tune.measure.pairs import MOST_PAIRS
-from sparvar_tune.ways.settings import Settings, seconds, whole
+from sparvar_tune.ways.settings import Settings, seconds
 
 if TYPE_CHECKING:  # `doctor` runs where torch does not
     from sparvar_tune.ways.subject import Subject
@@ -165,8 +165,9 @@ class CheckAdapterOptions:
     device: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", self.device):
-            raise ValueError(f"--device: got {self.device[:40]!r}, want cpu or cuda")
+        from sparvar_tune.catalog.gpus import check_device  # not before `doctor`, which runs where torch does not
+
+        check_device(self.device)
 
 
 @dataclass(frozen=True)

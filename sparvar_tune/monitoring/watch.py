@@ -338,4 +338,6 @@ def monitor(
     change = what._change if isinstance(what, Applied) else None
     if every and change is not None and not hasattr(getattr(change, "live", change), "paused"):
         raise ValueError("monitor: every: this model's adapter has no `paused`, so it cannot be drawn densely in between")
-    return Monitor(what, open_sink(to), every, picture or pictures_of)
+    if picture is not None and not callable(picture):
+        raise ValueError(f"monitor: picture: got a {type(picture).__name__}, want a function that makes a list of pictures")
+    return Monitor(what, open_sink(to), every, pictures_of if picture is None else picture)
