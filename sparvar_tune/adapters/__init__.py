@@ -34,7 +34,8 @@ ADAPTERS = {"pocketvar": "sparvar_tune.adapters.pocketvar"}  # models that can b
 def load_adapter(model: Model, device: str) -> Adapter:
     """The live model behind a row of the model table; raises ValueError if none can be run here, or not on `device`."""
     if model.adapter is None:
-        raise ValueError(f"model {model.slug}: no adapter yet, so it cannot be run; its shapes can still be tuned by prediction")
+        raise ValueError(f"model {model.slug}: no adapter opens it by its name alone; it needs its authors' code and weights: "
+                         "--source CHECKOUT --weights FOLDER (docs/your-model.md)")  # fmt: skip
     return importlib.import_module(ADAPTERS[model.adapter]).open_model(model, str(check_device(device)))
 
 

@@ -100,6 +100,8 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
+        if self.out is not None and self.out.suffix == ".json":
+            raise ValueError(f"--out: got {self.out}, want a Markdown file; the raw numbers go beside it as .json")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def run(options: CompareOptions) -> ExitCode:
     subject, model = options.subject, options.subject.model
     speak = note if options.json else say
     require_here("compare", subject)
+    written = (options.out, options.out.with_suffix(".json")) if options.out else ()
+    store.require_writable(*written)
     adapter = subject.adapter
     ways: dict[str, Any] = {"dense": adapter.dense}
     if (scales := len(adapter.schedule)) >= PAPER_SCALES:
@@ -68,7 +70,6 @@ def run(options: CompareOptions) -> ExitCode:
     text, raw = comparison(outcomes, pairs, adapter, more, machine, now)
     if not options.json:
         say(text)
-    written = (options.out, options.out.with_suffix(".json")) if options.out else ()
     for path, data in zip(written, (text, raw), strict=False):
         store.write_atomic(path, data.encode())
     if written:
