@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # `doctor` runs where torch does not
     from sparvar_tune.ways.subject import Subject
 
 if TYPE_CHECKING:
-    from sparvar_tune.report.make import Request
+    from sparvar_tune.report.make import ReportRequest
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class CompareOptions:
 class ReportOptions:
     """request: what the report is made from; out: the file it goes to."""
 
-    request: Request
+    request: ReportRequest
     out: Path
 
 

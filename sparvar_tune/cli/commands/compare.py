@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparvar_tune.catalog.names import PRESETS
-from sparvar_tune.cli.compare_table import Way, comparison, results
+from sparvar_tune.cli.compare_table import WayResult, comparison, results
 from sparvar_tune.cli.console import note, require_here, say, status
 from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.json_answer import Asked, print_answer
@@ -37,7 +37,7 @@ class Answer:
     versions: Versions
     dense_name: str
     pairs: int
-    ways: tuple[Way, ...]
+    ways: tuple[WayResult, ...]
     left_out: tuple[LeftOut, ...]
     yardsticks: tuple[Yardstick, ...]
     written: tuple[str, ...]
