@@ -270,6 +270,14 @@ def test_a_letter_the_terminal_lacks_changes_no_exit_code(tmp_path, encoding):
         assert ("画像" if encoding == "utf-8" else r"\u753b\u50cf") in said
 
 
+def test_closed_streams_and_warnings_are_no_traceback(tmp_path):
+    """`>&-` closes a stream; a warning is a line without the place in our code."""
+    command = f"{sys.executable} -m sparvar_tune.cli explain --gpu h100 --model hart"
+    env = {**os.environ, "SPARVAR_TUNE_HOME": str(tmp_path)}
+    done = subprocess.run(f"{command} >&-", shell=True, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.startswith("sparvar-tune: note: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("words", [["--help"], ["show", "--gpus"]])
 def test_a_reader_that_has_seen_enough_gets_no_traceback(words):
     read, write = os.pipe()

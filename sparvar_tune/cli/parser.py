@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -308,6 +309,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sparvar_tune.cli.completion import complete
 
         complete()
+    for name in ("stdout", "stderr"):  # closed, as by `>&-`: nobody reads what is said
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    if argv is None:  # the process is ours
+        warnings.showwarning = _say_warning
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its number: work done stays done
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -337,6 +343,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"sparvar-tune: {_one_line(str(error))}", file=sys.stderr)
         return ExitCode.BAD_INPUT
+
+
+def _say_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    """A warning as a line for people: where in the code it was raised is nothing to them."""
+    if sys.stderr is not None:
+        print(f"sparvar-tune: note: {_one_line(str(message))}", file=sys.stderr)
 
 
 def _one_line(text: str) -> str:
