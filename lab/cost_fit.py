@@ -34,8 +34,8 @@ from sparvar_tune.launch_search.cost_model import (
     FITTED,
     KEPT,
     Fit,
+    LaunchWork,
     Taken,
-    Work,
     binary_key,
     dense_ms,
     efficiency_key,
@@ -67,7 +67,7 @@ class TimedConfig:
 
     problem: str
     config: TritonConfig
-    work: Work
+    work: LaunchWork
     ms: Mapping[str, float]  # by GPU
 
 
@@ -233,7 +233,7 @@ HOST_MS = 0.1  # a dense layer below this is as long as the host takes to launch
 
 
 @dataclass(frozen=True)
-class Layer:
+class FittedLayer:
     """A row of a shipped, measured profile: predicted over measured time, of the tuned layer and of dense attention.
 
     small: its time is mostly the host's.
@@ -245,7 +245,7 @@ class Layer:
     dense: float
 
 
-def layers() -> list[Layer]:
+def layers() -> list[FittedLayer]:
     """Every half-precision row that was measured on a GPU, of a configuration the model knows, predicted for that."""
     out = []
     for path in sorted(shipped_folder().glob("*/*.json")):
@@ -262,11 +262,11 @@ def layers() -> list[Layer]:
             guess = scale_ms(made.policy, problems, kinds, row.scale_index, config, gpu, load_binaries())
             dense = dense_ms(problems[row.scale_index], gpu, made.workload.heads)
             small = row.dense.p50_ms < HOST_MS
-            out.append(Layer(gpu.slug, small, guess / row.tuned.p50_ms, dense / row.dense.p50_ms))
+            out.append(FittedLayer(gpu.slug, small, guess / row.tuned.p50_ms, dense / row.dense.p50_ms))
     return out
 
 
-def layer_lines(found: Sequence[Layer]) -> list[str]:
+def layer_lines(found: Sequence[FittedLayer]) -> list[str]:
     """The report's table of layers, by GPU and size."""
     lines = ["| GPU | rows | tuned, predicted / measured (least..most) | dense |", "|---|---|---|---|"]
     for gpu, small in sorted({(x.gpu, x.small) for x in found}):

@@ -13,6 +13,7 @@ import itertools
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from sparvar_kernels.backends.configs import LaunchConfig
 from sparvar_kernels.backends.dense import out_like
 from sparvar_kernels.backends.layer import Layer
 from sparvar_kernels.backends.registry import KERNELS, default_config, kernel_for, why_not
-from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
+from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem, no_tensor
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy, plan_layers
 
@@ -55,7 +56,13 @@ class SparseAttention:
     ) -> None:  # fmt: skip
         self.policy, self.schedule = policy, schedule
         self.softmax_scale, self.logit_bound = softmax_scale, logit_bound
-        self.plans = plan_layers(policy, schedule)
+        for name, got, want in (("policy", policy, Policy), ("schedule", schedule, ScaleSchedule)):
+            if not isinstance(got, want):
+                raise ValueError(f"{name}: got a {type(got).__name__}, want a {want.__name__}")
+        try:
+            self.plans = plan_layers(policy, schedule)
+        except (TypeError, AttributeError) as error:  # a list somewhere inside; plans are kept by the policy's value
+            raise ValueError(f"policy: {error}; want tuples of values as Policy and its variants say") from None
         self.launches = dict(launches or {})
         self._ready: dict[tuple[object, ...], Any] = {}  # the layer that runs a kind of input
         self._layers: dict[tuple[object, ...], list[Layer]] = {}
@@ -74,37 +81,52 @@ class SparseAttention:
                 layer.reset()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise ValueError("q, k, v: got inputs that require grad, want none: the kernels have no backward pass; "
-                             "call under torch.no_grad() or torch.inference_mode()")  # fmt: skip
-        if torch.compiler.is_compiling():
-            return torch.ops.sparvar_kernels.attend(q, k, v, self.handle, layer, scale_index)
-        if scale_index == 0 and layer == 0:
-            self.reset()
-        if q.is_neg() or k.is_neg() or v.is_neg():  # a kernel reads memory, where the sign is not
-            q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-        form = (layer, scale_index, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-        ready = self._ready.get(form)
-        if ready is None:
-            ready = self._ready[form] = self._prepare(q, k, v, layer, scale_index)
-            with torch.device("cpu"):  # what a first call plans is the host's, whatever the caller's default device
-                first: Tensor = ready(q, k, v, scale_index)
-            return first
-        return ready(q, k, v, scale_index)
+        try:
+            if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+                raise ValueError("q, k, v: got inputs that require grad, want none: the kernels have no backward pass; "
+                                 "call under torch.no_grad() or torch.inference_mode()")  # fmt: skip
+            if torch.compiler.is_compiling():
+                return torch.ops.sparvar_kernels.attend(q, k, v, self.handle, layer, scale_index)
+            if scale_index == 0 and layer == 0:
+                self.reset()
+            if q.is_neg() or k.is_neg() or v.is_neg():  # a kernel reads memory, where the sign is not
+                q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+            form = (layer, scale_index, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+            ready = self._ready.get(form)
+            if ready is None:
+                ready = self._ready[form] = self._prepare(q, k, v, layer, scale_index)
+                with torch.device("cpu"):  # what a first call plans is the host's, whatever the caller's default device
+                    first: Tensor = ready(q, k, v, scale_index)
+                return first
+            return ready(q, k, v, scale_index)
+        except (AttributeError, TypeError, RuntimeError):  # what is no tensor at all costs the others nothing
+            reason = self._why_not_call(q, k, v, layer, scale_index)
+            if reason is None:
+                raise
+            raise ValueError(reason) from None
+
+    def _why_not_call(self, q: object, k: object, v: object, layer: object, scale_index: object) -> str | None:
+        """Why these are no plain tensors and no indices of this policy, or None."""
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(t, Tensor):
+                return no_tensor(name, t)
+            if t.layout != torch.strided or t.is_nested or t.device.type not in ("cpu", "cuda"):
+                kind = "nested" if t.is_nested else str(t.layout)
+                return f"{name}: got a {kind} tensor on {t.device}, want a plain one on a CPU or a CUDA GPU"
+        for name, i, count in (("layer", layer, len(self.plans)), ("scale_index", scale_index, len(self.schedule))):
+            if not isinstance(i, Integral) or not 0 <= int(i) < count:
+                return f"{name}={repr(i)[:40]}: want 0..{count - 1}, a whole number"
+        return None
 
     def _prepare(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Any:
         """Checks one kind of input and builds what runs it."""
-        if not 0 <= layer < len(self.plans):
-            raise ValueError(f"layer={layer}: want 0..{len(self.plans) - 1}")
+        reason = self._why_not_call(q, k, v, layer, scale_index)
+        if reason:
+            raise ValueError(reason)
         if q.dtype not in _NAMES:
             raise ValueError(f"q: got {q.dtype}, want one of {', '.join(map(str, _NAMES))}")
         if q.ndim != 4:
             raise ValueError(f"q: got {tuple(q.shape)}, want four axes [B, H, N, D]")
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            if t.layout != torch.strided or t.device.type not in ("cpu", "cuda"):
-                raise ValueError(f"{name}: got a {t.layout} tensor on {t.device}, want a plain one on a CPU or a CUDA GPU")
-        if not 0 <= scale_index < len(self.schedule):
-            raise ValueError(f"scale_index={scale_index}: want 0..{len(self.schedule) - 1}")
         problems = [
             AttentionProblem(
                 self.schedule, s, q.shape[0], q.shape[1], q.shape[-1], _NAMES[q.dtype], self.softmax_scale, self.logit_bound

@@ -72,6 +72,8 @@ class Policy:
 
     def why_not(self, schedule: ScaleSchedule, layers: int, heads: int) -> str | None:
         """Why this policy does not fit a model with `layers` x `heads` and `schedule`, or None."""
+        if not self.heads:
+            return "heads: got none, want a string of class letters a layer"
         if len(self.heads) != layers or any(len(row) != heads for row in self.heads):
             got = f"{len(self.heads)} rows of {sorted({len(row) for row in self.heads})}"
             return f"heads: got {got} class letters, want {layers} rows of {heads}"
@@ -79,6 +81,8 @@ class Policy:
         seen = set()
         for i, rule in enumerate(self.rules):
             where = f"rules[{i}]"
+            if not isinstance(rule.variant, Variant):
+                return f"{where}: got a {type(rule.variant).__name__}, want a variant such as Csla"
             if not 0 <= rule.scale_index < len(schedule):
                 return f"{where}: scale_index={rule.scale_index}, want 0..{len(schedule) - 1}"
             if rule.head_class not in letters:
@@ -164,7 +168,7 @@ class LayerPlan:
 @lru_cache(maxsize=64)
 def plan_layers(policy: Policy, schedule: ScaleSchedule) -> tuple[tuple[LayerPlan, ...], ...]:
     """[layer][scale] plans of a legal policy; raises ValueError with the reason for another."""
-    reason = policy.why_not(schedule, len(policy.heads), len(policy.heads[0]))
+    reason = policy.why_not(schedule, len(policy.heads), len(policy.heads[0]) if policy.heads else 0)
     if reason:
         raise ValueError(f"policy: {reason}")
     out = []

@@ -19,6 +19,7 @@ from sparvar_tune.adapters.registry import FAMILIES, families, recognise
 from sparvar_tune.adapters.steps import attach
 from sparvar_tune.adapters.weights import weights_sha256
 from sparvar_tune.adapters.whole_images import WholeImages
+from sparvar_tune.catalog.gpus import check_device
 from sparvar_tune.catalog.models import Model, own_model
 
 __all__ = [
@@ -31,10 +32,11 @@ ADAPTERS = {"pocketvar": "sparvar_tune.adapters.pocketvar"}  # models that can b
 
 
 def load_adapter(model: Model, device: str) -> Adapter:
-    """The live model behind a row of the model table; raises ValueError if none can be run here."""
+    """The live model behind a row of the model table; raises ValueError if none can be run here, or not on `device`."""
     if model.adapter is None:
-        raise ValueError(f"model {model.slug}: no adapter yet, so it cannot be run; its shapes can still be tuned by prediction")
-    return importlib.import_module(ADAPTERS[model.adapter]).open_model(model, device)
+        raise ValueError(f"model {model.slug}: no adapter opens it by its name alone; it needs its authors' code and weights: "
+                         "--source CHECKOUT --weights FOLDER (docs/your-model.md)")  # fmt: skip
+    return importlib.import_module(ADAPTERS[model.adapter]).open_model(model, str(check_device(device)))
 
 
 def apply(model: Any, attend: SparseAttention) -> Undoable:

@@ -90,8 +90,8 @@ class Adapter(Protocol):
         return ()
 
 
-def why_not_adapter(found: Any) -> str | None:
-    """Why `found` is no adapter, by its attributes alone: half a line, or None."""
+def lacks(found: Any) -> str | None:
+    """What `found` has not that every adapter has: half a line, or None."""
     wanted = [name for name in Adapter.__annotations__ if name != "steps" and not hasattr(found, name)]
     wanted += [
         name
@@ -100,6 +100,14 @@ def why_not_adapter(found: Any) -> str | None:
     ]
     if wanted:
         return f"got a {type(found).__name__} without {wanted[0]}, want an adapter (sparvar_tune.adapters.protocol)"
+    return None
+
+
+def why_not_adapter(found: Any) -> str | None:
+    """Why `found` is no adapter of a model of one's own, by its attributes alone: half a line, or None."""
+    missing = lacks(found)
+    if missing:
+        return missing
     model, schedule = found.model, found.schedule
     if not isinstance(model, Model):
         return f"model is a {type(model).__name__}, want a row of catalog.models.own_model"

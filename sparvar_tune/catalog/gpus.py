@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from sparvar_tune.catalog.names import unknown_name
+from sparvar_tune.catalog.names import shown, unknown_name
 
 KIB, MIB = 1 << 10, 1 << 20
 MEMORY_TOLERANCE = 0.10
@@ -226,10 +227,9 @@ ALIASES = {"a100": "a100-80", "h100": "h100-sxm"}
 
 def find_gpu(slug: str) -> Gpu:
     """The row of `slug` or of its alias; raises ValueError naming the nearest."""
-    try:
-        return GPUS[ALIASES.get(slug, slug)]
-    except KeyError:
-        raise unknown_name("gpu", slug, GPUS) from None
+    if not isinstance(slug, str) or ALIASES.get(slug, slug) not in GPUS:
+        raise unknown_name("gpu", slug, GPUS)
+    return GPUS[ALIASES.get(slug, slug)]
 
 
 _RATES = (("SMs", "sms"), ("memory bandwidth", "memory_gbps"), ("bf16 rate", "bf16_tflops"))
@@ -291,6 +291,21 @@ def match_gpu(name: str, capability: tuple[int, int] | None, sms: int, memory_by
     return None
 
 
+def check_device(device: torch.device | str | int) -> torch.device:
+    """The device that is meant; an int is a CUDA device. Raises ValueError for what is none, and for one that is not here."""
+    found = None
+    if isinstance(device, str | int | torch.device) and not isinstance(device, bool):
+        with suppress(RuntimeError):  # torch's own refusal names forty kinds of device
+            found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f'device: got {shown(repr(device), 40)}, want "cpu", "cuda", or one GPU of several such as "cuda:1"')
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        here = f"torch sees {count} CUDA GPU{'s' * (count > 1)} here" if count else "torch sees no CUDA GPU here"
+        raise ValueError(f"device: got {found}, but {here} (sparvar-tune doctor says why)")
+    return found
+
+
 UNLISTED = "unlisted"  # slug of a GPU that is in no row; no folder of profiles is called so
 FAMILY = {(8, 0): "ampere", (8, 6): "ampere", (8, 9): "ada", (9, 0): "hopper", (10, 0): "blackwell", (12, 0): "blackwell"}
 
@@ -298,11 +313,12 @@ FAMILY = {(8, 0): "ampere", (8, 6): "ampere", (8, 9): "ada", (9, 0): "hopper", (
 def device_row(device: torch.device | str | int | None = None) -> Gpu | None:
     """The row of a CUDA device (None: the current one), or a row of its own, `UNLISTED`, for what no row describes.
 
-    None where the device is no CUDA GPU, or there is none.
+    None where the device is no CUDA GPU, or, for the current one, there is none. Raises ValueError as `check_device`.
     """
-    if not torch.cuda.is_available() or (isinstance(device, str | torch.device) and torch.device(device).type != "cuda"):
+    meant = None if device is None else check_device(device)
+    if not torch.cuda.is_available() or (meant is not None and meant.type != "cuda"):
         return None
-    index = device if isinstance(device, int) else torch.device(device).index if device is not None else None
+    index = meant.index if meant is not None else None
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     found = torch.cuda.get_device_properties(index)

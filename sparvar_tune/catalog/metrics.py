@@ -113,6 +113,6 @@ LEAD = METRICS["psnr"]  # of fronts, and of what a model's classes are known to 
 
 def find_metric(name: str) -> Metric:
     """The row of `name`; raises ValueError naming the nearest."""
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise unknown_name("metric", name, METRICS)
     return METRICS[name]

@@ -59,10 +59,10 @@ class Model:
         """The schedule of `resolution` and `aspect`, None for the default; raises ValueError if unknown."""
         resolution = self.default_resolution if resolution is None else resolution
         aspect = self.default_aspect if aspect is None else aspect
-        if resolution not in self.resolutions:
+        if not isinstance(resolution, str) or resolution not in self.resolutions:
             raise unknown_name(f"{self.slug} resolution", resolution, self.resolutions)
         aspects = self.resolutions[resolution]
-        if aspect not in aspects:
+        if not isinstance(aspect, str) or aspect not in aspects:
             raise unknown_name(f"{self.slug} aspect at {resolution}", aspect, aspects)
         return aspects[aspect]
 
@@ -244,7 +244,6 @@ def own_model(
 
 def find_model(slug: str) -> Model:
     """The row of `slug`; raises ValueError naming the nearest."""
-    try:
-        return MODELS[slug]
-    except KeyError:
-        raise unknown_name("model", slug, MODELS) from None
+    if not isinstance(slug, str) or slug not in MODELS:
+        raise unknown_name("model", slug, MODELS)
+    return MODELS[slug]

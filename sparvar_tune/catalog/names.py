@@ -11,9 +11,16 @@ PRESETS = ("near-lossless", "paper", "fast")  # closest first
 DEFAULT_PRESET, CUSTOM = PRESETS[0], "custom"
 
 
+def shown(got: object, most: int = 80) -> str:
+    """Any value in one printable, short line, whatever a damaged file or a caller put into it."""
+    text = str(got)
+    cut = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
 def unknown_name(kind: str, got: object, known: Iterable[str]) -> ValueError:
     """The error to raise, such as `gpu "h10": unknown; nearest: h100-sxm, h200. Known: a100-40, ...`; `got` may be no text."""
-    got = str(got)
+    got = shown(got)
     names = {name.lower(): name for name in known}
     close = get_close_matches(got.lower(), names, n=4, cutoff=0.4)
     # a name is more often cut short than misspelt at the front: most leading letters in common first

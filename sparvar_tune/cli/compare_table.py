@@ -31,7 +31,7 @@ def pair_frame(outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair],
 
 
 @dataclass(frozen=True)
-class Way:
+class WayResult:
     """One way to draw a picture, against the way "dense", pair by pair.
 
     picture: of a whole one; last_scale: of its last scale's attention a layer; each with its speed-up. metrics: how close
@@ -46,22 +46,22 @@ class Way:
     metrics: tuple[tuple[str, Measured], ...]
 
 
-def way_results(pairs: pandas.DataFrame, metrics: Sequence[Metric]) -> tuple[Way, ...]:
+def way_results(pairs: pandas.DataFrame, metrics: Sequence[Metric]) -> tuple[WayResult, ...]:
     """Every way of a `pair_frame`, in its order."""
     ways = {str(way): found for way, found in pairs.groupby("way", sort=False)}
     return tuple(_way(name, found, ways["dense"], metrics) for name, found in ways.items())
 
 
-def _way(name: str, found: pandas.DataFrame, dense: pandas.DataFrame, metrics: Sequence[Metric]) -> Way:
+def _way(name: str, found: pandas.DataFrame, dense: pandas.DataFrame, metrics: Sequence[Metric]) -> WayResult:
     ratio, gain = (paired_speedup(list(dense[column]), list(found[column])) for column in ("ms", "last_ms"))
     labels, close = list(found.label), list[tuple[str, Measured]]()
     for m in metrics if name != "dense" else ():
         values = list(found[m.name])
         close.append((m.name, Measured(class_mean(values, labels), worst_mean(m, values, labels), None)))
-    return Way(name, timing(list(found.ms)), ratio, timing(list(found.last_ms)), gain, tuple(close))
+    return WayResult(name, timing(list(found.ms)), ratio, timing(list(found.last_ms)), gain, tuple(close))
 
 
-def _cells(way: Way, metrics: Sequence[Metric]) -> list[str]:
+def _cells(way: WayResult, metrics: Sequence[Metric]) -> list[str]:
     whole, late, ratio, gain = way.picture, way.last_scale, way.speedup, way.last_scale_speedup
     out = [
         f"{whole.p50_ms / 1e3:.2f} ({whole.p20_ms / 1e3:.2f}..{whole.p80_ms / 1e3:.2f})",
@@ -76,7 +76,7 @@ def _cells(way: Way, metrics: Sequence[Metric]) -> list[str]:
 
 def results(
     outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], adapter: Adapter, more: Sequence[Metric]
-) -> tuple[Way, ...]:
+) -> tuple[WayResult, ...]:
     """Every way against dense, what the table says in words. more: metrics beside those of the table."""
     frame = pair_frame(outcomes, pairs, adapter.model.layers, len(adapter.schedule) - 1)
     return way_results(frame, (*METRICS.values(), *more))

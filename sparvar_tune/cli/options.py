@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparvar_tune.catalog.inputs import whole
 from sparvar_tune.measure.pairs import MOST_PAIRS
-from sparvar_tune.ways.settings import Settings, seconds, whole
+from sparvar_tune.ways.settings import Settings, seconds
 
 if TYPE_CHECKING:  # `doctor` runs where torch does not
     from sparvar_tune.ways.subject import Subject
 
 if TYPE_CHECKING:
-    from sparvar_tune.report.make import Request
+    from sparvar_tune.report.make import ReportRequest
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,15 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
+        if self.out is not None and self.out.suffix == ".json":
+            raise ValueError(f"--out: got {self.out}, want a Markdown file; the raw numbers go beside it as .json")
 
 
 @dataclass(frozen=True)
 class ReportOptions:
     """request: what the report is made from; out: the file it goes to."""
 
-    request: Request
+    request: ReportRequest
     out: Path
 
 
@@ -165,8 +167,9 @@ class CheckAdapterOptions:
     device: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", self.device):
-            raise ValueError(f"--device: got {self.device[:40]!r}, want cpu or cuda")
+        from sparvar_tune.catalog.gpus import check_device  # not before `doctor`, which runs where torch does not
+
+        check_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparvar_tune import __version__
+from sparvar_tune.catalog.inputs import path_of
 from sparvar_tune.catalog.metrics import METRICS
-from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS
+from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, shown, unknown_name
 from sparvar_tune.cli.exit_codes import EPILOG, ExitCode
 from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
 
@@ -58,6 +60,14 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def path(text: str) -> Path:
+    """A path; an empty one, of a variable that is not set, would be the current folder."""
+    try:
+        return path_of("", text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a path") from None
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line and exit code 2, without the usage block."""
@@ -90,9 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
         return p
 
     def checkout(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--source", type=Path, metavar="CHECKOUT", help="of the authors' code, to open the model from")
+        p.add_argument("--source", type=path, metavar="CHECKOUT", help="of the authors' code, to open the model from")
         p.add_argument("--weights", metavar="FOLDER", help="with the published weights, or random for a dry run at real shapes")
-        p.add_argument("--prompts", type=Path, metavar="FILE", help="what is drawn, a prompt (for VAR a class number) a line")
+        p.add_argument("--prompts", type=path, metavar="FILE", help="what is drawn, a prompt (for VAR a class number) a line")
 
     def images(p: argparse.ArgumentParser) -> None:
         p.add_argument("--images", type=whole, default=1, help="how many at once the profile is for (default 1)")
@@ -114,15 +124,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--pairs", type=whole, default=PAIRS, help=f"held-out (class, seed) pairs (default {PAIRS})")
     tune.add_argument("--seed", type=whole, default=0, help="of the search; 0..2**31")
-    tune.add_argument("--out", type=Path, help="folder that gets <gpu>/<model>.json (default: this user's profiles)")
+    tune.add_argument("--out", type=path, help="folder that gets <gpu>/<model>.json (default: this user's profiles)")
     tune.add_argument("--resume", action="store_true", help="go on after the finished trials of the last run")
     tune.add_argument("--search", action="store_true", help="search a policy here even where other silicon's can be taken over")
     tune.add_argument("--workers", type=whole, help="GPUs to time on at once (default: all that are visible and alike)")
     tune.add_argument("--mode", choices=MODES, default=MODES[0], help="how calls are launched while a GPU times them")
     tune.add_argument(
-        "--merge", type=Path, nargs="+", metavar="LOG", default=(), help="measurements of other runs or machines, to use as own"
+        "--merge", type=path, nargs="+", metavar="LOG", default=(), help="measurements of other runs or machines, to use as own"
     )
-    tune.add_argument("--log", type=Path, help="folder that gets a GPU's measurements as <gpu>/<model>.jsonl")
+    tune.add_argument("--log", type=path, help="folder that gets a GPU's measurements as <gpu>/<model>.jsonl")
     tune.add_argument("--storage", metavar="URL", help="share trials with other runs: sqlite:///FILE, journal:///FILE, "
                       "postgresql://USER@HOST/NAME or mysql://USER@HOST/NAME (docs/many-machines.md)")  # fmt: skip
     tune.add_argument("--dry-run", action="store_true", help="print the space and the plan, run nothing")
@@ -131,12 +141,12 @@ def build_parser() -> argparse.ArgumentParser:
     checkout(generate)
     generate.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
     generate.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
-    generate.add_argument("--out", type=Path, default=Path("sparvar.png"))
-    generate.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
+    generate.add_argument("--out", type=path, default=Path("sparvar.png"))
+    generate.add_argument("--profile", type=path, help="this file instead of the one found for the machine")
 
     show = command("show", "print a profile, or the tables with --gpus and --models", model=False)
     images(show)
-    show.add_argument("--profile", type=Path)
+    show.add_argument("--profile", type=path)
     show.add_argument("--seal", action="store_true", help="keep a hand edit of --profile FILE: check it, rewrite its checksum")
     show.add_argument("--gpus", action="store_true")
     show.add_argument("--models", action="store_true")
@@ -145,12 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     explain = command("explain", "say what would run on this machine, and why")
     images(explain)
-    explain.add_argument("--profile", type=Path)
+    explain.add_argument("--profile", type=path)
 
     verify = command("verify", "re-time a profile on this machine and re-check its pictures; what fails runs dense from then on")
     images(verify)
     checkout(verify)
-    verify.add_argument("--profile", type=Path)
+    verify.add_argument("--profile", type=path)
     verify.add_argument("--pairs", type=whole, default=VERIFY_PAIRS)
     verify.add_argument("--budget", type=duration, default=VERIFY_BUDGET_S,
                         help=f"wall time; rows it does not reach stay as they are (default {VERIFY_BUDGET_S:g}s)")  # fmt: skip
@@ -159,15 +169,15 @@ def build_parser() -> argparse.ArgumentParser:
     compare = command("compare", "dense, the paper's fixed setting and the tuned profiles in one table, interleaved in one run")
     checkout(compare)
     compare.add_argument("--pairs", type=whole, default=PAIRS)
-    compare.add_argument("--lpips", type=Path, help="safetensors file of AlexNet LPIPS weights: adds that column")
-    compare.add_argument("--out", type=Path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
+    compare.add_argument("--lpips", type=path, help="safetensors file of AlexNet LPIPS weights: adds that column")
+    compare.add_argument("--out", type=path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
     trace = command("trace", "run one annotated picture or layer: time by scale and step, and a file for a profiler's window")
     images(trace)
     trace.add_argument("--with", dest="tell", choices=TRACERS, default=TRACERS[0],
                        help="who hears of the ranges: torch.profiler (a file for Perfetto; default), NVTX, Triton's proton, or "
                        "Nsight's nsys or ncu around this command")  # fmt: skip
-    trace.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
+    trace.add_argument("--profile", type=path, help="this file instead of the one found for the machine")
     trace.add_argument("--way", choices=WAYS, default=WAYS[0], help="as tuned (default), dense, or the paper's fixed setting")
     trace.add_argument("--layer", type=whole, help="this layer's attention on random inputs, not a picture; models known by "
                        "their shapes alone run so anyway (layer 0)")  # fmt: skip
@@ -175,20 +185,20 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
     trace.add_argument("--mode", choices=MODES, default=MODES[0], help="graph: a layer captured in CUDA graphs and replayed")
     trace.add_argument("--cold", action="store_true", help="no run before it: what is planned and compiled once is in it")
-    trace.add_argument("--out", type=Path, default=Path("sparvar-trace"), help="folder that gets the files")
+    trace.add_argument("--out", type=path, default=Path("sparvar-trace"), help="folder that gets the files")
     trace.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
 
     report = command("report", "one page about a profile: front, times, heads, pictures, certificate, cost", model=False)
     images(report)
-    report.add_argument("--profile", type=Path, nargs="+", metavar="FILE", default=(), help="these files instead of the ones "
+    report.add_argument("--profile", type=path, nargs="+", metavar="FILE", default=(), help="these files instead of the ones "
                         "found: the first is the report's own, the others stand beside it")  # fmt: skip
-    report.add_argument("--out", type=Path, help="file to write (default: report.html or report.md)")
+    report.add_argument("--out", type=path, help="file to write (default: report.html or report.md)")
     report.add_argument("--format", choices=("html", "md"), help="default: by the name of --out, else html; md for pull requests")
-    report.add_argument("--trials", type=Path, metavar="FILE", help="a search's trials.journal, or a CSV of show --trials "
+    report.add_argument("--trials", type=path, metavar="FILE", help="a search's trials.journal, or a CSV of show --trials "
                         "(default: the last search of --model here)")  # fmt: skip
-    report.add_argument("--log", type=Path, metavar="FILE", help="launch measurements (default: those of --model here)")
-    report.add_argument("--trace", type=Path, nargs="+", metavar="CSV", default=(), help="tables that sparvar-tune trace wrote")
-    report.add_argument("--compare", type=Path, metavar="JSON", help="raw numbers that sparvar-tune compare --out wrote")
+    report.add_argument("--log", type=path, metavar="FILE", help="launch measurements (default: those of --model here)")
+    report.add_argument("--trace", type=path, nargs="+", metavar="CSV", default=(), help="tables that sparvar-tune trace wrote")
+    report.add_argument("--compare", type=path, metavar="JSON", help="raw numbers that sparvar-tune compare --out wrote")
     report.add_argument("--pictures", type=whole, default=2, help="how many to draw dense and tuned, 0..6 (default 2)")
     report.add_argument("--images-per-day", type=whole, default=100_000, help="of the cost's stated load (default 100000)")
     report.add_argument("--price", type=float, default=2.0, help="of one GPU-hour, an assumption of yours (default 2)")
@@ -199,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     capture.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
     capture.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
     capture.add_argument("--scales", type=whole, nargs="+", metavar="SCALE", help="those recorded (default: the last two)")
-    capture.add_argument("--out", type=Path, default=Path("capture.safetensors"))
+    capture.add_argument("--out", type=path, default=Path("capture.safetensors"))
     capture.add_argument("--dry-run", action="store_true", help="say how large it would be, draw nothing")
 
     check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
@@ -211,8 +221,8 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     bench = command("bench", "hold a profile's counts, binaries and speed-ups against a baseline file: what became worse")
     images(bench)
-    bench.add_argument("--profile", type=Path, help="this file instead of the one found for the machine")
-    bench.add_argument("--baseline", type=Path, metavar="FILE", help="of an earlier run; exit code 1 where something is worse")
+    bench.add_argument("--profile", type=path, help="this file instead of the one found for the machine")
+    bench.add_argument("--baseline", type=path, metavar="FILE", help="of an earlier run; exit code 1 where something is worse")
     bench.add_argument("--write", action="store_true", help="write --baseline FILE anew; other machines' facts in it stay")
 
     doctor = commands.add_parser("doctor", help=DOCTOR, description=DOCTOR, epilog=EPILOG,
@@ -283,10 +293,10 @@ def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
 def _report_options(w: argparse.Namespace, subject: Any) -> options.ReportOptions:
     from sparvar_tune.cli.options import ReportOptions
     from sparvar_tune.report.cost import Load
-    from sparvar_tune.report.make import Request
+    from sparvar_tune.report.make import ReportRequest
 
     form = w.format or ("md" if w.out is not None and w.out.suffix in (".md", ".markdown") else "html")
-    request = Request(
+    request = ReportRequest(
         subject, tuple(w.profile), form, w.trials, w.log, tuple(w.trace), w.compare, w.pictures,
         Load(w.images_per_day, w.price, w.currency),
     )  # fmt: skip
@@ -299,14 +309,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sparvar_tune.cli.completion import complete
 
         complete()
+    for name in ("stdout", "stderr"):  # closed, as by `>&-`: nobody reads what is said
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    if argv is None:  # the process is ours
+        warnings.showwarning = _say_warning
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its number: work done stays done
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version")):
-        words.insert(0, "tune")
     try:
         try:
+            if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+                raise unknown_name("command", words[0], COMMANDS)
+            if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+                words.insert(0, "tune")
             command, options = read_options(words)
         finally:
             sys.stdout.flush()  # help, to a pipe that may be closed
@@ -328,9 +345,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.BAD_INPUT
 
 
+def _say_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    """A warning as a line for people: where in the code it was raised is nothing to them."""
+    if sys.stderr is not None:
+        print(f"sparvar-tune: note: {_one_line(str(message))}", file=sys.stderr)
+
+
 def _one_line(text: str) -> str:
-    shown = " ".join(text.split())
-    return shown if len(shown) <= 2000 else f"{shown[:2000]}..."
+    return shown(" ".join(text.split()), 2000)
 
 
 if __name__ == "__main__":

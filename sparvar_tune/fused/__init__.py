@@ -33,6 +33,12 @@ def stack_of(found: Parts) -> Stack:
 PATHS = ("auto", "fused", "attention")
 
 
+def check_path(path: object) -> None:
+    """Raises ValueError for what is no path."""
+    if not isinstance(path, str) or path not in PATHS:
+        raise ValueError(f"path={path!r}: want one of {', '.join(PATHS)}")
+
+
 class OnPath(Undos):
     """A live model on a path. live: its attention alone, which also serves what the fused path cannot; fused: None if not on.
 
@@ -80,8 +86,7 @@ def put_on(family: Any, found: Parts, attend: SparseAttention | None, path: str 
     attend: None for everything dense, on the fused path alone. Raises ValueError for another path, for "fused" where it is not
     legal, and for what `family.attach` raises.
     """
-    if path not in PATHS:
-        raise ValueError(f"path={path!r}: want one of {', '.join(PATHS)}")
+    check_path(path)
     reason = None if attend is None else steps.why_not_does(family, found, attend)
     if reason:
         raise ValueError(f"this profile does not fit the model: {reason}")

@@ -44,7 +44,7 @@ KEPT = 1.35  # a configuration predicted within this of the best is worth timing
 
 
 @dataclass(frozen=True)
-class Work:
+class LaunchWork:
     """One launch: how many keys the list of each program has, and how many query rows it takes."""
 
     head_dim: int
@@ -111,7 +111,7 @@ class Fit:
 
 def works(
     policy: Policy, problems: Mapping[int, AttentionProblem], layer: int, scale_index: int, config: TritonConfig
-) -> list[Work]:
+) -> list[LaunchWork]:
     """The launches over key lists of one layer at one scale, planned on the CPU; dense heads are none of them."""
     problem = problems[scale_index]
     plan = plan_layers(policy, problem.schedule)[layer][scale_index]
@@ -121,15 +121,15 @@ def works(
         residual = any(v.residual and v.decision_scale is not None for v, _ in groups)
         rows = int((stage.table[:, Column.END_ROW] - stage.table[:, Column.FIRST_ROW]).sum())
         found.append(
-            Work(problem.head_dim, problem.dtype, stage.table[:, Column.COUNT], rows, problem.batch, stage.masked, residual)
+            LaunchWork(problem.head_dim, problem.dtype, stage.table[:, Column.COUNT], rows, problem.batch, stage.masked, residual)
         )
     return found + [_pooled(problem, v, len(heads), config) for v, heads in plan.groups if isinstance(v, Pooled)]
 
 
-def _pooled(problem: AttentionProblem, variant: Pooled, heads: int, config: TritonConfig) -> Work:
+def _pooled(problem: AttentionProblem, variant: Pooled, heads: int, config: TritonConfig) -> LaunchWork:
     blocks = -(-problem.num_queries // config.block_m)
     keys = torch.full((heads * blocks,), num_keys(problem.schedule, problem.scale_index, variant), dtype=torch.int32)
-    return Work(problem.head_dim, problem.dtype, keys, heads * problem.num_queries, problem.batch, True, False, True)
+    return LaunchWork(problem.head_dim, problem.dtype, keys, heads * problem.num_queries, problem.batch, True, False, True)
 
 
 def at_once(taken: Taken, warps: int, gpu: Gpu) -> int:
@@ -148,7 +148,7 @@ def clock_hz(gpu: Gpu) -> float:
     return gpu.fp32_tflops * 1e12 / (2 * (64 if gpu.capability == (8, 0) else 128) * gpu.sms)
 
 
-def launch_ms(work: Work, config: TritonConfig, taken: Taken, gpu: Gpu, fit: Fit) -> float:
+def launch_ms(work: LaunchWork, config: TritonConfig, taken: Taken, gpu: Gpu, fit: Fit) -> float:
     """Milliseconds of one launch; infinite where a program does not fit. Raises ValueError for a row without rates."""
     if not (gpu.bf16_tflops and gpu.memory_gbps and gpu.sms):
         raise ValueError(f"gpu {gpu.slug}: no rates in the table to predict from; measure it instead")
@@ -231,7 +231,7 @@ def scale_ms(
     return total / len(policy.heads)
 
 
-def binary_key(work: Work, config: TritonConfig, gpu: Gpu) -> str:
+def binary_key(work: LaunchWork, config: TritonConfig, gpu: Gpu) -> str:
     """Names the gathered kernel's binary for a launch on this GPU's target."""
     assert gpu.capability
     return _key(gpu.capability, work.head_dim, work.dtype, (work.masked, work.residual, work.bias), config)

@@ -23,6 +23,7 @@ from torch import Tensor
 from sparvar_kernels.geometry.problem import DTYPES
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.profile.store import require_writable
 
 Call = tuple[Tensor, Tensor, Tensor]
 NAMES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # safetensors'
@@ -39,7 +40,7 @@ def why_not_room(path: Path, wanted: int) -> str | None:
     """Why a file of so many bytes cannot be written there, or None."""
     folder = path.absolute().parent
     if not folder.is_dir():
-        return f"{folder}: no such folder"
+        return f"{folder}: no such folder; make it, or give another with --out"
     free = shutil.disk_usage(folder).free
     if free < wanted + SPARE:
         return (
@@ -60,6 +61,7 @@ class CaptureWriter:
         self, path: Path, inner: Any, model: Model, schedule: ScaleSchedule, scales: Sequence[int], **about: Any
     ) -> None:
         self.path, self.inner, self.dtype = path, inner, DTYPES[model.dtype]
+        require_writable(path)
         reason = why_not_room(path, capture_bytes(model, schedule, scales))
         if reason:
             raise ValueError(reason)
@@ -127,6 +129,8 @@ class CaptureFile(Mapping[tuple[int, int], Call]):
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path}: no capture (no plain file)")
         try:
             with safe_open(self.path, "pt") as file:
                 self.about: dict[str, str] = dict(file.metadata() or {})

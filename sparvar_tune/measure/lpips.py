@@ -26,6 +26,8 @@ class Lpips:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path}: no such file; want a safetensors file of LPIPS weights")
         try:
             self.weights = {name: t.float() for name, t in load_file(path).items()}
         except (SafetensorError, OSError) as error:

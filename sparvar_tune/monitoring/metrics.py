@@ -18,7 +18,7 @@ Kind = Literal["counter", "histogram", "gauge"]
 
 
 @dataclass(frozen=True)
-class Row:
+class Instrument:
     """labels: beside BASE. buckets: upper bounds, of a histogram."""
 
     name: str
@@ -39,27 +39,27 @@ class Row:
         return f"{self.prometheus}_total" if self.kind == "counter" else self.prometheus
 
 
-def _fidelity(metric: str, buckets: tuple[float, ...]) -> tuple[Row, ...]:
+def _fidelity(metric: str, buckets: tuple[float, ...]) -> tuple[Instrument, ...]:
     """What is told of one metric: the sampled values, their squares for an interval of the mean, and the certificate."""
     name = f"sparvar.sampled.{metric}"
     return (
-        Row(name, "histogram", "", f"{metric} of sampled pictures against the dense ones", (), buckets),
-        Row(f"{name}.squares", "counter", "", f"sum of the squares of {metric} of sampled pictures"),
-        Row(f"sparvar.certified.{metric}", "gauge", "", f"the bound the certificate says the mean {metric} has"),
+        Instrument(name, "histogram", "", f"{metric} of sampled pictures against the dense ones", (), buckets),
+        Instrument(f"{name}.squares", "counter", "", f"sum of the squares of {metric} of sampled pictures"),
+        Instrument(f"sparvar.certified.{metric}", "gauge", "", f"the bound the certificate says the mean {metric} has"),
     )
 
 
 FIDELITY = {"psnr": "psnr_db", "ssim": "ssim", "ms_ssim": "ms_ssim"}  # metric -> its part of a name
-ROWS = {row.name: row for row in (
-    Row("sparvar.generations", "counter", "", "generations begun, each of one batch of pictures"),
-    Row("sparvar.generation.seconds", "histogram", "s", "time of a generation", (), SECONDS),
-    Row("sparvar.scale.seconds", "histogram", "s", "time of one scale of a generation, all layers", ("scale",), SECONDS),
-    Row("sparvar.rows.used", "counter", "", "scales run by a row of the profile", ("scale", "kernel")),
-    Row("sparvar.dense.fallbacks", "counter", "", "generations, or scales of them, that ran dense all the same",
+INSTRUMENTS = {row.name: row for row in (
+    Instrument("sparvar.generations", "counter", "", "generations begun, each of one batch of pictures"),
+    Instrument("sparvar.generation.seconds", "histogram", "s", "time of a generation", (), SECONDS),
+    Instrument("sparvar.scale.seconds", "histogram", "s", "time of one scale of a generation, all layers", ("scale",), SECONDS),
+    Instrument("sparvar.rows.used", "counter", "", "scales run by a row of the profile", ("scale", "kernel")),
+    Instrument("sparvar.dense.fallbacks", "counter", "", "generations, or scales of them, that ran dense all the same",
         ("scale", "reason")),
-    Row("sparvar.unfused", "counter", "", "generations whose blocks did not run as one, though they were put on that path"),
-    Row("sparvar.sampling.every", "gauge", "", "every how manyth generation is drawn dense as well; 0: none"),
-    Row("sparvar.samples.failed", "counter", "", "sampled generations whose dense twin could not be drawn"),
+    Instrument("sparvar.unfused", "counter", "", "generations whose blocks did not run as one, though put on that path"),
+    Instrument("sparvar.sampling.every", "gauge", "", "every how manyth generation is drawn dense as well; 0: none"),
+    Instrument("sparvar.samples.failed", "counter", "", "sampled generations whose dense twin could not be drawn"),
     *_fidelity("psnr_db", DECIBELS), *_fidelity("ssim", SIMILARITY), *_fidelity("ms_ssim", SIMILARITY),
 )}  # fmt: skip
 # reason -> what it means, in the words of docs/monitor.md

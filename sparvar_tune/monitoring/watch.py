@@ -325,7 +325,7 @@ def monitor(
     what: what `apply` returned, or a `Tuned` whose `attention` is called directly. to: "prometheus", "opentelemetry", a
     CollectorRegistry, a MeterProvider, or a `Sink`; None for what is installed. every: every Nth generation is drawn densely,
     too, and compared (twice more the first time, to see that drawings repeat); 0: none. picture: makes a list of
-    [1, 3, H, W] in 0..1 of what a generation returns, None for `images.pictures_of`. Numbers: `metrics.ROWS`.
+    [1, 3, H, W] in 0..1 of what a generation returns, None for `images.pictures_of`. Numbers: `metrics.INSTRUMENTS`.
 
     Raises ValueError, in one line: no metrics library, `every` below 0, or sampling of what cannot be drawn densely.
     """
@@ -338,4 +338,6 @@ def monitor(
     change = what._change if isinstance(what, Applied) else None
     if every and change is not None and not hasattr(getattr(change, "live", change), "paused"):
         raise ValueError("monitor: every: this model's adapter has no `paused`, so it cannot be drawn densely in between")
-    return Monitor(what, open_sink(to), every, picture or pictures_of)
+    if picture is not None and not callable(picture):
+        raise ValueError(f"monitor: picture: got a {type(picture).__name__}, want a function that makes a list of pictures")
+    return Monitor(what, open_sink(to), every, pictures_of if picture is None else picture)

@@ -23,7 +23,7 @@ from sparvar_kernels.variants import Variant, variant_to_dict
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.metrics import METRICS
 from sparvar_tune.catalog.models import Model
-from sparvar_tune.catalog.names import CUSTOM, PRESETS
+from sparvar_tune.catalog.names import CUSTOM, PRESETS, shown
 from sparvar_tune.profile.identity import used_by
 from sparvar_tune.profile.older import as_today
 from sparvar_tune.profile.reader import Reader, ReadError, sealed_text, to_plain, unique_keys, why_not_sealed
@@ -467,8 +467,7 @@ def read(data: Any) -> Profile:
 
 def one_line(text: str) -> str:
     """Printable and short, whatever a damaged file put into it."""
-    shown = text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+    return shown(text, MAX_MESSAGE)
 
 
 def _no_constant(name: str) -> Any:

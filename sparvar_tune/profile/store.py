@@ -80,14 +80,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Writes `data` so that the file is either the old one or the whole new one. Raises ProfileError."""
     partial = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _require_file(path)
+        target = Path(os.path.realpath(path))  # a link stays one: /dev/stdout is, and many a file of settings
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:80]}.")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        os.replace(partial, target)
         partial = None
     except OSError as error:
         reason = error.strerror or str(error)
@@ -96,6 +98,30 @@ def write_atomic(path: Path, data: bytes) -> None:
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
+
+
+def require_writable(*paths: Path) -> None:
+    """Fails before the work rather than after it: raises ProfileError where `write_atomic` could not write."""
+    for path in paths:
+        probe = path.parent / f".{path.name[:80]}.probe"
+        try:
+            _require_file(path)
+            write_atomic(probe, b"")
+            probe.unlink()
+        except (OSError, ProfileError) as error:
+            raise ProfileError(str(error).replace(str(probe), str(path))) from None
+
+
+def _require_file(path: Path) -> None:
+    """Raises ProfileError for a folder, and for a device or pipe: a rename would put a file in its place."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISDIR(mode):
+        raise ProfileError(f"{path}: is a folder; give the name of a file")
+    if not stat.S_ISREG(mode):
+        raise ProfileError(f"{path}: no plain file (a pipe or device); give the name of a file")
 
 
 def profile_name(model: str, preset: str, resolution: str, aspect: str, default: tuple[str, str], images: int = 1) -> str:

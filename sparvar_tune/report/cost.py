@@ -31,7 +31,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Work:
+class ImageTime:
     """Seconds of one image dense, and the speed-up with its 95 % interval.
 
     whole: a whole picture, else only the attention that a profile touches, summed over scales and layers.
@@ -65,7 +65,7 @@ class Bill:
         return self.saved_hours * self.price
 
 
-def bill(work: Work, load: Load) -> Bill:
+def bill(work: ImageTime, load: Load) -> Bill:
     """The year's bill of one load."""
     per_year = load.images_per_day * DAYS / 3600
     saved, low, high = (per_year * work.saved_s(s) for s in (work.speedup, work.low, work.high))

@@ -13,7 +13,7 @@ from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.profile.schema import Profile, Row
 from sparvar_tune.profile.store import images_of
-from sparvar_tune.report.cost import Bill, Load, Work, bill
+from sparvar_tune.report.cost import Bill, ImageTime, Load, bill
 from sparvar_tune.report.pictures import PicturePair
 from sparvar_tune.report.sources import Measurements, Point, Trace
 
@@ -25,7 +25,7 @@ DENSE = Dense()
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """One scale's attention over all layers, or the rest of a picture (scale None), in ms."""
 
     scale: int | None
@@ -83,7 +83,7 @@ class Facts:
         return (*found, *(point for point in self.compared if point.name not in known))
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Portion, ...]:
         """A picture's time: attention of every scale with a row, then the rest where whole pictures were timed.
 
         Where none was, a row that runs dense all the same counts as dense.
@@ -92,27 +92,27 @@ class Facts:
         for row in self.profile.rows:
             dense, tuned = times_of(row)
             used = dense if whole is None and row.scale_index in self.demoted else tuned
-            out.append(Part(row.scale_index, self.scale_name(row.scale_index), dense * layers, used * layers))
+            out.append(Portion(row.scale_index, self.scale_name(row.scale_index), dense * layers, used * layers))
         if whole is not None:
             rest = [whole.dense.p50_ms - sum(p.dense_ms for p in out), whole.tuned.p50_ms - sum(p.tuned_ms for p in out)]
-            out.append(Part(None, "everything else", max(rest[0], 0.0), max(rest[1], 0.0)))
+            out.append(Portion(None, "everything else", max(rest[0], 0.0), max(rest[1], 0.0)))
         return tuple(out)
 
     @cached_property
-    def work(self) -> Work | None:
+    def work(self) -> ImageTime | None:
         """What an image takes, measured; None where nothing was."""
         if self.predicted or not self.profile.rows:
             return None
         whole = self.profile.generation
         if whole is not None:
             s = whole.speedup
-            return Work(whole.dense.p50_ms / 1e3, s.median, s.low, s.high, True)
+            return ImageTime(whole.dense.p50_ms / 1e3, s.median, s.low, s.high, True)
         dense = sum(part.dense_ms for part in self.parts)
         ends = [sum(part.dense_ms / self._gain(row, end) for part, row in zip(self.parts, self.profile.rows, strict=True))
                 for end in ("low", "high")]  # fmt: skip
         ratio = dense / sum(part.tuned_ms for part in self.parts)
         low, high = dense / ends[0], dense / ends[1]
-        return Work(dense / 1e3 / self.images, ratio, min(low, ratio), max(high, ratio), False)
+        return ImageTime(dense / 1e3 / self.images, ratio, min(low, ratio), max(high, ratio), False)
 
     def _gain(self, row: Row, end: str) -> float:
         return 1.0 if row.scale_index in self.demoted or row.speedup is None else float(getattr(row.speedup, end))

@@ -25,7 +25,7 @@ FORMATS = ("html", "md")
 
 
 @dataclass(frozen=True)
-class Request:
+class ReportRequest:
     """subject: what is looked up where no file is named. profiles: files, the first is the report's own, the others stand
     beside it. trials: a journal or CSV; log: of launch measurements; None for what this machine's last search left.
     traces, compared: files of `trace` and `compare`. pictures: how many pairs.
@@ -50,13 +50,13 @@ class Request:
             raise ValueError("report: want --model M or --profile FILE")
 
 
-def make(request: Request, status: Callable[[str], None] = lambda text: None) -> str:
+def make(request: ReportRequest, status: Callable[[str], None] = lambda text: None) -> str:
     """The report's text. Raises ValueError, one line, for everything that is missing, damaged or of another model."""
     facts = gather(request, status)
     return to_html(facts) if request.format == "html" else to_markdown(facts)
 
 
-def gather(request: Request, status: Callable[[str], None] = lambda text: None) -> Facts:
+def gather(request: ReportRequest, status: Callable[[str], None] = lambda text: None) -> Facts:
     """Everything a report is made from. Raises ValueError as `make` does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what they say stands in the report
@@ -76,7 +76,7 @@ def gather(request: Request, status: Callable[[str], None] = lambda text: None) 
 _Found = tuple[Profile, tuple[Profile, ...], Path, tuple[str, ...], dict[int, str]]
 
 
-def _files(request: Request) -> _Found:
+def _files(request: ReportRequest) -> _Found:
     """The named files: all of one model, size and GPU."""
     loaded = [store.load(path) for path in request.profiles]
     own, wanted = loaded[0], request.subject
@@ -95,7 +95,7 @@ def _kind(profile: Profile) -> tuple[str, ...]:
     return w.model, w.resolution, w.aspect, f"batch {w.batch}", f"on {profile.silicon.gpu}"
 
 
-def _found(request: Request) -> _Found:
+def _found(request: ReportRequest) -> _Found:
     """What `load_profile` finds for the subject, and the other presets' profiles of the same silicon."""
     subject = request.subject
     assert subject is not None
@@ -121,7 +121,7 @@ def _subject_of(profile: Profile) -> Subject | None:
         return None
 
 
-def _trials(request: Request, own: Profile) -> tuple[pandas.DataFrame | None, str]:
+def _trials(request: ReportRequest, own: Profile) -> tuple[pandas.DataFrame | None, str]:
     """The trials and whose they are; of what nobody named, a file that cannot be read is said and left out."""
     if request.trials is not None:
         return sources.read_trials(request.trials, own.workload.model), f"those of {request.trials.name}"
@@ -134,14 +134,14 @@ def _trials(request: Request, own: Profile) -> tuple[pandas.DataFrame | None, st
         return None, f"none; {error}"
 
 
-def _measurements(request: Request) -> sources.Measurements | None:
+def _measurements(request: ReportRequest) -> sources.Measurements | None:
     if request.log is not None:
         return sources.read_measurements(request.log)
     found = _left_by_the_last_run(request, "measurements.jsonl")
     return sources.read_measurements(found) if found else None
 
 
-def _left_by_the_last_run(request: Request, name: str) -> Path | None:
+def _left_by_the_last_run(request: ReportRequest, name: str) -> Path | None:
     if request.subject is None or request.profiles:
         return None  # a named file is perhaps another machine's
     path = request.subject.run_folder() / name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sparvar_tune.catalog.gpus import Gpu
+from sparvar_tune.catalog.inputs import PathLike, path_of, paths_of, whole
 from sparvar_tune.catalog.models import MAX_IMAGES, Model
 from sparvar_tune.catalog.names import CUSTOM, DEFAULT_PRESET, PRESETS, unknown_name
 from sparvar_tune.profile.machine import device_name, here_or_named, is_here, silicon, versions
@@ -36,7 +36,6 @@ from sparvar_tune.runtime.demote import demotions, overlay_of
 from sparvar_tune.runtime.tuned import Tuned
 
 IMAGES_APART = 4  # a profile for n images at once serves n / 4 to 4 n
-PathLike = str | os.PathLike[str]
 
 
 def load_profile(
@@ -57,12 +56,9 @@ def load_profile(
     silicon_row, said = here_or_named(gpu, device)
     if preset not in (*PRESETS, CUSTOM):  # a name in no table would find no file and run dense
         raise unknown_name("preset", preset, (*PRESETS, CUSTOM))
-    if not isinstance(images, int) or isinstance(images, bool) or not 1 <= images <= MAX_IMAGES:
-        raise ValueError(f"images: got {images!r}, want 1..{MAX_IMAGES}, a whole number")
-    if path is not None and not isinstance(path, str | os.PathLike):
-        raise ValueError(f"path: got {path!r}, want a path")
+    whole("images", images, 1, MAX_IMAGES)
     if path is not None:
-        path = Path(path)
+        path = path_of("path", path)
         raw = read_bytes(path)
         profile = parse(raw, path)
         row = model_of(profile.workload) if profile.workload.model == model else _row(model, folders)
@@ -76,8 +72,9 @@ def load_profile(
             raise ProfileError(f"{path}: {one_line(str(error))}") from None
         return prepare(profile, path, silicon_row, [*said, "file given"], hashlib.sha256(raw).hexdigest())
     row = _row(model, folders)
-    resolution, aspect = resolution or row.default_resolution, aspect or row.default_aspect
     row.schedule(resolution, aspect)
+    resolution = row.default_resolution if resolution is None else resolution
+    aspect = row.default_aspect if aspect is None else aspect
     name = profile_name(row.slug, preset, resolution, aspect, (row.default_resolution, row.default_aspect))
     where, unseen = _folders(folders, silicon_row, name)
     misses = []
@@ -123,10 +120,7 @@ def _row(model: str | Model, given: Sequence[PathLike] | PathLike | None) -> Mod
 
 
 def _places(given: Sequence[PathLike] | PathLike) -> tuple[Path, ...]:
-    places = [given] if isinstance(given, str | os.PathLike) else given
-    if not isinstance(places, Sequence) or not all(isinstance(place, str | os.PathLike) for place in places):
-        raise ValueError(f"folders: got {given!r}, want a path or a list of them")
-    return tuple(map(Path, places))
+    return paths_of("folders", given)
 
 
 def near_counts(images: int) -> list[int]:

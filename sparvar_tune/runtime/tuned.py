@@ -18,7 +18,9 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune import adapters, fused
 from sparvar_tune.adapters import Undoable
 from sparvar_tune.catalog.gpus import Gpu
+from sparvar_tune.catalog.inputs import yes_or_no
 from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.catalog.names import shown
 from sparvar_tune.profile import identity
 from sparvar_tune.profile.overlay import DEMOTED, Overlay
 from sparvar_tune.profile.schema import Profile, Row
@@ -64,6 +66,8 @@ class Tuned:
 
         logit_bound: of the logits that will come, None if nothing bounds them; the profile's where that is larger.
         """
+        if logit_bound is not None and not (isinstance(logit_bound, float | int) and logit_bound >= 0):
+            raise ValueError(f"logit_bound: got {shown(repr(logit_bound), 40)}, want a number >= 0, or None for no bound")
         policy = self.policy()
         if self.profile is None or policy is None:
             raise ValueError(f"no profile to apply: {'; '.join(self.reasons)}")
@@ -74,9 +78,13 @@ class Tuned:
         )  # fmt: skip
 
     def attention(self, problem: AttentionProblem) -> Callable[..., Tensor]:
-        """`attend(q, k, v, layer=...)` for this problem; dense when the profile is not for its shape."""
+        """`attend(q, k, v, layer=...)` for this problem; dense when the profile is not for its shape.
+
+        Raises ValueError for what is no AttentionProblem.
+        """
+        _require_problem(problem)
         if self.profile is None or self._why_not(problem):
-            return lambda q, k, v, layer: dense_attention(q, k, v, problem)
+            return _Dense(problem)
         bound = _larger(self.profile.workload.logit_bound, problem.logit_bound)
         if bound not in self._attends:
             self._attends[bound] = self.sparse_attention(bound)
@@ -101,6 +109,7 @@ class Tuned:
         found = explained(self)
         if self.profile is None or problem is None:
             return found.words
+        _require_problem(problem)
         lines = [*found.found, self._why_not(problem) or explained_scale(self, problem.scale_index).words]
         w = self.profile.workload
         if problem.batch != w.batch:
@@ -108,6 +117,26 @@ class Tuned:
         if _larger(w.logit_bound, problem.logit_bound) != w.logit_bound:
             lines.append(f"logit bound is {problem.logit_bound}, tuned for {w.logit_bound}: its gain was not measured")
         return "\n".join(lines)
+
+
+def _require_problem(got: object) -> None:
+    if not isinstance(got, AttentionProblem):
+        raise ValueError(f"problem: got a {type(got).__name__}, want a sparvar_kernels.AttentionProblem")
+
+
+class _Dense:
+    """`attend(q, k, v, layer=...)` by PyTorch's dense attention, whose CPU kernel reads past a v that is shorter than k."""
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        self.problem, self.checked = problem, set[tuple[object, ...]]()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        form = tuple((getattr(t, "shape", None), getattr(t, "dtype", None)) for t in (q, k, v))
+        if form not in self.checked:
+            batch = q.shape[0] if isinstance(q, Tensor) and q.ndim and len(q) else self.problem.batch  # any batch, as sparse
+            replace(self.problem, batch=batch).check_inputs(q, k, v)
+            self.checked.add(form)
+        return dense_attention(q, k, v, self.problem)
 
 
 def launch_of(row: Row) -> Launch:
@@ -159,6 +188,10 @@ def apply(model: Any, tuned: Tuned, path: str = "auto", graphs: bool = True) -> 
     too, then with dense attention; graphs: in one CUDA graph a scale. "auto" is fused where that is legal and the model on a GPU.
     Raises ValueError when they do not fit. Warns where the model's weights are not those the certificate was made with.
     """
+    if not isinstance(tuned, Tuned):
+        raise ValueError(f"tuned: got a {type(tuned).__name__}, want what sparvar_tune.load_profile returned")
+    yes_or_no("graphs", graphs)
+    fused.check_path(path)
     family, parts = adapters.recognise(model)
     if tuned.profile is None:
         change = fused.put_on(family, parts, None, path, graphs) if path == "fused" else None

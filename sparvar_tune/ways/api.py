@@ -5,14 +5,17 @@ Every function takes the names the command line takes, and raises ValueError wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sparvar_tune.adapters import Adapter, LiveModel, Pair
-from sparvar_tune.catalog.names import DEFAULT_PRESET
+from sparvar_tune.adapters.protocol import lacks
+from sparvar_tune.catalog.gpus import check_device
+from sparvar_tune.catalog.inputs import path_of, paths_of, whole
+from sparvar_tune.catalog.names import DEFAULT_PRESET, shown
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.measure.capture_file import CaptureFile, CaptureWriter
 from sparvar_tune.profile.schema import Profile
@@ -48,16 +51,22 @@ def tune(
     """
     from sparvar_tune.ways.choose_way import choose_way
 
+    if bounds is not None and not isinstance(bounds, Mapping):
+        raise ValueError(f"bounds: got {shown(repr(bounds), 80)}, want one by metric such as {{'psnr': 34.5}}")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress: got {shown(repr(progress), 80)}, want a function that takes a line, such as print")
+    if name is not None and generate is None:
+        raise ValueError(f"name: got {shown(repr(name), 80)} without generate=...; only a live model is named here")
     settings = Settings(
-        dict(bounds or {}), seconds(budget), pairs, seed, _path(out), resume, search, workers, mode,
-        tuple(map(Path, merge)), _path(log), storage,
+        dict(bounds or {}), seconds(budget), pairs, seed, _path("out", out), resume, search, workers, mode,
+        paths_of("merge", merge), _path("log", log), _url(storage),
     )  # fmt: skip
     if generate is not None:
         drawn: Any = () if prompts is None else prompts
         model, prompts = LiveModel(model, generate, drawn, name=name), None
     place = place_of(source, weights, prompts)
     way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images, place), settings)
-    return way.run(progress or _silent, _silent)
+    return way.run(_silent if progress is None else progress, _silent)
 
 
 def trials(
@@ -70,7 +79,7 @@ def trials(
     """
     from sparvar_tune.ways.trials import trials_of
 
-    return trials_of(Subject.of(model, gpu, quality, resolution, aspect), storage)
+    return trials_of(Subject.of(model, gpu, quality, resolution, aspect), _url(storage))
 
 
 def explain(
@@ -78,7 +87,7 @@ def explain(
     images: int = 1, path: Path | str | None = None,
 ) -> str:  # fmt: skip
     """What would run on this machine and why, in a few lines. Raises ValueError as `load_profile` does."""
-    return Subject.of(model, gpu, quality, resolution, aspect, images).load(_path(path)).explain()
+    return Subject.of(model, gpu, quality, resolution, aspect, images).load(_path("path", path)).explain()
 
 
 def capture(
@@ -93,30 +102,45 @@ def capture(
 
     out: a safetensors file that gets them call by call instead, so that memory holds one call; the answer reads them from it.
 
-    Raises ValueError for an unknown model, one without an adapter, scales it does not have, and a disk without the room.
+    Raises ValueError for an unknown model, one without an adapter, a device that is not here, scales it does not have, and a
+    disk without the room.
     """
-    adapter = Subject.of(model, device if device == "cpu" else "auto").adapter if isinstance(model, str) else model
-    last = len(adapter.schedule) - 1
-    kept = tuple(sorted(range(last - 1, last + 1) if scales is None else set(scales)))
-    if not kept or not 0 <= kept[0] <= kept[-1] <= last:
-        raise ValueError(f"scales: got {list(kept)}, want some of 0..{last}")
-    if out is not None:
+    kind = check_device(device).type
+    adapter = Subject.of(model, kind if kind == "cpu" else "auto").adapter if isinstance(model, str) else model
+    reason = lacks(adapter)
+    if reason:
+        raise ValueError(f"model: {reason}")
+    last, file = len(adapter.schedule) - 1, _path("out", out)
+    given = (last - 1, last) if scales is None else scales
+    if not isinstance(given, Collection) or not len(given) or not all(isinstance(s, int) and 0 <= s <= last for s in given):
+        raise ValueError(f"scales: got {shown(repr(scales), 80)}, want some of 0..{last}")
+    kept = tuple(sorted(set(given)))
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"pair: got {shown(repr(pair), 80)}, want (class, seed)")
+    pair = whole("pair: class", pair[0], 0, adapter.num_classes - 1), whole("pair: seed", pair[1], 0, 2**62 - 1)
+    if file is not None:
         about = {
             "softmax_scale": adapter.softmax_scale,
             "weights_sha256": adapter.weights_sha256,
             "class": pair[0],
             "seed": pair[1],
         }
-        with CaptureWriter(Path(out), adapter.dense, adapter.model, adapter.schedule, kept, **about) as writer:
+        with CaptureWriter(file, adapter.dense, adapter.model, adapter.schedule, kept, **about) as writer:
             adapter.finish(adapter.start(pair, kept[0]), writer)
-        return CaptureFile(out)
+        return CaptureFile(file)
     recorder = Recorder(adapter.dense, kept)
     adapter.finish(adapter.start(pair, kept[0]), recorder)
     return recorder.calls
 
 
-def _path(path: Path | str | None) -> Path | None:
-    return None if path is None else Path(path)
+def _path(name: str, path: Path | str | None) -> Path | None:
+    return None if path is None else path_of(name, path)
+
+
+def _url(storage: str | None) -> str | None:
+    if storage is not None and (not isinstance(storage, str) or not storage):
+        raise ValueError(f"storage: got {shown(repr(storage), 80)}, want a URL such as sqlite:///FILE")
+    return storage
 
 
 def _silent(_text: str) -> None:

@@ -147,7 +147,7 @@ class SearchHere(Way):
         if self.settings.storage:
             open_shared(self.settings.storage)  # refuses now rather than after the model was loaded
         self.announce(say)
-        probe_writable(self.out)
+        store.require_writable(self.out)
         try:
             profile, log = self._take_over(say, status) or self._search(say, status)
         except (ValueError, OSError):
@@ -219,7 +219,7 @@ class TimeOnly(Way):
 
     def run(self, say: Say, status: Say) -> Profile:
         self.announce(say)
-        probe_writable(self.out)
+        store.require_writable(self.out)
 
         def keep(profile: Profile) -> None:
             """So far the best there is, unless an earlier run left a whole one."""
@@ -290,14 +290,10 @@ def choose_way(subject: Subject, settings: Settings) -> Way:
         return Predict(subject, settings)
     if subject.open is not None:
         return SearchHere(subject, settings)
-    return Predict(subject, settings) if subject.gpu.slug == "cpu" else TimeOnly(subject, settings)
-
-
-def probe_writable(out: Path) -> None:
-    """Fails before the work rather than after it if the profile could not be written."""
-    probe = out.parent / f".{out.name}.probe"
-    store.write_atomic(probe, b"")
-    probe.unlink()
+    if subject.gpu.slug == "cpu":  # no CPU is predicted
+        raise ValueError(f"model {subject.model.slug}: this CPU measures nothing of it, no adapter opens it by its name alone; "
+                         "give --source CHECKOUT --weights FOLDER, or a GPU to predict for, such as --gpu h100")  # fmt: skip
+    return TimeOnly(subject, settings)
 
 
 def _is_current(path: Path, gpu: Gpu) -> bool:

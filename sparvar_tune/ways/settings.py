@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from sparvar_tune.catalog.inputs import whole, yes_or_no
 from sparvar_tune.catalog.metrics import find_metric
-from sparvar_tune.catalog.names import unknown_name
+from sparvar_tune.catalog.names import shown, unknown_name
 from sparvar_tune.measure.pairs import MOST_PAIRS
 
 BUDGET_S, VERIFY_BUDGET_S, PAIRS, VERIFY_PAIRS = 290.0, 55.0, 32, 8
@@ -20,18 +20,13 @@ MODES = ("eager", "graph")
 def seconds(time: float | str) -> float:
     """Seconds of 90, "90", "90s", "3m" or "1h". Raises ValueError: no such time, not above 0, over 30 days."""
     units = {"": 1, "s": 1, "m": 60, "h": 3600}
-    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", time.strip() if isinstance(time, str) else f"{time:.3f}")
+    number = isinstance(time, int | float) and not isinstance(time, bool)
+    text = f"{time:.3f}" if number else time.strip() if isinstance(time, str) else ""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", text)
     value = float(found[1]) * units[found[2]] if found else 0.0
     if not 0 < value <= MOST_SECONDS:
-        raise ValueError(f'{str(time)[:40]!r}: want a time such as "90s", "3m" or "1h", at most 30 days')
+        raise ValueError(f'{shown(time, 40)!r}: want a time such as "90s", "3m" or "1h", at most 30 days')
     return value
-
-
-def whole(name: str, got: Any, least: int, most: int) -> int:
-    """`got` where it is a whole number in range; raises ValueError with its name."""
-    if not isinstance(got, int) or isinstance(got, bool) or not least <= got <= most:
-        raise ValueError(f"{name}: got {str(got)[:40]}, want a whole number, {least}..{most}")
-    return got
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,8 @@ class Settings:
             if reason := find_metric(name).why_not_bound(value):
                 raise ValueError(reason)
         seconds(self.budget_s)
+        yes_or_no("resume", self.resume)
+        yes_or_no("search", self.search)
         whole("pairs", self.pairs, 2, MOST_PAIRS)
         whole("seed", self.seed, 0, 2**31 - 1)
         if self.workers is not None:

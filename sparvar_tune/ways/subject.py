@@ -13,12 +13,12 @@ from sparvar_tune.adapters.opening import entry_point, is_file, open_own
 from sparvar_tune.adapters.protocol import why_not_adapter
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.gpus import GPUS, Gpu, device_row, find_gpu
+from sparvar_tune.catalog.inputs import whole
 from sparvar_tune.catalog.models import MAX_IMAGES, Model
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, unknown_name
 from sparvar_tune.profile import store
 from sparvar_tune.profile.machine import choose_gpu, is_here
 from sparvar_tune.runtime import Tuned, load_profile
-from sparvar_tune.ways.settings import whole
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def _find(
         if place is not None:
             raise ValueError("--source: it is for models of the table; this one has a function of its own that opens it")
         own = size_of(model)
-        return model.model, (resolution or own[0], aspect or own[1]), functools.partial(_same, model)
+        return model.model, (_or(resolution, own[0]), _or(aspect, own[1])), functools.partial(_same, model)
     row = store.row_of(model, _own_profiles())
-    size = resolution or row.default_resolution, aspect or row.default_aspect
+    size = _or(resolution, row.default_resolution), _or(aspect, row.default_aspect)
     if place is None:
         return row, size, functools.partial(load_adapter, row, silicon.device) if row.adapter is not None else None
     row.schedule(*size)
@@ -123,6 +123,10 @@ def _find(
     made = found.row(row, *size)  # random weights have a row of their own, of this one size
     opener = functools.partial(open_checkout, found, row, size, silicon.device)
     return made, size if made is row else (made.default_resolution, made.default_aspect), opener
+
+
+def _or(given: str | None, default: str) -> str:
+    return default if given is None else given
 
 
 def size_of(adapter: Adapter) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import itertools
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from interpreted import in_interpreter
@@ -260,6 +261,42 @@ def test_wrong_tensors_are_one_line(change, said):
     with pytest.raises(ValueError, match=re.escape(said)) as refused:
         attention()(change(q), k, v, 0, 2)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(("at", "got", "said"), [
+    (0, None, "q: got a NoneType"), (1, None, "k: got a NoneType"), (2, np.zeros((1, 2, 85, 32), "f4"), "v: got a ndarray"),
+    (0, [[1.0]], "q: got a list"), (1, torch.zeros(1, 2, 85, 32).to_sparse(), "k: got a torch.sparse_coo tensor"),
+    (3, "0", "layer='0': want 0..0"), (3, [0], "layer=[0]"), (3, torch.tensor(0), "layer=tensor(0)"),
+    (4, None, "scale_index=None"), (4, 2.5, "scale_index=2.5: want 0..2, a whole number"),
+])  # fmt: skip
+def test_what_is_no_tensor_or_index_is_one_line(at, got, said, warm):
+    given = [*AttentionProblem(SMALL, 2, 1, 2, 32).make_inputs(0), 0, 2]
+    attend = attention()
+    if warm:
+        attend(*given)
+    given[at] = got
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=re.escape(said)) as refused:
+            attend(*given)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: ScaleSchedule([(1, 1), (2, 2)]), "grids: got a list"), (lambda: ScaleSchedule(((1, 1.5),)), "grids[0]=(1, 1.5)"),
+    (lambda: ScaleSchedule((4, 8)), "grids[0]=4"), (lambda: SparseAttention(None, SMALL), "policy: got a NoneType"),
+    (lambda: SparseAttention(Policy(("A",)), [1, 4]), "schedule: got a list"), (lambda: Tile("8", 8), "tile 8x8: want height"),
+    (lambda: SparseAttention(Policy(["AA"]), SMALL), "policy: unhashable type: 'list'; want tuples"),
+    (lambda: SparseAttention(Policy(()), SMALL), "policy: heads: got none"),
+    (lambda: SparseAttention(Policy(("A",), (Rule(2, "A", "csla"),)), SMALL), "rules[0]: got a str, want a variant"),
+    (lambda: AttentionProblem(SMALL, 2, 1, 2.0, 16), "heads=2.0"), (lambda: AttentionProblem(None, 2, 1, 2, 16), "schedule: got"),
+    (lambda: AttentionProblem(SMALL, "2", 1, 2, 16), "scale_index='2'"),
+    (lambda: AttentionProblem(SMALL, 2, 1, 2, 16, "fp32", float("nan")), "softmax_scale=nan"),
+])  # fmt: skip
+def test_what_attention_is_made_of_is_checked_where_it_is_made(make, said):
+    with pytest.raises(ValueError) as refused:
+        make()
+    assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["BHND", "BNHD", "BHDN", "cut from qkv"])

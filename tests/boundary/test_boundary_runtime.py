@@ -64,8 +64,35 @@ def test_a_problem_of_another_shape_runs_dense_and_says_so(tuned, change):
     p = AttentionProblem(schedule, 6, 1, **(fields | {k: v for k, v in change.items() if k != "schedule"}))
     q, k, v = p.make_inputs(0)
     assert torch.equal(tuned.attention(p)(q, k, v, layer=0), dense_attention(q, k, v, p))
+    with pytest.raises(ValueError, match="q: got a NoneType"):
+        tuned.attention(p)(None, k, v, layer=0)
+    with pytest.raises(ValueError, match="v: got "):
+        tuned.attention(p)(q, k, v[..., :-1, :], layer=0)
+    for ask in (tuned.attention, tuned.explain):
+        with pytest.raises(ValueError, match="problem: got a dict, want a"):
+            ask({"heads": 4})
     said = tuned.explain(p)
     assert f"dense: {next(iter(change))} is" in said and "x measured" not in said
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"tuned": None}, "tuned: got a NoneType, want what sparvar_tune.load_profile"), ({"tuned": "pocketvar"}, "got a str"),
+    ({"graphs": "no"}, "graphs: got 'no', want True or False"), ({"path": "quick"}, "path='quick': want one of"),
+    ({"path": ["auto"]}, "path=['auto']: want one of"),
+])  # fmt: skip
+def test_apply_takes_nothing_but_what_it_names(tuned, given, said):
+    model = tiny.make_model()
+    for found in (tuned, dataclasses.replace(tuned, profile=None)):
+        with pytest.raises(ValueError) as refused:
+            sparvar_tune.apply(**{"model": model, "tuned": found, **given})
+        assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert model.attend is DENSE
+
+
+@pytest.mark.parametrize("bound", [math.nan, -1.0, "20", [1.0]])
+def test_a_bound_of_logits_that_is_no_number_is_refused(tuned, bound):
+    with pytest.raises(ValueError, match="logit_bound: got"):
+        tuned.sparse_attention(bound)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1), (1, 2, 0)])

@@ -156,7 +156,7 @@ def test_two_runs_at_once_are_kept_apart(tmp_path):
     (["--model", "hart", "--budget", "soon"], "want a time"),
     (["--model", "hart", "--pairs", "0"], "whole number"), (["--model", "hart", "--seed", "-1"], "0..2147483647"),
     (["tune", "--model", "hart", "--quality", "best"], "near-lossless"),
-    (["--gpu", "cpu", "--model", "hart"], "measure it instead"), (["show"], "want --model"),
+    (["--gpu", "cpu", "--model", "hart"], "such as --gpu h100"), (["show"], "want --model"),
     (["show", "--model", "hart", "--gpu", "rtx5090"], "nothing to show"),
     (["verify", "--model", "pocketvar", "--gpu", "a100"], "not in this machine"),
     (["generate", "--model", "hart", "--gpu", "cpu"], "no adapter"),
@@ -174,6 +174,9 @@ def test_two_runs_at_once_are_kept_apart(tmp_path):
     (["verify", "--gpu", "cpu", "--model", "pocketvar", "--pairs", "1"], "2..10000"),
     (["generate", "--gpu", "cpu", "--model", "pocketvar", "--class", "²"], "want 0..9"),
     (["generate", "--gpu", "cpu", "--model", "pocketvar", "--seed", "5000000000000000000"], "seed"),
+    (["explian", "--model", "hart"], 'command "explian": unknown; nearest: explain'), (["hart"], 'command "hart": unknown'),
+    (["--gpu", "h100", "--model", "hart", "--out", ""], "--out: '': want a path"), (["--model", "\x1b[2Jx"], r"\x1b[2Jx"),
+    (["show", "--profile", ""], "--profile: '': want a path"), (["--gpu", "h100", "--model", "hart", "--aspect", ""], "unknown"),
 ])  # fmt: skip
 def test_bad_words_are_one_line(tiny_model, capsys, words, said):
     assert said in refused(capsys, *words)
@@ -215,6 +218,18 @@ def test_places_that_cannot_be_written(tiny_model, capsys, tmp_path, monkeypatch
         patch.setattr(search_here, "tune", lambda *_: pytest.fail("found out only after the work"))
         assert "cannot be written" in refused(capsys, *TUNE, "--out", str(tmp_path / "file"))
 
+    monkeypatch.setattr(tiny.adapter.PocketAdapter, "finish", lambda *_args, **_kw: pytest.fail("drew before it was known"))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for command in (["generate"], ["compare"], ["capture"], ["report", "--pictures", "0"], ["bench", "--write", "--baseline"]):
+        out = [] if command[-1] == "--baseline" else ["--out"]
+        for where, said in (("folder", "is a folder"), ("pipe", "no plain file")):
+            assert said in refused(capsys, *command, *out, str(tmp_path / where), "--model", "pocketvar", "--gpu", "cpu")
+    assert "cannot be written" in refused(
+        capsys, "trace", "--model", "pocketvar", "--gpu", "cpu", "--out", str(tmp_path / "file")
+    )
+    assert "want a Markdown file" in refused(capsys, "compare", "--model", "pocketvar", "--gpu", "cpu", "--out", "table.json")
+
     def full(*_args):
         raise OSError(28, "No space left on device")
 
@@ -235,6 +250,14 @@ def test_a_letter_the_terminal_lacks_changes_no_exit_code(tmp_path, encoding):
         said = (done.stdout or done.stderr).decode(encoding)
         assert done.returncode == code and said.count("\n") == (1 if code else done.stdout.count(b"\n")), done.stderr
         assert ("画像" if encoding == "utf-8" else r"\u753b\u50cf") in said
+
+
+def test_closed_streams_and_warnings_are_no_traceback(tmp_path):
+    """`>&-` closes a stream; a warning is a line without the place in our code."""
+    command = f"{sys.executable} -m sparvar_tune.cli explain --gpu h100 --model hart"
+    env = {**os.environ, "SPARVAR_TUNE_HOME": str(tmp_path)}
+    done = subprocess.run(f"{command} >&-", shell=True, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.startswith("sparvar-tune: note: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["--help"], ["show", "--gpus"]])

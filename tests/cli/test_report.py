@@ -64,7 +64,7 @@ class Page(html.parser.HTMLParser):
 
 @cache
 def gathered(path: Path, **options) -> facts.Facts:
-    return make.gather(make.Request(profiles=(path,), format="md", **options))
+    return make.gather(make.ReportRequest(profiles=(path,), format="md", **options))
 
 
 @cache
@@ -103,7 +103,7 @@ def test_nothing_a_file_says_becomes_markup(tmp_path):
     raw["outcomes"][EVIL] = raw["outcomes"]["paper's fixed setting"]  # stands in the front's chart
     compared = tmp_path / "c.json"
     compared.write_text(json.dumps(raw))
-    request = make.Request(profiles=(path,), trials=trials, traces=(trace,), compared=compared, pictures=0)
+    request = make.ReportRequest(profiles=(path,), trials=trials, traces=(trace,), compared=compared, pictures=0)
     text = make.make(request)
     page, clean = Page(text), Page(html_of(POCKETVAR))
     assert [tag for tag, _ in page.elements].count("script") == 1 and page.code["script"] == clean.code["script"]
@@ -131,7 +131,7 @@ def test_numbers_are_the_profiles_own():
 
 
 def test_a_year_costs_what_a_hand_reckons():
-    found = cost.bill(cost.Work(4.0, 2.0, 1.6, 2.5, True), cost.Load(images_per_day=900, price=3.0))
+    found = cost.bill(cost.ImageTime(4.0, 2.0, 1.6, 2.5, True), cost.Load(images_per_day=900, price=3.0))
     assert (found.dense_per_hour, found.tuned_per_hour) == (900, 1800)
     assert (found.dense_hours, found.tuned_hours, found.saved_hours) == pytest.approx((365, 182.5, 182.5))
     assert (found.saved_low, found.saved_high, found.saved_money) == pytest.approx((365 * 0.375, 365 * 0.6, 547.5))
@@ -292,7 +292,7 @@ def test_the_example_is_what_is_made_today():
     words = command.split("`")[-2].split()
     files = words[words.index("--profile") + 1 : words.index("--compare")]
     made = make.make(
-        make.Request(profiles=tuple(ROOT / f for f in files), format="md", compared=ROOT / "reports/cpu/pocketvar.json")
+        make.ReportRequest(profiles=tuple(ROOT / f for f in files), format="md", compared=ROOT / "reports/cpu/pocketvar.json")
     )
     assert (ROOT / "reports/cpu/pocketvar-report.md").read_text() == made, (
         f"the example is of older profiles: run {' '.join(words)}"
@@ -300,7 +300,7 @@ def test_the_example_is_what_is_made_today():
 
 
 def test_a_damaged_journal_of_the_last_run_is_said_and_left_out(home):
-    request = make.Request(subject=make.Subject.of("pocketvar", "cpu"), format="md")
+    request = make.ReportRequest(subject=make.Subject.of("pocketvar", "cpu"), format="md")
     folder = request.subject.run_folder()
     folder.mkdir(parents=True)
     (folder / "trials.journal").write_text("no journal")

@@ -10,11 +10,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from examples import changed, example, fails
 
+import sparvar_tune
 from sparvar_kernels import Cs4a, Policy, Reuse, Tile
 from sparvar_tune import runtime
-from sparvar_tune.catalog.gpus import GPUS, distance, find_gpu
+from sparvar_tune.adapters import load_adapter
+from sparvar_tune.catalog.gpus import GPUS, check_device, distance, find_gpu
+from sparvar_tune.catalog.models import MODELS
+from sparvar_tune.cli.options import CheckAdapterOptions
 from sparvar_tune.profile import identity, store
 from sparvar_tune.profile.schema import MachineCode, ProfileError
 from sparvar_tune.runtime.demote import deciding
@@ -173,16 +178,48 @@ def test_a_miss_names_the_nearest_that_is_too_far(tmp_path, has, wants, said):
         ({"model": None}, 'model "None": unknown'), ({"model": 3}, 'model "3": unknown'), ({"gpu": None}, 'gpu "None": unknown'),
         ({"preset": "papr"}, 'preset "papr": unknown; nearest: paper'),
         ({"resolution": 256}, '"256"'), ({"aspect": 1.0}, '"1.0"'),
-        ({"images": "2"}, "images: got '2', want 1..256, a whole number"),
-        ({"images": 1.5}, "images: got 1.5, want 1..256, a whole number"),
+        ({"images": "2"}, "images: got '2', want a whole number, 1..256"),
+        ({"images": 1.5}, "images: got 1.5, want a whole number, 1..256"),
         ({"path": 3}, "path: got 3, want a path"), ({"folders": 5}, "folders: got 5, want a path"),
-        ({"folders": [5]}, r"folders: got \[5\], want a path"),
+        ({"folders": [5]}, "folders: got 5, want a path"),
+        ({"model": ["hart"]}, r"model \"\['hart'\]\": unknown"), ({"gpu": {}}, 'gpu "{}": unknown'),
+        ({"resolution": ""}, 'resolution "": unknown'), ({"aspect": []}, r'aspect at 256 "\[\]": unknown'),
+        ({"path": ""}, "path: got '', want a path"), ({"folders": ""}, "folders: got '', want a path"),
+        ({"preset": "pa\nper"}, r'preset "pa\\nper": unknown'), ({"device": "banana"}, "device: got 'banana', want \"cpu\""),
+        ({"device": True}, "device: got True"), ({"device": b"cpu"}, "device: got b'cpu'"), ({"device": "meta"}, "got 'meta'"),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_wrong_argument_is_one_line_and_never_dense_in_silence(home, wrong, says):
     with pytest.raises(ValueError, match=says):
         runtime.load_profile(**{"model": "pocketvar", "gpu": "cpu", **wrong})
+
+
+@pytest.mark.parametrize(("count", "device", "said"), [
+    (0, "cuda", "device: got cuda, but torch sees no CUDA GPU here"), (0, 0, "device: got cuda:0, but torch sees no"),
+    (2, "cuda:99", "device: got cuda:99, but torch sees 2 CUDA GPUs here"), (2, 2, "got cuda:2"), (2, -1, "got -1"),
+])  # fmt: skip
+def test_a_device_that_is_not_here_is_one_line_wherever_it_is_asked_for(home, monkeypatch, count, device, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    asked = [
+        lambda: runtime.load_profile("pocketvar", gpu="cpu", device=device),
+        lambda: sparvar_tune.capture("pocketvar", scales=[0], device=device),
+        lambda: load_adapter(MODELS["pocketvar"], device), lambda: CheckAdapterOptions("mine.py:make", device),
+    ]  # fmt: skip
+    for ask in asked:
+        with pytest.raises(ValueError) as refused:
+            ask()
+        assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_device_that_is_here_is_taken(home, monkeypatch):
+    assert runtime.load_profile("pocketvar", device="cpu").gpu.slug == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(check_device(d)) for d in ("cpu", "cuda", "cuda:1", 1, torch.device("cuda", 0))] == [
+        "cpu", "cuda", "cuda:1", "cuda:1", "cuda:0"
+    ]  # fmt: skip
 
 
 def test_of_two_counts_as_near_the_smaller_serves():

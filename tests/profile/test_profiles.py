@@ -378,9 +378,39 @@ def test_a_folder_in_the_way(tmp_path):
     with pytest.raises(ProfileError, match="cannot be written"):
         store.save(example(), tmp_path / "file" / "p.json")
     (tmp_path / "p.json").mkdir()
-    with pytest.raises(ProfileError, match="cannot be written"):
+    with pytest.raises(ProfileError, match=r"p\.json: is a folder"):
         store.save(example(), tmp_path / "p.json")
     assert {p.name for p in tmp_path.iterdir()} == {"file", "p.json"}
+
+
+def test_a_device_or_pipe_is_never_replaced_by_a_file(tmp_path):
+    """As root a rename onto /dev/null would leave a file there for every program of the machine."""
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda p: store.write_atomic(p, b"x"), store.require_writable):
+        with pytest.raises(ProfileError, match="pipe: no plain file"):
+            write(tmp_path / "pipe")
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "kept" / "file")
+    for data in (b"first", b"second"):
+        store.write_atomic(tmp_path / "link", data)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "kept" / "file").read_bytes() == data
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ProfileError, match="loop: cannot be written"):
+        store.write_atomic(tmp_path / "loop", b"x")
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    store.require_writable(tmp_path / "file", tmp_path / "new" / "p.json")
+    for path, said in ((tmp_path / "folder", "folder: is a folder"), (tmp_path / "file" / "p", "file/p: cannot be written")):
+        with pytest.raises(ProfileError, match=said):
+            store.require_writable(tmp_path / "file", path)
+    assert {p.name for p in tmp_path.rglob("*")} == {"file", "folder", "new"}
 
 
 @pytest.mark.parametrize(("made", "said"), [

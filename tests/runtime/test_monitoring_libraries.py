@@ -40,20 +40,20 @@ def test_prometheus_shows_it(applied):
     mean = registry.get_sample_value("sparvar_sampled_psnr_db_sum", LABELS) / 2
     assert registry.get_sample_value("sparvar_sampled_psnr_db_squares_total", LABELS) == pytest.approx(2 * mean**2)
     assert registry.get_sample_value("sparvar_certified_psnr_db", LABELS) == 35.0
-    assert all(f"# HELP {row.exposed} " in text for row in metrics.ROWS.values())
+    assert all(f"# HELP {row.exposed} " in text for row in metrics.INSTRUMENTS.values())
 
 
 def test_rules_and_dashboard_ask_for_what_is_told():
     """Every name in them is a number of the monitor or a recorded one; all but MS-SSIM's, which few ask for, are looked at."""
-    told = {row.exposed + end for row in metrics.ROWS.values()
+    told = {row.exposed + end for row in metrics.INSTRUMENTS.values()
             for end in (("_bucket", "_sum", "_count") if row.kind == "histogram" else ("",))}  # fmt: skip
     rules, board = (SHOWN / "rules.yml").read_text(), json.loads((SHOWN / "grafana.json").read_text())
     recorded = set(re.findall(r"record: (\S+)", rules))
     asked = rules + " ".join(t["expr"] for panel in board["panels"] for t in panel["targets"])
     names = set(re.findall(r"\bsparvar[_:][a-z0-9_:]+", re.sub(r"record: \S+|#.*", "", asked)))
     assert names <= told | recorded, names - told - recorded
-    looked_at = {row.exposed for row in metrics.ROWS.values() if any(name.startswith(row.exposed) for name in names)}
-    assert {row.exposed for row in metrics.ROWS.values()} - looked_at == {
+    looked_at = {row.exposed for row in metrics.INSTRUMENTS.values() if any(name.startswith(row.exposed) for name in names)}
+    assert {row.exposed for row in metrics.INSTRUMENTS.values()} - looked_at == {
         "sparvar_sampled_ms_ssim", "sparvar_sampled_ms_ssim_squares_total", "sparvar_certified_ms_ssim"
     }  # fmt: skip
     boxes = [panel["gridPos"] for panel in board["panels"]]
@@ -100,7 +100,7 @@ def test_opentelemetry_sends_it_to_a_collector(applied):
     assert path == "/v1/metrics"
     request = ExportMetricsServiceRequest.FromString(body)
     found = {m.name: m for r in request.resource_metrics for scope in r.scope_metrics for m in scope.metrics}
-    assert set(found) <= set(metrics.ROWS) and found["sparvar.generations"].sum.data_points[0].as_int == 1
+    assert set(found) <= set(metrics.INSTRUMENTS) and found["sparvar.generations"].sum.data_points[0].as_int == 1
     assert found["sparvar.generations"].sum.is_monotonic and found["sparvar.scale.seconds"].unit == "s"
     assert len(found["sparvar.scale.seconds"].histogram.data_points) == 7
     (sampled,) = found["sparvar.sampled.psnr_db"].histogram.data_points

@@ -19,11 +19,11 @@ class Told:
         self.counts, self.values, self.gauges = Counter(), {}, {}
 
     def add(self, name, value, labels):
-        self.counts[(name, *(labels[key] for key in metrics.ROWS[name].labels))] += value
-        assert set(labels) == {*metrics.BASE, *metrics.ROWS[name].labels}
+        self.counts[(name, *(labels[key] for key in metrics.INSTRUMENTS[name].labels))] += value
+        assert set(labels) == {*metrics.BASE, *metrics.INSTRUMENTS[name].labels}
 
     def record(self, name, value, labels):
-        self.values.setdefault((name, *(labels[key] for key in metrics.ROWS[name].labels)), []).append(value)
+        self.values.setdefault((name, *(labels[key] for key in metrics.INSTRUMENTS[name].labels)), []).append(value)
 
     def set(self, name, value, labels):
         self.gauges[name] = value

@@ -74,6 +74,12 @@ def test_both_ask_the_search_for_the_same(tiny_model, monkeypatch, tmp_path):
     ({"budget": "soon"}, "want a time"), ({"seed": -1}, "seed"), ({"bounds": {"psnr": float("inf")}}, "0..200 dB"),
     ({"bounds": {"ssim": "0.9"}}, "0..1"), ({"mode": "fast"}, "eager"), ({"workers": 0}, "workers"), ({"images": 0}, "1..256"),
     ({"bounds": {"snr": 1}}, "nearest: psnr"), ({"images": 4}, "one image at a time"), ({"aspect": "2"}, "aspect"),
+    ({"budget": None}, "'None': want a time"), ({"budget": True}, "want a time"), ({"resume": "no"}, "got 'no', want True"),
+    ({"search": 1}, "search: got 1, want True"), ({"out": 3}, "out: got 3, want a path"), ({"out": ""}, "out: got '', want"),
+    ({"log": b"x"}, "log: got b'x'"), ({"merge": 5}, "merge: got 5, want a path"), ({"merge": [None]}, "merge: got None"),
+    ({"storage": 5}, "storage: got 5, want a URL"), ({"progress": "print"}, "progress: got 'print', want a function"),
+    ({"bounds": 34.5}, "bounds: got 34.5, want one by metric"), ({"name": "mine"}, "name: got 'mine' without generate"),
+    ({"gpu": ["h100"]}, "unknown"), ({"resolution": ""}, 'resolution "": unknown'), ({"model": "pocket\x1b[2Jvar"}, "x1b[2J"),
 ])  # fmt: skip
 def test_wrong_values_are_refused_at_the_door(home, words, said):
     with pytest.raises(ValueError) as refused:
@@ -178,9 +184,14 @@ def test_a_capture_holds_what_attention_was_given(tiny_model):
     assert q.shape == (1, 2, 256, 32) and k.shape == v.shape == (1, 2, sum(n * n for n in tiny.SIDES), 32)
     again = sparvar_tune.capture("pocketvar", (3, 7))
     assert set(again) == {(layer, s) for layer in (0, 1) for s in (5, 6)} and torch.equal(again[1, 6][0], q)
-    for wrong in ((), (7,), (-1,)):
+    for wrong in ((), (7,), (-1,), 3, ("0",), torch.tensor([0.5])):
         with pytest.raises(ValueError, match=r"want some of 0\.\.6"):
             sparvar_tune.capture("pocketvar", scales=wrong)
+    for wrong in (None, 3, (0,), (10, 0), ("cat", 0), (0, -1), (0, 2**62), (True, 0)):
+        with pytest.raises(ValueError, match=r"^pair: "):
+            sparvar_tune.capture("pocketvar", wrong)
+    with pytest.raises(ValueError, match="model: got a int without"):
+        sparvar_tune.capture(3)
     with pytest.raises(ValueError, match="no adapter"):
         sparvar_tune.capture("hart")
 

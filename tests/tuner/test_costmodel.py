@@ -13,14 +13,23 @@ from lab import cost_fit
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import MODELS
-from sparvar_tune.launch_search.cost_model import Taken, Work, at_once, binary_key, dense_ms, launch_ms, load_binaries, load_fit
+from sparvar_tune.launch_search.cost_model import (
+    LaunchWork,
+    Taken,
+    at_once,
+    binary_key,
+    dense_ms,
+    launch_ms,
+    load_binaries,
+    load_fit,
+)
 from sparvar_tune.policy_search.menu import paper_policy
 from sparvar_tune.profile.schema import Workload
 from sparvar_tune.ways import predict
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="lists its binaries through Triton")
 H100, H200, A100 = (GPUS[slug] for slug in ("h100-sxm", "h200", "a100-80"))
-WORK = Work(128, "bf16", torch.full((3584,), 471), 4096 * 28, 2, True, False)
+WORK = LaunchWork(128, "bf16", torch.full((3584,), 471), 4096 * 28, 2, True, False)
 LIGHT = Taken(136, 65792, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,15 +31,19 @@ class AttentionProblem:
     logit_bound: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.scale_index < len(self.schedule):
-            raise ValueError(f"scale_index={self.scale_index}: want 0..{len(self.schedule) - 1}")
+        if not isinstance(self.schedule, ScaleSchedule):
+            raise ValueError(f"schedule: got a {type(self.schedule).__name__}, want a ScaleSchedule")
+        if not isinstance(self.scale_index, int) or not 0 <= self.scale_index < len(self.schedule):
+            raise ValueError(f"scale_index={self.scale_index!r}: want 0..{len(self.schedule) - 1}")
         for name in ("batch", "heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: want >= 1")
-        if self.dtype not in DTYPES:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: want >= 1, a whole number")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: want one of {', '.join(DTYPES)}")
-        if self.logit_bound is not None and not self.logit_bound > 0:
-            raise ValueError(f"logit_bound={self.logit_bound}: want > 0 or None")
+        if not isinstance(self.softmax_scale, float | int) or not math.isfinite(self.softmax_scale):
+            raise ValueError(f"softmax_scale={self.softmax_scale!r}: want a finite number")
+        if self.logit_bound is not None and not (isinstance(self.logit_bound, float | int) and self.logit_bound > 0):
+            raise ValueError(f"logit_bound={self.logit_bound!r}: want > 0 or None")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -63,8 +68,15 @@ class AttentionProblem:
         return tuple(t.to(device=device, dtype=DTYPES[self.dtype]) for t in (q, k, v))  # type: ignore[return-value]
 
     def check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raises ValueError naming the first tensor whose shape or dtype is not this problem's."""
+        """Raises ValueError naming the first that is no tensor, or whose shape or dtype is not this problem's."""
         for name, t, n in (("q", q, self.num_queries), ("k", k, self.num_keys), ("v", v, self.num_keys)):
+            if not isinstance(t, Tensor):
+                raise ValueError(no_tensor(name, t))
             want = (self.batch, self.heads, n, self.head_dim)
             if tuple(t.shape) != want or t.dtype != DTYPES[self.dtype]:
                 raise ValueError(f"{name}: got {tuple(t.shape)} {t.dtype}, want {want} {DTYPES[self.dtype]} [B, H, N, D]")
+
+
+def no_tensor(name: str, got: object) -> str:
+    """Why q, k or v is refused that is no tensor: None, a list, an array of numpy."""
+    return f"{name}: got a {type(got).__name__}, want a torch.Tensor [B, H, N, D]"

@@ -26,12 +26,14 @@ class ScaleSchedule:
     prefix: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.grids, tuple):  # it is a key of caches
+            raise ValueError(f"grids: got a {type(self.grids).__name__}, want a tuple of (height, width)")
         if not self.grids:
             raise ValueError("grids=(): a schedule needs at least one grid")
         for i, grid in enumerate(self.grids):
-            if len(grid) != 2 or min(grid) < 1:
+            if not isinstance(grid, tuple) or len(grid) != 2 or not all(isinstance(n, int) and n >= 1 for n in grid):
                 raise ValueError(f"grids[{i}]={grid}: want (height, width), both >= 1")
-        if self.prefix < 0:
+        if not isinstance(self.prefix, int) or self.prefix < 0:
             raise ValueError(f"prefix={self.prefix}: want >= 0")
 
     @classmethod
@@ -77,7 +79,7 @@ class Tile:
     width: int
 
     def __post_init__(self) -> None:
-        if self.height < 0 or self.width < 1:
+        if not isinstance(self.height, int) or not isinstance(self.width, int) or self.height < 0 or self.width < 1:
             raise ValueError(f"tile {self.height}x{self.width}: want height >= 0 (0: raster) and width >= 1")
 
     @classmethod

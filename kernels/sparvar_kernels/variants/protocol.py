@@ -69,9 +69,16 @@ class Variant(Protocol):
 
 
 class WithoutLists:
-    """What the variants that read no lists have in common."""
+    """What the variants that read no lists have in common; one that can be used anywhere says no more of it."""
 
+    kind: ClassVar[str]
     tile: ClassVar[None] = None
+
+    def why_not(self, schedule: ScaleSchedule, scale_index: int) -> str | None:
+        return None
+
+    def describe(self) -> str:
+        return self.kind
 
     def at_decision(self, schedule: ScaleSchedule, scale_index: int) -> Self:
         return self

@@ -9,6 +9,7 @@ from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.json_answer import Asked, print_answer
 from sparvar_tune.cli.options import BenchOptions
 from sparvar_tune.profile.schema import ProfileError
+from sparvar_tune.profile.store import require_writable
 from sparvar_tune.regression import baseline
 from sparvar_tune.regression.profile_facts import measure
 
@@ -24,6 +25,8 @@ def run(options: BenchOptions) -> ExitCode:
             was = baseline.load(path)
         except ProfileError as error:
             raise ValueError(str(error) if path.exists() else f"{path}: no such file; --write makes it") from None
+    if path is not None and options.write:
+        require_writable(path)
     speak = note if options.json else say
     facts = measure(tuned.profile, subject.gpu, status)
     for fact in facts:

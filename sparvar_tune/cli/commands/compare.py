@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparvar_tune.catalog.names import PRESETS
-from sparvar_tune.cli.compare_table import Way, comparison, results
+from sparvar_tune.cli.compare_table import WayResult, comparison, results
 from sparvar_tune.cli.console import note, require_here, say, status
 from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.json_answer import Asked, print_answer
@@ -37,7 +37,7 @@ class Answer:
     versions: Versions
     dense_name: str
     pairs: int
-    ways: tuple[Way, ...]
+    ways: tuple[WayResult, ...]
     left_out: tuple[LeftOut, ...]
     yardsticks: tuple[Yardstick, ...]
     written: tuple[str, ...]
@@ -47,6 +47,8 @@ def run(options: CompareOptions) -> ExitCode:
     subject, model = options.subject, options.subject.model
     speak = note if options.json else say
     require_here("compare", subject)
+    written = (options.out, options.out.with_suffix(".json")) if options.out else ()
+    store.require_writable(*written)
     adapter = subject.adapter
     ways: dict[str, Any] = {"dense": adapter.dense}
     if (scales := len(adapter.schedule)) >= PAPER_SCALES:
@@ -68,7 +70,6 @@ def run(options: CompareOptions) -> ExitCode:
     text, raw = comparison(outcomes, pairs, adapter, more, machine, now)
     if not options.json:
         say(text)
-    written = (options.out, options.out.with_suffix(".json")) if options.out else ()
     for path, data in zip(written, (text, raw), strict=False):
         store.write_atomic(path, data.encode())
     if written:

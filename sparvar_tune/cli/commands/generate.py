@@ -13,11 +13,13 @@ from sparvar_tune.cli.picture_sheet import save_png, side_by_side
 from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.measure.timing import Stopwatch
 from sparvar_tune.policy_search.judge import first_touched
+from sparvar_tune.profile.store import require_writable
 
 
 def run(options: GenerateOptions) -> ExitCode:
     subject, seed = options.subject, options.seed
     require_here("generate", subject)
+    require_writable(options.out)
     adapter = subject.adapter
     label = class_index(options.label, adapter)
     tuned = subject.load(options.profile)

@@ -21,7 +21,7 @@ from sparvar_tune.cli.options import TraceOptions
 from sparvar_tune.measure.limits import machine_limits
 from sparvar_tune.policy_search.menu import paper_policy
 from sparvar_tune.profile.schema import Workload
-from sparvar_tune.profile.store import write_atomic
+from sparvar_tune.profile.store import require_writable, write_atomic
 from sparvar_tune.tracing import chrome, runs, table
 from sparvar_tune.tracing.backends import open_session
 from sparvar_tune.tracing.backends.nsight import TOOLS, WRITES
@@ -36,6 +36,7 @@ def run(options: TraceOptions) -> int:
     if options.tell in TOOLS:
         return _under_tool(options, stem)
     require_here("trace", subject)
+    require_writable(stem.with_name(f"{stem.name}.csv"))
     open_session(options.tell, subject.gpu.device)  # refused before anything runs
     traced = _subject(options)
     dtype = "fp32" if subject.gpu.device == "cpu" else subject.model.dtype  # a CPU multiplies half precision in fp32

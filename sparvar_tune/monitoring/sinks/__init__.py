@@ -12,7 +12,7 @@ SINKS = {"prometheus": ("prometheus_client", "sparvar_tune.monitoring.sinks.prom
 
 
 class Sink(Protocol):
-    """name: of `metrics.ROWS`. labels: all of that row's. May be called from any thread."""
+    """name: of `metrics.INSTRUMENTS`. labels: all of that row's. May be called from any thread."""
 
     def add(self, name: str, value: float, labels: Mapping[str, str]) -> None:
         """To a counter."""

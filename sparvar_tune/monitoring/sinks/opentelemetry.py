@@ -7,7 +7,7 @@ from typing import Any
 
 from opentelemetry.metrics import get_meter
 
-from sparvar_tune.monitoring.metrics import ROWS
+from sparvar_tune.monitoring.metrics import INSTRUMENTS
 from sparvar_tune.profile.machine import version_of
 
 
@@ -17,7 +17,7 @@ class OpenTelemetrySink:
     def __init__(self, provider: Any = None) -> None:
         meter = (get_meter if provider is None else provider.get_meter)("sparvar_tune", version_of("sparvar-tune") or "")
         self.found: dict[str, Any] = {}
-        for name, row in ROWS.items():
+        for name, row in INSTRUMENTS.items():
             if row.kind == "counter":
                 self.found[name] = meter.create_counter(name, row.unit, row.text)
             elif row.kind == "gauge":

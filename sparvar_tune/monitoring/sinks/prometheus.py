@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from sparvar_tune.monitoring.metrics import BASE, ROWS
+from sparvar_tune.monitoring.metrics import BASE, INSTRUMENTS
 
 _OF: WeakKeyDictionary[CollectorRegistry, PrometheusSink] = WeakKeyDictionary()
 
@@ -19,7 +19,7 @@ class PrometheusSink:
     def __init__(self, registry: CollectorRegistry) -> None:
         kinds: dict[str, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
         self.found: dict[str, Any] = {}
-        for name, row in ROWS.items():
+        for name, row in INSTRUMENTS.items():
             more = {"buckets": row.buckets} if row.kind == "histogram" else {}
             self.found[name] = kinds[row.kind](row.prometheus, row.text, (*BASE, *row.labels), registry=registry, **more)
 

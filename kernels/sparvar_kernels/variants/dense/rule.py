@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparvar_kernels.geometry.problem import AttentionProblem
-from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.variants.protocol import Inputs, Reads, WithoutLists
 
 
@@ -21,12 +20,6 @@ class Dense(WithoutLists):
     decision_scale: ClassVar[None] = None
     residual: ClassVar[bool] = False
     meaning: ClassVar[int] = 1
-
-    def why_not(self, schedule: ScaleSchedule, scale_index: int) -> str | None:
-        return None
-
-    def describe(self) -> str:
-        return self.kind
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, decision: Inputs | None) -> Tensor:
         from sparvar_kernels.variants.dense.oracle import reference
