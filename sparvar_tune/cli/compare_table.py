@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas
 
 from sparvar_tune.adapters import Adapter, Pair
-from sparvar_tune.catalog.metrics import METRICS, Metric
+from sparvar_tune.catalog.metrics import Metric, always
 from sparvar_tune.measure.fidelity import class_mean, worst_mean
 from sparvar_tune.measure.timing import paired_speedup, timing
 from sparvar_tune.policy_search.certify import Outcome
@@ -79,7 +79,7 @@ def results(
 ) -> tuple[Way, ...]:
     """Every way against dense, what the table says in words. more: metrics beside those of the table."""
     frame = pair_frame(outcomes, pairs, adapter.model.layers, len(adapter.schedule) - 1)
-    return way_results(frame, (*METRICS.values(), *more))
+    return way_results(frame, (*always(), *more))
 
 
 def comparison(
@@ -87,7 +87,7 @@ def comparison(
     versions: Versions,
 ) -> tuple[str, str]:  # fmt: skip
     """Markdown table of every way against dense, and the raw numbers as JSON. more: metrics beside those of the table."""
-    metrics = (*METRICS.values(), *more)
+    metrics = (*always(), *more)
     ways = results(outcomes, pairs, adapter, more)
     columns = [*TIME_COLUMNS, *(f"{m.title}{', ' + m.unit if m.unit else ''} (bound)" for m in metrics)]
     threads = f", {machine.threads} threads" if machine.threads else ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparvar_tune.measure.pairs import MOST_PAIRS
-from sparvar_tune.ways.settings import Settings, seconds, whole
+from sparvar_tune.ways.settings import Settings, check_weights, seconds, whole
 
 if TYPE_CHECKING:  # `doctor` runs where torch does not
     from sparvar_tune.ways.subject import Subject
@@ -90,16 +91,17 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """lpips: a safetensors file of its weights. out: Markdown; the raw numbers go beside it."""
+    """metric_weights: of metrics to take as well, where the weights are. out: Markdown; the raw numbers go beside it."""
 
     subject: Subject
     pairs: int
-    lpips: Path | None
+    metric_weights: Mapping[str, Path]
     out: Path | None
     json: bool = False
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
+        check_weights(self.metric_weights)
 
 
 @dataclass(frozen=True)

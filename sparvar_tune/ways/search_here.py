@@ -24,7 +24,7 @@ from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.generation import why_not_steps
 from sparvar_tune.launch_search.choose import ChosenLaunches, combinations
 from sparvar_tune.measure.capture import Recorder
-from sparvar_tune.measure.fidelity import Constraint
+from sparvar_tune.measure.fidelity import Constraint, mean_of, worst_class
 from sparvar_tune.measure.pairs import held_out_pairs, search_pairs
 from sparvar_tune.measure.timing import CLOCK, Clock, quantile
 from sparvar_tune.policy_search.certify import (
@@ -165,14 +165,15 @@ def tune(
             )
             confidence, drawn = confidence_of(attempt), held_out_pairs(adapter.num_classes, request.pairs, attempt)
             attempt += 1
-            seen = compare_on(adapter, policy, launches, drawn, status, judge.doomed, clock)
+            seen = compare_on(adapter, policy, launches, drawn, status, judge.doomed, clock, request.constraint.more)
             if len(seen.pairs) < request.pairs:
-                means = {name: fmean(f[name] for f in seen.found) for name in request.constraint.bounds}
+                means = {name: fmean(f[name] for f in seen.found) for name in seen.found[0]}
                 note(f"given up after {len(seen.pairs)} held-out pairs: {request.constraint.say(means)}")
                 needed = max(needed, 0.2) - min(0.0, candidate.verdict.shortfall_db)
                 continue
             proof, shortfall = evidence(seen, adapter, policy, request.constraint, confidence)
             gain = generation(seen, adapter).speedup
+            note(f"worst class: {worst_class_of(seen, adapter)}")
             note(f"{describe_evidence(proof)}; {gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f})")
             if shortfall <= 0 and gain.low > 1:
                 return make_profile(request, adapter, policy, SEARCHED, seen, proof, launches, found, len(done))
@@ -206,6 +207,13 @@ def shipped_policies(request: Request, adapter: Adapter, say: Callable[[str], No
                 found[f"shipped {preset}"] = policy
                 break
     return found
+
+
+def worst_class_of(seen: Comparison, adapter: Adapter) -> str:
+    """Such as "rocket, PSNR 33.06 dB": the class whose mean is farthest from dense."""
+    values, labels = [f[LEAD.name] for f in seen.found], [label for label, _ in seen.pairs]
+    at = worst_class(LEAD, values, labels)
+    return f"{adapter.classes()[at][:60]}, {LEAD.title} {LEAD.say(mean_of(LEAD.of_worst_class(), values, labels))}"
 
 
 def trial_line(found: FinishedTrial, judge: Judge, search_left: float) -> str:
