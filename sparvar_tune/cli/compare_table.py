@@ -30,12 +30,17 @@ def pair_frame(outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair],
     ])  # fmt: skip
 
 
+def last_common(outcomes: Mapping[str, Sequence[Outcome]]) -> int:
+    """The last scale at which every way attends: one may leave out the schedule's last."""
+    return min(max(o.scales_ms) for found in outcomes.values() for o in found)
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to draw a picture, against the way "dense", pair by pair.
 
-    picture: of a whole one; last_scale: of its last scale's attention a layer; each with its speed-up. metrics: how close
-    it is to the dense picture, the mean and its bound; none for "dense".
+    picture: of a whole one; last_scale: of attention a layer at the last scale that every way has; each with its
+    speed-up. metrics: how close it is to the dense picture, the mean and its bound; none for "dense".
     """
 
     name: str
@@ -78,7 +83,7 @@ def results(
     outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], adapter: Adapter, more: Sequence[Metric]
 ) -> tuple[Way, ...]:
     """Every way against dense, what the table says in words. more: metrics beside those of the table."""
-    frame = pair_frame(outcomes, pairs, adapter.model.layers, len(adapter.schedule) - 1)
+    frame = pair_frame(outcomes, pairs, adapter.model.layers, last_common(outcomes))
     return way_results(frame, (*always(), *more))
 
 

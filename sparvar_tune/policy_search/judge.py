@@ -22,7 +22,7 @@ from sparvar_tune.catalog.metrics import LEAD, always, find_metric
 from sparvar_tune.generation import why_not_steps
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
-from sparvar_tune.policy_search.menu import Table, assign, decision_scale, fixed_points, step_menu
+from sparvar_tune.policy_search.menu import StepOption, Table, assign, decision_scale, fixed_points, step_menu
 from sparvar_tune.policy_search.study import Knobs, Verdict
 
 MARGIN_DB = 0.25  # predictions from 8 pairs that were also searched on are optimistic: two of three runs missed with 0.05
@@ -46,8 +46,13 @@ def build_policy(knobs: Knobs, adapter: Adapter, table: Table, points: Mapping[s
     if knobs.form != "priced":
         return (points or points_of(adapter))[knobs.form]
     prices = {s: knobs.prices[len(schedule) - 1 - s] for s in table.time_ms}
-    steps = step_menu(schedule, steps_of(adapter))[knobs.steps].steps if knobs.steps else ()
+    steps = steps_named(adapter)[knobs.steps].steps if knobs.steps else ()
     return assign(table, schedule, prices, knobs.tilt, steps)
+
+
+def steps_named(adapter: Adapter) -> dict[str, StepOption]:
+    """The generation steps that a search with this adapter may take."""
+    return step_menu(adapter.schedule, steps_of(adapter), adapter.model.layers)
 
 
 def points_of(adapter: Adapter, shipped: Mapping[str, Policy] | None = None) -> dict[str, Policy]:
@@ -112,7 +117,14 @@ class Judge:
     @property
     def steps(self) -> dict[str, tuple[str, ...]]:
         """Those of the fixed points that are generation steps alone, with the weaker ones that are looked at before."""
-        return {name: option.after for name, option in step_menu(self.adapter.schedule, steps_of(self.adapter)).items()}
+        return {name: option.after for name, option in steps_named(self.adapter).items()}
+
+    @property
+    def saves(self) -> dict[str, float]:
+        """By those steps, and "" for none, what share of the dense time attention can save at most on top of them."""
+        model, menu = self.adapter.model, {"": StepOption(())} | steps_named(self.adapter)
+        saved = {name: self.table.most_saved(option.steps, model.layers, model.heads) for name, option in menu.items()}
+        return {name: ms / self.dense_ms for name, ms in saved.items()}
 
     @property
     def dense_ms(self) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +50,7 @@ from sparvar_tune.policy_search.study import (
     front,
     join_study,
     open_study,
+    roomy,
     search,
 )
 from sparvar_tune.profile import schema, store
@@ -140,7 +141,7 @@ def tune(
 
         search(
             study, judge, enough, lambda trial: note(trial_line(trial, judge, left() - reserve)), shared,
-            points=judge.forms, steps=judge.steps,
+            points=judge.forms, steps=judge.steps, saves=judge.saves,
             tell_failed=lambda trial: note(f"trial {trial.number:3d}  failed: {trial.reason} ({knobs_line(trial.knobs)})"),
         )  # fmt: skip
         if not busy and (load := judge.stopwatch.load()):
@@ -148,6 +149,8 @@ def tune(
         done = finished(study)
         shown = ", ".join(f"{f.verdict.speedup:.2f}x {f.verdict.lead:.1f} {LEAD.unit}" for f in front(done))
         note(f"time against {LEAD.title}, the front of {len(done)} trials: {shown or 'none complete'}")
+        for line in fruitless(done, judge):
+            note(line)
         attempt, needed = attempts, 0.0
         looked_at = set[Policy]()
         for candidate in candidates(done):
@@ -207,6 +210,21 @@ def shipped_policies(request: Request, adapter: Adapter, say: Callable[[str], No
                 found[f"shipped {preset}"] = policy
                 break
     return found
+
+
+def fruitless(done: Sequence[FinishedTrial], judge: Judge) -> list[str]:
+    """Generation steps that were looked at alone and not gone on with, and why: a line each."""
+    alone, saves, out = {f.knobs.form: f.verdict for f in done}, judge.saves, list[str]()
+    room = roomy(done, judge.steps, saves)
+    best = max((f.verdict.speedup for f in done if f.verdict.shortfall_db <= 0), default=1.0)
+    for name in (name for name in judge.steps if name in alone and name not in room):
+        v = alone[name]
+        why = f"misses the bound by {v.shortfall_db:.1f} dB alone"
+        if v.shortfall_db <= 0:
+            limit = 1 / max(v.time_ratio - saves[name], 1e-9)
+            why = f"{v.speedup:.2f}x alone, {limit:.2f}x at most with attention on top; the best is {best:.2f}x"
+        out.append(f"not taken: {name} ({why})")
+    return out
 
 
 def worst_class_of(seen: Comparison, adapter: Adapter) -> str:
