@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.generation import CacheBudget
+from sparvar_tune.generation.tokens import kept_rows, window_places
 
 
 def keep_budget(
@@ -56,18 +54,3 @@ def _body(found: Parts, step: CacheBudget, layer: int, module: Any, queries: Any
         return out
 
     return forward
-
-
-def window_places(grid: tuple[int, int], window: int) -> Tensor:
-    """[window] raster places of the middles (the upper and left one of two) of an even division of `grid`."""
-    side = math.isqrt(window)
-    y, x = (torch.arange(side) * (n // side) + (n // side - 1) // 2 for n in grid)
-    return (y[:, None] * grid[1] + x).flatten()
-
-
-def kept_rows(q: Tensor, keys: Tensor, window: Tensor, keep: int, pool: int) -> Tensor:
-    """[B, H, keep] places in the cache that stay, ascending. q [B, H, window, D], keys [B, H, N, D], window: their own places."""
-    score = (q @ keys.transpose(2, 3) / math.sqrt(q.shape[-1])).index_fill_(3, window, -torch.inf).sum(2)
-    score = F.max_pool1d(score, pool, 1, pool // 2).index_fill_(2, window, -torch.inf)
-    best = score.topk(keep - window.numel(), -1).indices
-    return torch.cat((best, window.expand(*best.shape[:2], -1)), -1).sort(-1).values

@@ -19,13 +19,14 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Adapter, Parts
 from sparvar_tune.catalog.models import Model
-from sparvar_tune.generation import SkipScales
+from sparvar_tune.generation import CacheBudget, PruneTokens, SkipScales
 from sparvar_tune.pocketvar.model import CLASSES, DENSE, WEIGHTS, Attend, Generation, PocketVAR, draw_noise, load_pocketvar
 
 YARDSTICKS = Path(__file__).parents[1] / "pocketvar" / "yardsticks.json"
 REDRAW = "dense, noise redrawn at the last two scales"
 DROP = "dense, last scale left out"
-STEPS = {SkipScales.kind: lambda found, step: Undos()}  # its sampling reads it off the attention
+# its sampling reads them off the attention
+STEPS = {step.kind: lambda found, step: Undos() for step in (SkipScales, PruneTokens, CacheBudget)}
 
 
 @lru_cache(maxsize=4)

@@ -57,6 +57,7 @@ class Adapter(Protocol):
     num_classes: int
     dense: Any  # the dense attention callable, the baseline; `dense_name` names it
     dense_name: str
+    prompts: Sequence[Any] = ()  # by class, what its pictures are drawn from where that is text: some metrics read it
     steps: Collection[str] = (SkipScales.kind,)  # kinds of generation steps that `finish` does where `attend` has them
 
     def start(self, pair: Pair, until: int) -> Any:
@@ -92,7 +93,7 @@ class Adapter(Protocol):
 
 def lacks(found: Any) -> str | None:
     """What `found` has not that every adapter has: half a line, or None."""
-    wanted = [name for name in Adapter.__annotations__ if name != "steps" and not hasattr(found, name)]
+    wanted = [name for name in Adapter.__annotations__ if name not in ("steps", "prompts") and not hasattr(found, name)]
     wanted += [
         name
         for name in ("start", "finish", "classes", "required", "class_levels", "yardsticks")

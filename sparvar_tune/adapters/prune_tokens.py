@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.generation import PruneTokens
+from sparvar_tune.generation.tokens import enlarge, farthest, rows_at
 
 Work = Callable[[Tensor, Tensor | None], Tensor]  # (rows, their places; None: all of them) -> what the part gives, gated
 
@@ -167,19 +167,3 @@ def prune_tokens(step: PruneTokens, block: Callable[[int], PrunedBlock]) -> Undo
     for made in [block(layer) for layer in range(step.first_layer, step.last_layer + 1)]:
         undos.add(made.put_on())
     return undos
-
-
-def farthest(x: Tensor, keep: int) -> Tensor:
-    """[B, keep] places in x [B, N, C] of the rows farthest from the mean row, farthest first."""
-    return (x - x.mean(1, keepdim=True)).square().sum(-1).argsort(1, descending=True)[:, :keep]
-
-
-def rows_at(x: Tensor, places: Tensor) -> Tensor:
-    """[B, kept, C] of x [B, N, C]."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def enlarge(x: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """x [B, tokens of grid, C] on the grid `to`, each cell the mean of the cells it covers."""
-    wide = F.interpolate(x.unflatten(1, grid).permute(0, 3, 1, 2), size=to, mode="area")
-    return wide.permute(0, 2, 3, 1).flatten(1, 2)

@@ -1,14 +1,17 @@
 """The ways to say how close a sparse picture is to its dense twin: to add one, add a row to `METRICS`.
 
-A bound of any of them can be asked for by name (`--min NAME=VALUE`), is certified on held-out pictures, and stands in the
-profile's evidence. Imports nothing heavy until a picture is compared: `--help` needs the names.
+A bound of any of them can be asked for by name (`--min NAME=VALUE`, `--max` where lower is closer), of the mean over all classes
+or of the worst class alone; it is certified on held-out pictures and stands in the profile's evidence. Those that need weights
+are measured where the user gives them. Imports nothing heavy until a picture is compared: `--help` needs the names.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparvar_tune.catalog.names import unknown_name
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 WINDOW = 11  # pixels, of SSIM's Gaussian
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al., "Multiscale structural similarity", 2003
+WORST = "_worst_class"  # after a metric's name: of the class that is farthest from dense
 PSNR_CAP = 100.0  # identical pictures: a finite number keeps means and files finite
 
 
@@ -28,7 +32,9 @@ class Metric:
     name: in options, files and columns. unit: "dB" or "". direction: which way is closer to dense, "higher" or "lower".
     least: the worst value there is. low, high: what may be asked for; no value is above high. step: the difference that
     counts as much as 1 dB of PSNR, so that what is missing in several metrics can be weighed. digits: behind the point.
-    compare: (sparse, dense), both [1, 3, H, W] float in 0..1 -> a finite number.
+    compare: (sparse, dense), both [1, 3, H, W] float in 0..1, and the prompt where it is `prompted` -> a finite number.
+    loader, wants: of one that needs weights, "module:name" of what makes `compare` from a path, and what must be there in words.
+    loaded: the path that was given; None: not yet, it cannot compare. worst_class: a bound is of the class farthest from dense.
     """
 
     name: str
@@ -40,7 +46,28 @@ class Metric:
     high: float
     step: float
     digits: int
-    compare: Callable[[Tensor, Tensor], float] = field(repr=False)
+    compare: Callable[..., float] = field(repr=False)
+    loader: str = ""
+    wants: str = ""
+    prompted: bool = False
+    loaded: Path | None = None
+    worst_class: bool = False
+
+    def with_weights(self, path: Path) -> Metric:
+        """It, able to compare. Raises ValueError, in one line, where the weights or the library that reads them are missing."""
+        if not self.loader:
+            raise ValueError(f"{self.name}: it needs no weights")
+        module, _, name = self.loader.partition(":")
+        return replace(self, compare=getattr(importlib.import_module(module), name)(path), loaded=path)
+
+    @property
+    def measured(self) -> str:
+        """The name of what is measured of each picture."""
+        return self.name.removesuffix(WORST)
+
+    def of_worst_class(self) -> Metric:
+        """The same, of which the worst class is bound."""
+        return replace(self, name=self.name + WORST, title=f"{self.title} of the worst class", worst_class=True)
 
     @property
     def sign(self) -> int:
@@ -102,17 +129,39 @@ def ms_ssim_levels(side: int) -> int:
     return max(n for n in range(1, len(MS_SSIM_BETAS) + 1) if n == 1 or (side // (n - 1) ** 2 >= WINDOW and side >> (n - 1) > 5))
 
 
+def _no_weights(*_pictures: object) -> float:
+    raise ValueError("this metric needs weights that were not given")
+
+
 _ROWS = (
     Metric("psnr", "PSNR", "dB", "higher", 0.0, 0.0, 200.0, 1.0, 2, _psnr),
     Metric("ssim", "SSIM", "", "higher", -1.0, 0.0, 1.0, 0.01, 4, _ssim),
     Metric("ms_ssim", "MS-SSIM", "", "higher", -1.0, 0.0, 1.0, 0.01, 4, _ms_ssim),
-)
+    Metric("lpips", "LPIPS", "", "lower", 1e3, 0.0, 1e3, 0.01, 4, _no_weights, "sparvar_tune.measure.lpips:Lpips",
+           "a safetensors file of AlexNet's and its linear heads' weights"),
+    # of preferences the gain over the dense picture is meant, below 0 where the sparse one is liked less
+    Metric("hpsv2", "HPSv2 gain", "", "higher", -2.0, -2.0, 2.0, 0.002, 5, _no_weights, "sparvar_tune.measure.preference:Hpsv2",
+           "a folder that transformers' CLIPModel and its processor open", prompted=True),
+    Metric("image_reward", "ImageReward gain", "", "higher", -1e2, -1e2, 1e2, 0.05, 4, _no_weights,
+           "sparvar_tune.measure.preference:ImageReward", "a folder with ImageReward.pt and med_config.json", prompted=True),
+)  # fmt: skip
 METRICS = {metric.name: metric for metric in _ROWS}
 LEAD = METRICS["psnr"]  # of fronts, and of what a model's classes are known to differ in beforehand
 
 
+def always() -> tuple[Metric, ...]:
+    """Those that are measured of every picture: they need no weights."""
+    return tuple(metric for metric in METRICS.values() if not metric.loader)
+
+
+def known_metric(name: str) -> Metric | None:
+    """The row of a name in a file, also of "psnr_worst_class"; None for one that only its tuner knows."""
+    row = METRICS.get(name.removesuffix(WORST))
+    return row.of_worst_class() if row and name.endswith(WORST) else row
+
+
 def find_metric(name: str) -> Metric:
-    """The row of `name`; raises ValueError naming the nearest."""
-    if not isinstance(name, str) or name not in METRICS:
+    """The row of a name as people write it, such as "ms-ssim" or "psnr-worst-class"; raises ValueError naming the nearest."""
+    if not isinstance(name, str) or (found := known_metric(name.replace("-", "_"))) is None:
         raise unknown_name("metric", name, METRICS)
-    return METRICS[name]
+    return found

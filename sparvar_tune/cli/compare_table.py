@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas
 
 from sparvar_tune.adapters import Adapter, Pair
-from sparvar_tune.catalog.metrics import METRICS, Metric
+from sparvar_tune.catalog.metrics import Metric, always
 from sparvar_tune.measure.fidelity import class_mean, worst_mean
 from sparvar_tune.measure.timing import paired_speedup, timing
 from sparvar_tune.policy_search.certify import Outcome
@@ -30,12 +30,17 @@ def pair_frame(outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair],
     ])  # fmt: skip
 
 
+def last_common(outcomes: Mapping[str, Sequence[Outcome]]) -> int:
+    """The last scale at which every way attends: one may leave out the schedule's last."""
+    return min(max(o.scales_ms) for found in outcomes.values() for o in found)
+
+
 @dataclass(frozen=True)
 class WayResult:
     """One way to draw a picture, against the way "dense", pair by pair.
 
-    picture: of a whole one; last_scale: of its last scale's attention a layer; each with its speed-up. metrics: how close
-    it is to the dense picture, the mean and its bound; none for "dense".
+    picture: of a whole one; last_scale: of attention a layer at the last scale that every way has; each with its
+    speed-up. metrics: how close it is to the dense picture, the mean and its bound; none for "dense".
     """
 
     name: str
@@ -78,8 +83,8 @@ def results(
     outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], adapter: Adapter, more: Sequence[Metric]
 ) -> tuple[WayResult, ...]:
     """Every way against dense, what the table says in words. more: metrics beside those of the table."""
-    frame = pair_frame(outcomes, pairs, adapter.model.layers, len(adapter.schedule) - 1)
-    return way_results(frame, (*METRICS.values(), *more))
+    frame = pair_frame(outcomes, pairs, adapter.model.layers, last_common(outcomes))
+    return way_results(frame, (*always(), *more))
 
 
 def comparison(
@@ -87,7 +92,7 @@ def comparison(
     versions: Versions,
 ) -> tuple[str, str]:  # fmt: skip
     """Markdown table of every way against dense, and the raw numbers as JSON. more: metrics beside those of the table."""
-    metrics = (*METRICS.values(), *more)
+    metrics = (*always(), *more)
     ways = results(outcomes, pairs, adapter, more)
     columns = [*TIME_COLUMNS, *(f"{m.title}{', ' + m.unit if m.unit else ''} (bound)" for m in metrics)]
     threads = f", {machine.threads} threads" if machine.threads else ""

@@ -28,6 +28,7 @@ EXTRAS = {
     "monitor": (("prometheus-client", "opentelemetry-api"), "what a server runs, told to Prometheus or OpenTelemetry"),
     "report": (("matplotlib", "jinja2", "scipy"), "sparvar-tune report, and the sampler study"),
     "storage": (("psycopg", "pymysql", "sqlalchemy"), "trials that machines share through PostgreSQL or MySQL"),
+    "preference": (("transformers",), "HPSv2 among the metrics, by weights of yours"),
     "completion": (("argcomplete",), "Tab completes commands, options, models and GPUs"),
 }
 

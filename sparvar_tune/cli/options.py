@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparvar_tune.catalog.inputs import whole
 from sparvar_tune.measure.pairs import MOST_PAIRS
-from sparvar_tune.ways.settings import Settings, seconds
+from sparvar_tune.ways.settings import Settings, check_weights, seconds
 
 if TYPE_CHECKING:  # `doctor` runs where torch does not
     from sparvar_tune.ways.subject import Subject
@@ -90,11 +91,11 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """lpips: a safetensors file of its weights. out: Markdown; the raw numbers go beside it."""
+    """metric_weights: of metrics to take as well, where the weights are. out: Markdown; the raw numbers go beside it."""
 
     subject: Subject
     pairs: int
-    lpips: Path | None
+    metric_weights: Mapping[str, Path]
     out: Path | None
     json: bool = False
 
@@ -102,6 +103,7 @@ class CompareOptions:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
         if self.out is not None and self.out.suffix == ".json":
             raise ValueError(f"--out: got {self.out}, want a Markdown file; the raw numbers go beside it as .json")
+        check_weights(self.metric_weights)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparvar_tune import __version__
 from sparvar_tune.catalog.inputs import path_of
-from sparvar_tune.catalog.metrics import METRICS
+from sparvar_tune.catalog.metrics import METRICS, WORST, find_metric
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, shown, unknown_name
 from sparvar_tune.cli.exit_codes import EPILOG, ExitCode
 from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
@@ -40,17 +40,32 @@ def duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def bound(text: str) -> tuple[str, float]:
-    """A metric and a value of "psnr=34.5"; which there are, and their ranges, is the settings' affair."""
+def bound(way: str, after: str, text: str) -> tuple[str, float]:
+    """A metric and a value of "psnr=34.5". way: "min" or "max". after: what the name may lack, such as WORST."""
     name, _, value = text.partition("=")
     try:
-        return name, float(value)
+        number = float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text[:40]!r}: want NAME=VALUE such as psnr=34.5") from None
+    try:
+        metric = find_metric(name if name.replace("-", "_").endswith(WORST) else name + after)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if (right := "min" if metric.direction == "higher" else "max") != way:
+        raise argparse.ArgumentTypeError(f"{name}: {metric.direction} is closer to dense, so want --{right} {text[:40]}")
+    return metric.name, number
 
 
-def bound_of(name: str, value: str) -> tuple[str, float]:
-    return bound(f"{name}={value}")
+def _bound_of(name: str, value: str) -> tuple[str, float]:
+    return bound("min", "", f"{name}={value}")
+
+
+def weights_of(text: str) -> tuple[str, Path]:
+    """A metric and a path of "lpips=FILE"."""
+    name, _, path = text.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: want NAME=PATH such as lpips=alex.safetensors")
+    return name, Path(path)
 
 
 def whole(text: str) -> int:
@@ -107,18 +122,33 @@ def build_parser() -> argparse.ArgumentParser:
     def images(p: argparse.ArgumentParser) -> None:
         p.add_argument("--images", type=whole, default=1, help="how many at once the profile is for (default 1)")
 
+    def metric_weights(p: argparse.ArgumentParser) -> None:
+        needing = "; ".join(f"{m.name}: {m.wants}" for m in METRICS.values() if m.loader)
+        p.add_argument("--metric-weights", type=weights_of, action="append", default=[], metavar="NAME=PATH",
+                       help=f"measure this metric too, with weights of yours ({needing})")  # fmt: skip
+
     tune = command(
         "tune", "search a policy, certify it on held-out pictures, write the profile (the default command)", model=False
     )
     images(tune)
     checkout(tune)
     tune.add_argument("--from-misses", action="store_true", help="tune what load_profile(..., record_miss=True) did not find")
-    tune.add_argument("--min", type=bound, action="append", default=[], metavar="NAME=VALUE", dest="bounds", help="what the "
-                      "confidence bound of the mean must reach instead of the quality's own value; of "
-                      f"{', '.join(METRICS)}")  # fmt: skip
-    for name in ("psnr", "ssim"):
-        tune.add_argument(f"--min-{name}", type=functools.partial(bound_of, name), action="append",
+    for way, closer in (("min", "higher"), ("max", "lower")):
+        names = ", ".join(m.name for m in METRICS.values() if m.direction == closer)
+        for after, whose in (("", "mean"), (WORST, "worst class's mean")):
+            tune.add_argument(
+                f"--{way}{after.replace('_', '-')}",
+                type=functools.partial(bound, way, after),
+                action="append",
+                default=[],
+                metavar="NAME=VALUE",
+                dest="bounds",
+                help=f"what the confidence bound of the {whose} must reach instead of the quality's own value; of {names}",
+            )
+    for name in ("psnr", "ssim", "psnr-worst-class"):
+        tune.add_argument(f"--min-{name}", type=functools.partial(_bound_of, name), action="append",
                           dest="bounds", metavar="VALUE", help=f"--min {name}=VALUE")  # fmt: skip
+    metric_weights(tune)
     tune.add_argument(
         "--budget", type=duration, default=BUDGET_S, help=f"wall time; only the search is cut (default {BUDGET_S:g}s)"
     )
@@ -169,7 +199,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare = command("compare", "dense, the paper's fixed setting and the tuned profiles in one table, interleaved in one run")
     checkout(compare)
     compare.add_argument("--pairs", type=whole, default=PAIRS)
-    compare.add_argument("--lpips", type=path, help="safetensors file of AlexNet LPIPS weights: adds that column")
+    metric_weights(compare)
+    compare.add_argument("--lpips", type=lambda given: ("lpips", path(given)), action="append", dest="metric_weights",
+                         metavar="FILE", help="--metric-weights lpips=FILE")  # fmt: skip
     compare.add_argument("--out", type=path, help="Markdown file for the table (the raw numbers go beside it as JSON)")
 
     trace = command("trace", "run one annotated picture or layer: time by scale and step, and a file for a profiler's window")
@@ -270,7 +302,7 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
         return w.command, o.BenchOptions(subject, w.profile, w.baseline, w.write, w.json)
     if w.command == "verify":
         return w.command, o.VerifyOptions(subject, w.profile, w.pairs, w.budget, w.write, w.json)
-    return w.command, o.CompareOptions(subject, w.pairs, w.lpips, w.out, w.json)
+    return w.command, o.CompareOptions(subject, w.pairs, dict(w.metric_weights), w.out, w.json)
 
 
 def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
@@ -285,7 +317,19 @@ def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
     if len(bounds) < len(w.bounds):
         raise ValueError(f"--min: got {', '.join(name for name, _ in w.bounds)}, want each metric once")
     settings = Settings(
-        bounds, w.budget, w.pairs, w.seed, w.out, w.resume, w.search, w.workers, w.mode, tuple(w.merge), w.log, w.storage
+        bounds,
+        w.budget,
+        w.pairs,
+        w.seed,
+        w.out,
+        w.resume,
+        w.search,
+        w.workers,
+        w.mode,
+        tuple(w.merge),
+        w.log,
+        w.storage,
+        dict(w.metric_weights),
     )
     return TuneOptions(subject, w.gpu, settings, w.dry_run)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 
 from sparvar_kernels.policy import Step
 from sparvar_tune.generation.cache_budget import CacheBudget
@@ -13,9 +13,11 @@ from sparvar_tune.generation.skip_scales import SkipScales
 STEPS: dict[str, type[Step]] = {step.kind: step for step in (SkipScales, DropUnconditional, CacheBudget, PruneTokens)}
 
 
-def why_not_steps(steps: Iterable[Step], can: Collection[str], who: str) -> str | None:
+def why_not_steps(steps: Sequence[Step], can: Collection[str], who: str) -> str | None:
     """Why `who`, which can do steps of the kinds `can`, cannot do these, or None."""
     for step in steps:
         if step.kind not in can:
             return f"{step.kind}: {who} cannot do that; it can do {', '.join(sorted(can)) or 'no step of a generation'}"
+    if len(thin := [step.kind for step in steps if step.thins]) > 1:  # which window would be kept of a scale that was pruned?
+        return f"{thin[1]}: it and {thin[0]} both leave out tokens; want one of them"
     return None

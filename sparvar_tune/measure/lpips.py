@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_tune.catalog.metrics import Metric
-
 # index in AlexNet's features, stride, padding, and whether a 3x3 max pool of stride 2 comes before it
 _CONVOLUTIONS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -37,10 +35,6 @@ class Lpips:
         missing = [name for name in wanted if name not in self.weights]
         if missing:
             raise ValueError(f"{path}: {missing[0]} is missing; want {', '.join(wanted)}")
-
-    def metric(self) -> Metric:
-        """It as a metric, for one run."""
-        return Metric("lpips", "LPIPS", "", "lower", 1e3, 0.0, 1e3, 0.01, 4, self)
 
     def __call__(self, a: Tensor, b: Tensor) -> float:
         total = 0.0

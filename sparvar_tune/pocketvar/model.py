@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.pocketvar.thinning import Given, Thinning
 from sparvar_tune.pocketvar.tokenizer import Decoder, Quantiser, pool
 
 WEIGHTS = Path(__file__).with_name("pocketvar.safetensors")
@@ -170,10 +171,18 @@ class PocketVAR(nn.Module):
 
     def after_attention(self, block: Block, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
         """x [B, N, width] after the attention output [B, H, N, D] and the MLP."""
-        _, _, gate1, shift, scale, gate2 = (mod + block.modulation).unsqueeze(2).unbind(1)
-        x = x + gate1 * block.proj(attended.transpose(1, 2).flatten(2))
+        x = x + self.attention_part(block, attended, mod)
+        return x + self.mlp_part(block, x, mod)
+
+    def attention_part(self, block: Block, attended: Tensor, mod: Tensor) -> Tensor:
+        """[B, N, width]: what the attention output [B, H, N, D] adds."""
+        return (mod + block.modulation)[:, 2:3] * block.proj(attended.transpose(1, 2).flatten(2))
+
+    def mlp_part(self, block: Block, x: Tensor, mod: Tensor) -> Tensor:
+        """[B, N, width]: what the MLP adds to x [B, N, width]."""
+        shift, scale, gate = (mod + block.modulation)[:, 3:].unsqueeze(2).unbind(1)
         y = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-        return x + gate2 * block.fc2(F.gelu(block.fc1(y)))
+        return gate * block.fc2(F.gelu(block.fc1(y)))
 
     def logits(self, x: Tensor, mod: Tensor) -> Tensor:
         """[B, N, bits] from the last block's x [B, N, width]."""
@@ -185,6 +194,13 @@ def draw_noise(schedule: ScaleSchedule, bits: int, seed: int) -> Tensor:
     """[tokens, bits] logistic noise, float32 on the CPU: the whole randomness of one picture."""
     u = torch.rand(schedule.num_tokens, bits, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.logit(u.clamp(1e-9, 1 - 1e-9)).float()
+
+
+def portions(x: Tensor) -> list[slice]:
+    """Everything but attention works on the tokens of x [B, N, C] one by one; on a CPU in portions that stay in cache."""
+    tokens = x.shape[1]
+    portion = CPU_PORTION if x.device.type == "cpu" else tokens
+    return [slice(a, min(a + portion, tokens)) for a in range(0, tokens, portion)]
 
 
 class Generation:
@@ -210,17 +226,19 @@ class Generation:
         self.fhat = torch.zeros(len(classes), c.bits, *model.schedule.grids[-1], device=device)
         shape = (c.depth, 2, len(classes), c.heads, model.schedule.num_tokens, c.head_dim)
         self.cache = torch.empty(shape, dtype=model.head.weight.dtype, device=device)  # k and v of every layer
+        self.filled = [0] * c.depth  # tokens in each layer's cache
+        self.given: Given = {}
 
     def parked(self) -> Generation:
         """The same state holding only the part of the cache that is filled; `fork` it to go on."""
-        done = self.model.schedule.starts[self.scale]
-        self.cache = self.cache[..., :done, :].clone()
+        self.cache = self.cache[..., : max(self.filled), :].clone()
         return self
 
     def fork(self, attend: Attend | None = None, noise: Tensor | None = None) -> Generation:
         twin = object.__new__(Generation)
         twin.__dict__.update(self.__dict__)
-        done, room = self.model.schedule.starts[self.scale], self.model.schedule.num_tokens
+        done, room = max(self.filled), self.model.schedule.num_tokens
+        twin.filled, twin.given = list(self.filled), dict(self.given)
         twin.cache = self.cache.new_empty(*self.cache.shape[:-2], room, self.cache.shape[-1])
         twin.cache[..., :done, :] = self.cache[..., :done, :]
         if attend is not None:
@@ -235,26 +253,75 @@ class Generation:
         begin, end = model.schedule.starts[i], model.schedule.starts[i + 1]
         dtype = model.head.weight.dtype
         x = model.inputs([self.fhat.to(dtype) if i else None], range(i, i + 1)).expand(self.fhat.shape[0], -1, -1)
-        # everything but attention works on tokens one by one; on a CPU in portions that stay in cache
-        portion = CPU_PORTION if x.device.type == "cpu" else end - begin
-        parts = [slice(a, min(a + portion, end - begin)) for a in range(0, end - begin, portion)]
-        x = x.clone()
-        for layer, block in enumerate(model.blocks):
-            q = x.new_empty(x.shape[0], model.config.heads, end - begin, model.config.head_dim)  # fresh: it may be captured
-            keys, values = (cache[:, :, :end] for cache in self.cache[layer])
-            new_keys, new_values = keys[:, :, begin:], values[:, :, begin:]
-            for part in parts:
-                q[:, :, part], new_keys[:, :, part], new_values[:, :, part] = model.before_attention(
-                    block, x[:, part], self.modulation, model.rotations[begin:end][part]
-                )
-            attended = self.attend(q, keys, values, layer, i)
-            for part in parts:
-                x[:, part] = model.after_attention(block, x[:, part], attended[:, :, part], self.modulation)
+        x, thinning = x.clone(), Thinning.of(self.attend, model.schedule)
+        for layer in range(model.config.depth):
+            budget = thinning.budget_after(i, layer)
+            window = None if budget is None else thinning.window_of(x, i)
+            if thinning.by_parts(i, layer):
+                x = self._by_parts(x, layer, thinning)
+            else:
+                self._whole(x, layer)
+            if budget is not None and window is not None:
+                self._cut(layer, budget, window, thinning)
         logits = model.logits(x, self.head_modulation).float()
         bits = logits + self.temperature * self.noise[:, begin:end] > 0
         grid = model.schedule.grids[i]
         self.fhat = model.quantiser.add(self.fhat, bits.transpose(1, 2).unflatten(2, grid), i)
         self.scale += 1
+
+    def _whole(self, x: Tensor, layer: int) -> None:
+        """One block on all tokens x [B, N, width] of the scale, which change in place."""
+        attended, block = self._attend(x, layer, self.model.rotations[self._span]), self.model.blocks[layer]
+        for part in portions(x):
+            x[:, part] = self.model.after_attention(block, x[:, part], attended[:, :, part], self.modulation)
+
+    def _attend(self, x: Tensor, layer: int, angles: Tensor) -> Tensor:
+        """Attention of rows x [B, n, width] turned by angles [(B, 1,) n, D / 2], which are appended to the layer's cache."""
+        model, c, begin = self.model, self.model.config, self.filled[layer]
+        end = self.filled[layer] = begin + x.shape[1]
+        q = x.new_empty(x.shape[0], c.heads, x.shape[1], c.head_dim)  # fresh: it may be captured
+        keys, values = (cache[:, :, :end] for cache in self.cache[layer])
+        new_keys, new_values = keys[:, :, begin:], values[:, :, begin:]
+        for part in portions(x):
+            q[:, :, part], new_keys[:, :, part], new_values[:, :, part] = model.before_attention(
+                model.blocks[layer], x[:, part], self.modulation, angles[..., part, :]
+            )
+        whole = slice(begin, end) == self._span  # else it is no call of the schedule, and no rule may stand there
+        return (self.attend if whole else DENSE)(q, keys, values, layer, self.scale)
+
+    @property
+    def _span(self) -> slice:
+        """The scale's tokens among all."""
+        return slice(*self.model.schedule.starts[self.scale : self.scale + 2])
+
+    def _by_parts(self, x: Tensor, layer: int, thinning: Thinning) -> Tensor:
+        """The same block, each of its parts on the tokens that it chooses, or on all where later scales need what it gives."""
+        model, block, angles = self.model, self.model.blocks[layer], self.model.rotations[self._span]
+
+        def attend(rows: Tensor, places: Tensor | None) -> Tensor:
+            attended = self._attend(rows, layer, angles if places is None else angles[places][:, None])
+            return model.attention_part(block, attended, self.modulation)
+
+        def mlp(rows: Tensor, _places: Tensor | None) -> Tensor:
+            return torch.cat([model.mlp_part(block, rows[:, part], self.modulation) for part in portions(rows)], 1)
+
+        x = x + thinning.part(self.given, (layer, "attention"), self.scale, x, attend)
+        return x + thinning.part(self.given, (layer, "mlp"), self.scale, x, mlp)
+
+    def _cut(self, layer: int, keep: int, window: Tensor, thinning: Thinning) -> None:
+        """Leaves `keep` keys of the layer's cache, as window [B, w, width], tokens of x before the block, asks for."""
+        filled = self.filled[layer]
+        if filled <= keep:
+            return
+        model, block = self.model, self.model.blocks[layer]
+        shift, scale = (self.modulation + block.modulation)[:, :2].unsqueeze(2).unbind(1)
+        y = F.layer_norm(window, window.shape[-1:]) * (1 + scale) + shift
+        raw = F.linear(y, block.qkv.weight[: model.config.width])  # no bias, norm, rotation or learned factor
+        q = raw.unflatten(-1, (model.config.heads, -1)).transpose(1, 2)
+        rows = thinning.kept(q, self.cache[layer, 0][:, :, :filled], keep, self.scale)[..., None]
+        for cache in self.cache[layer]:
+            cache[:, :, :keep] = cache[:, :, :filled].gather(2, rows.expand(-1, -1, -1, cache.shape[-1]))
+        self.filled[layer] = keep
 
     def run(self, until: int | None = None) -> Generation:
         """Draws every scale before index `until` (default: all that `attend` does not skip)."""

@@ -8,6 +8,7 @@ run once and its time counted on both sides.
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -19,18 +20,18 @@ from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.registry import kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
-from sparvar_tune.catalog.metrics import LEAD, METRICS, Metric
+from sparvar_tune.catalog.metrics import LEAD, Metric
 from sparvar_tune.measure.fidelity import (
     CONFIDENCE,
     Constraint,
     Fidelity,
-    class_mean,
     compare_pictures,
     hash_pairs,
+    mean_of,
     worst_mean,
 )
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, timing
-from sparvar_tune.policy_search.judge import first_touched, make_attention
+from sparvar_tune.policy_search.judge import first_touched, make_attention, prompt_of
 from sparvar_tune.profile.identity import meaning_of
 from sparvar_tune.profile.schema import Evidence, Generation, Measured, Row, Yardstick
 
@@ -94,7 +95,7 @@ def run_pairs(
             made[name] = (pictures[0], shared + ms, attend.spent_ms)
         for name, (picture, ms, spent) in made.items():
             dense = made["dense"][0]
-            outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense, more)))
+            outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense, more, prompt_of(adapter, pair))))
         if give_up(outcomes):
             break
         left = (clock() - begun) / (i + 1) * (len(pairs) - i - 1)
@@ -125,11 +126,18 @@ class Comparison:
 def compare_on(
     adapter: Adapter, policy: Policy, launches: Mapping[int, Launch], pairs: Sequence[Pair], say: Callable[[str], None],
     doomed: Callable[[Sequence[Fidelity], Sequence[Pair]], bool] = lambda found, pairs: False, clock: Clock = CLOCK,
+    more: Sequence[Metric] = (),
 ) -> Comparison:  # fmt: skip
     """Dense and tuned pictures of every pair, timed side by side; of the first pairs only once `doomed` says so."""
     ways = {"dense": adapter.dense, "tuned": make_attention(adapter, policy, launches)}
     dense, tuned = run_pairs(
-        adapter, ways, pairs, say, clock=clock, give_up=lambda outcomes: doomed([o.fidelity for o in outcomes["tuned"]], pairs)
+        adapter,
+        ways,
+        pairs,
+        say,
+        more,
+        clock=clock,
+        give_up=lambda outcomes: doomed([o.fidelity for o in outcomes["tuned"]], pairs),
     ).values()
     return Comparison(
         list(pairs[: len(tuned)]), [o.fidelity for o in tuned], [o.ms for o in dense], [o.ms for o in tuned],
@@ -142,10 +150,11 @@ def evidence(
 ) -> tuple[Evidence, float]:
     """The evidence a profile carries, and the shortfall (<= 0: certified)."""
     classes, metrics, reached = [label for label, _ in seen.pairs], dict[str, Measured](), dict[str, float]()
-    for name, metric in METRICS.items():
-        values = [f[name] for f in seen.found]
+    for metric in constraint.metrics:
+        values, name = [f[metric.measured] for f in seen.found], metric.name
         reached[name] = worst_mean(metric, values, classes, confidence)
-        metrics[name] = Measured(class_mean(values, classes), reached[name], constraint.bounds.get(name))
+        bound = reached[name] if math.isfinite(reached[name]) else None  # too few pairs for one
+        metrics[name] = Measured(mean_of(metric, values, classes), bound, constraint.bounds.get(name))
     made = Evidence(
         n=len(seen.found), confidence=confidence, metrics=tuple(sorted(metrics.items())),
         data_hash=hash_pairs(seen.pairs, adapter.weights_sha256, adapter.temperature),

@@ -18,11 +18,11 @@ import torch
 from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
-from sparvar_tune.catalog.metrics import LEAD, METRICS
+from sparvar_tune.catalog.metrics import LEAD, always, find_metric
 from sparvar_tune.generation import why_not_steps
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
-from sparvar_tune.policy_search.menu import Table, assign, decision_scale, fixed_points, step_menu
+from sparvar_tune.policy_search.menu import StepOption, Table, assign, decision_scale, fixed_points, step_menu
 from sparvar_tune.policy_search.study import Knobs, Verdict
 
 MARGIN_DB = 0.25  # predictions from 8 pairs that were also searched on are optimistic: two of three runs missed with 0.05
@@ -46,8 +46,13 @@ def build_policy(knobs: Knobs, adapter: Adapter, table: Table, points: Mapping[s
     if knobs.form != "priced":
         return (points or points_of(adapter))[knobs.form]
     prices = {s: knobs.prices[len(schedule) - 1 - s] for s in table.time_ms}
-    steps = step_menu(schedule, steps_of(adapter))[knobs.steps].steps if knobs.steps else ()
+    steps = steps_named(adapter)[knobs.steps].steps if knobs.steps else ()
     return assign(table, schedule, prices, knobs.tilt, steps)
+
+
+def steps_named(adapter: Adapter) -> dict[str, StepOption]:
+    """The generation steps that a search with this adapter may take."""
+    return step_menu(adapter.schedule, steps_of(adapter), adapter.model.layers)
 
 
 def points_of(adapter: Adapter, shipped: Mapping[str, Policy] | None = None) -> dict[str, Policy]:
@@ -68,6 +73,12 @@ def make_attention(adapter: Adapter, policy: Policy, launches: Mapping[int, Laun
 def steps_of(adapter: Adapter) -> Collection[str]:
     """Kinds of generation steps an adapter can do, also one that does not derive from `Adapter`."""
     return getattr(adapter, "steps", Adapter.steps)
+
+
+def prompt_of(adapter: Adapter, pair: Pair) -> str:
+    """What the picture of a pair is drawn from, "" where that is no text."""
+    prompts = getattr(adapter, "prompts", ())
+    return str(prompts[pair[0]]) if prompts else ""
 
 
 def first_touched(adapter: Adapter) -> int:
@@ -106,7 +117,14 @@ class Judge:
     @property
     def steps(self) -> dict[str, tuple[str, ...]]:
         """Those of the fixed points that are generation steps alone, with the weaker ones that are looked at before."""
-        return {name: option.after for name, option in step_menu(self.adapter.schedule, steps_of(self.adapter)).items()}
+        return {name: option.after for name, option in steps_named(self.adapter).items()}
+
+    @property
+    def saves(self) -> dict[str, float]:
+        """By those steps, and "" for none, what share of the dense time attention can save at most on top of them."""
+        model, menu = self.adapter.model, {"": StepOption(())} | steps_named(self.adapter)
+        saved = {name: self.table.most_saved(option.steps, model.layers, model.heads) for name, option in menu.items()}
+        return {name: ms / self.dense_ms for name, ms in saved.items()}
 
     @property
     def dense_ms(self) -> float:
@@ -130,6 +148,23 @@ class Judge:
         middle = class_mean(values, classes) if seen_all else fmean(levels) + fmean(above)
         return middle - t_quantile(CONFIDENCE, degrees) * spread / math.sqrt(self.held_out)
 
+    def predicted_worst(self, values: Sequence[float], levels: Sequence[float], pairs: Sequence[Pair]) -> float:
+        """The lower bound of the worst class's mean that balanced held-out pairs would give: the worst of every class's own.
+
+        A search pair a class says nothing of the spread within it, so that over all above `levels` stands for it: it is larger.
+        """
+        each = self.held_out // len(levels)
+        if each < 2:
+            return -math.inf
+        above = _above(values, levels, pairs)
+        seen: dict[int, list[float]] = {}
+        for value, (label, _) in zip(values, pairs, strict=False):
+            seen.setdefault(label, []).append(value)
+        middle = fmean(above)
+        worst = min(fmean(seen.get(label, [level + middle])) for label, level in enumerate(levels))
+        spread = stdev(above) if len(above) > 1 else 0.0
+        return worst - t_quantile(CONFIDENCE, each - 1) * spread / math.sqrt(each)
+
     def shortfall(self, found: Sequence[Fidelity]) -> float:
         """Of the search pairs seen so far, in dB of PSNR, with a margin."""
         return max(self._missing(name, found, self.pairs) for name in self.constraint.bounds) + MARGIN_DB
@@ -147,9 +182,10 @@ class Judge:
 
     def _missing(self, name: str, found: Sequence[Fidelity], pairs: Sequence[Pair]) -> float:
         """By how much the predicted bound of a metric misses what is wanted, in dB of PSNR."""
-        metric = METRICS[name]
-        levels = [metric.sign * level for level in self._levels(name)]
-        reached = metric.sign * self.predicted([metric.sign * f[name] for f in found], levels, pairs)
+        metric = find_metric(name)
+        levels = [metric.sign * level for level in self._levels(metric.measured)]
+        predicted = self.predicted_worst if metric.worst_class else self.predicted
+        reached = metric.sign * predicted([metric.sign * f[metric.measured] for f in found], levels, pairs)
         return metric.missing(reached, self.constraint.bounds[name])
 
     def _levels(self, name: str) -> Sequence[float]:
@@ -157,8 +193,9 @@ class Judge:
 
     def _doubt(self, found: Sequence[Fidelity], pairs: Sequence[Pair]) -> float:
         """How far (dB) a mean over so few pairs may yet move."""
-        above = _above([f[self.lead] for f in found], self._levels(self.lead), pairs)
-        return 1.5 * stdev(above) / METRICS[self.lead].step / math.sqrt(len(found))
+        metric = find_metric(self.lead)
+        above = _above([f[metric.measured] for f in found], self._levels(metric.measured), pairs)
+        return 1.5 * stdev(above) / metric.step / math.sqrt(len(found))
 
     def __call__(self, knobs: Knobs) -> Verdict:
         attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.table, self.points))
@@ -166,6 +203,7 @@ class Judge:
         twins: dict[int, float] = {}
         found: list[Fidelity] = []
         self.turn += 1
+        more = self.constraint.more
         for i, reference in enumerate(self.references):
             ways = [True, False] if i % TWIN_EVERY == self.turn % RACE_AFTER else [False]
             for dense in ways if (i + self.turn) % 2 else reversed(ways):
@@ -177,13 +215,13 @@ class Judge:
                     twins[i] = ms
                 else:
                     tuned.append(ms)
-                    found.append(compare_pictures(made[0], reference.picture))
+                    found.append(compare_pictures(made[0], reference.picture, more, prompt_of(self.adapter, self.pairs[i])))
             if RACE_AFTER <= len(found) < len(self.references) and self._hopeless(time_ratio(tuned, twins), found):
                 break
         ratio, shortfall, complete = time_ratio(tuned, twins), self.shortfall(found), len(found) == len(self.references)
         if complete and shortfall <= 0 and (self.best_ratio is None or ratio < self.best_ratio):
             self.best_ratio = ratio
-        return Verdict(ratio, shortfall, {name: fmean(f[name] for f in found) for name in METRICS}, complete)
+        return Verdict(ratio, shortfall, {m.name: fmean(f[m.name] for f in found) for m in (*always(), *more)}, complete)
 
     def _hopeless(self, ratio: float, found: Sequence[Fidelity]) -> bool:
         """True if the trial is clearly slower than the best that meets the constraint, or clearly short of it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
 from sparvar_kernels.policy import Policy, Rule, Step
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
-from sparvar_tune.generation import DropUnconditional, SkipScales
+from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
 
 PAPER_WINDOWS = (1, 1, 3, 5, 7)  # the last five key scales; the ones before are sinks or unseen
 WIDE_WINDOWS = (1, 3, 5, 9, 13)
@@ -27,6 +27,7 @@ UNVERIFIED = "the policy's fidelity on this model was not measured: no activatio
 SPARSE_SCALES = 3  # the paper touches the last three scales
 PAPER_SCALES = 6  # fewer do not hold its sinks, its windows and a decision scale
 SKIP = "drop last scale"
+THIN_SHARES = (0.75, 0.5)  # of the last scale's tokens, or of the keys before it, that are kept: the first harms least
 TILES = ("8x16", "8x8")  # query tiles of the search, on the last grid
 SHARES, SAMPLE = (0.06, 0.12), 4  # of keys kept by CS4A, which ranks them by every fourth query's mass
 
@@ -78,7 +79,7 @@ def fixed_points(
     if len(schedule) >= PAPER_SCALES:
         out["paper"] = paper_policy(schedule, layers, heads)
     dense = Policy(("A" * heads,) * layers)
-    return out | {name: replace(dense, steps=option.steps) for name, option in step_menu(schedule, can).items()}
+    return out | {name: replace(dense, steps=option.steps) for name, option in step_menu(schedule, can, layers).items()}
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,15 @@ class StepOption:
     after: tuple[str, ...] = ()
 
 
-def step_menu(schedule: ScaleSchedule, can: Collection[str]) -> dict[str, StepOption]:
+def step_menu(schedule: ScaleSchedule, can: Collection[str], layers: int) -> dict[str, StepOption]:
     """Name -> steps for who can do steps of the kinds `can`: the last scale left out, the unconditional half dropped from one of
-    the last scales on, and both.
+    the last scales on, and both; tokens or cached keys thinned at the last scale, where no rule may stand then.
     """
     options: dict[str, StepOption] = {}
     skip, last = SkipScales.last(schedule), len(schedule) - 1
     if SkipScales.kind in can:
         options[SKIP] = StepOption((skip,))
+    options |= {name: option for name, option in _thinned(schedule, layers).items() if option.steps[0].kind in can}
     if DropUnconditional.kind not in can:
         return options
     for s in range(last, decision_scale(schedule) - 1, -1):  # the latest saves and harms least
@@ -106,6 +108,25 @@ def step_menu(schedule: ScaleSchedule, can: Collection[str]) -> dict[str, StepOp
     for s in range(last - 1, decision_scale(schedule) - 1, -1) if SKIP in options else ():
         options[f"{_half(s)}, {SKIP}"] = StepOption((skip, DropUnconditional(s)), (_half(s), SKIP))
     return options
+
+
+def _thinned(schedule: ScaleSchedule, layers: int) -> dict[str, StepOption]:
+    """Pruning and budgets of the last scale, each weaker one before the stronger; those that the schedule has room for."""
+    last, made = len(schedule) - 1, dict[str, StepOption]()
+    edge = max(1, round(layers * 3 / 32))  # FastVAR leaves the first 3 of Infinity-2B's 32 layers whole
+    tokens, past = schedule.num_queries(last), schedule.num_keys(last) - schedule.num_queries(last)
+    before: dict[str, tuple[str, ...]] = {}
+    for share in THIN_SHARES:
+        steps: tuple[Step, ...] = (
+            PruneTokens(last, (round(tokens * share),), last - 1, edge, layers - 1),
+            CacheBudget(last, ((round(past * share),) * layers,)),
+        )  # fmt: skip
+        for step, what in zip(steps, ("tokens", "cached keys"), strict=True):
+            if step.why_not(schedule, layers) is None:
+                name = f"{share:.0%} of {what} at {last}".replace("%", " %")
+                made[name] = StepOption((step,), before.get(step.kind, ()))
+                before[step.kind] = (name,)
+    return made
 
 
 def _half(s: int) -> str:
@@ -172,19 +193,27 @@ class Table:
         return out
 
     def under(self, steps: tuple[Step, ...]) -> Table:
-        """The table of a generation with these steps: at a scale that is left out nothing is to be chosen or gained, and where
-        the unconditional half is dropped a head takes half the time.
+        """The table of a generation with these steps: at a scale that is left out nothing is to be chosen or gained, where tokens
+        are left out heads are dense, and where the unconditional half is dropped a head takes half the time.
         """
         skipped = {s for step in steps for s in step.skips}
         halved = min((step.from_scale for step in steps if step.kind == DropUnconditional.kind), default=max(self.time_ms) + 1)
-        error = {s: {"dense": options["dense"]} if s in skipped else options for s, options in self.error.items()}
-        time_ms = {
-            s: {"dense": 0.0} if s in skipped else {o: ms / 2 if s >= halved else ms for o, ms in options.items()}
+        thin = min((step.from_scale for step in steps if step.thins), default=max(self.time_ms) + 1)
+        ruled = {
+            s: {"dense": 0.0 if s in skipped else options["dense"]} if s in skipped or s >= thin else options
             for s, options in self.time_ms.items()
-        }  # fmt: skip
+        }
+        error = {s: {o: options[o] for o in ruled[s]} for s, options in self.error.items()}
+        time_ms = {s: {o: ms / 2 if s >= halved else ms for o, ms in options.items()} for s, options in ruled.items()}
         first = next(iter(self.time_ms))
         decision_ms = {o: ms / 2 if first >= halved else ms for o, ms in self.decision_ms.items()}
         return Table(error, time_ms, decision_ms)
+
+    def most_saved(self, steps: tuple[Step, ...], layers: int, heads: int) -> float:
+        """The milliseconds of a picture that attention can save at most on top of these steps, whatever the error."""
+        table = self.under(steps)
+        dense = sum(options["dense"] for options in table.time_ms.values())
+        return layers * heads * (dense - min(table.choices().values()))
 
     def damage(self, choice: tuple[str, ...], layer: int, head: int, prices: Mapping[int, float]) -> float:
         return sum(prices[s] * self.error[s][o][layer][head] for s, o in zip(self.error, choice, strict=True))

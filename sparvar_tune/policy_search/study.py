@@ -66,6 +66,7 @@ class Knobs:
 T = TypeVar("T", "Knobs", "Verdict")
 FIXED_POINTS = ("paper", "drop last scale")
 STEPS: Mapping[str, tuple[str, ...]] = {"drop last scale": ()}  # those of them that are generation steps alone
+NO_LIMIT: Mapping[str, float] = {}  # to what attention may save on top of steps
 
 
 @dataclass(frozen=True)
@@ -297,16 +298,17 @@ def shared_trials(shared: Shared, model: str) -> dict[str, list[FinishedTrial]]:
 
 
 def _suggest(
-    trial: optuna.trial.Trial, points: Sequence[str], steps: Mapping[str, tuple[str, ...]], room: Sequence[str]
+    trial: optuna.trial.Trial, points: Sequence[str], steps: Mapping[str, tuple[str, ...]], within: Sequence[str],
+    room: Sequence[str],
 ) -> Knobs:  # fmt: skip
-    """room: the steps that leave some (`roomy`); in the place of others, and of points that come after others, none are taken."""
+    """within: steps that keep the bound (`roomy`), without which no stronger ones are taken. room: those to put attention on."""
     form = trial.suggest_categorical("form", ("priced", *points))
-    form = form if set(steps.get(form, ())) <= set(room) else "priced"
+    form = form if set(steps.get(form, ())) <= set(within) else "priced"
     last, second, third = (
         trial.suggest_float(name, LOW_PRICE, HIGH_PRICE, log=True) for name in ("price_last", "price_second", "price_third")
     )
     tilt = trial.suggest_float("tilt", -2.0, 2.0)
-    chosen = trial.suggest_categorical("steps", ("", *steps)) if room else ""
+    chosen = trial.suggest_categorical("steps", ("", *steps)) if within else ""
     chosen = chosen if chosen in room else ""
     return Knobs(form, last, second, third, tilt, chosen) if form == "priced" else Knobs(form=form)
 
@@ -314,12 +316,13 @@ def _suggest(
 def search(
     study: optuna.Study, judge: Callable[[Knobs], Verdict], until: Callable[[], bool], tell: Callable[[FinishedTrial], None],
     shared: Shared | None = None, *, points: Sequence[str] = FIXED_POINTS, steps: Mapping[str, tuple[str, ...]] = STEPS,
-    tell_failed: Callable[[FailedTrial], None] = lambda trial: None,
+    saves: Mapping[str, float] = NO_LIMIT, tell_failed: Callable[[FailedTrial], None] = lambda trial: None,
 ) -> None:  # fmt: skip
     """Runs trials until `until()`: the fixed `points`, then a bisection of one common price, then TPE around what was found.
 
     steps: those of the points that are generation steps alone, each with the weaker ones it comes after. The picture's error
-    budget is one: where steps alone keep within the bound, prices for attention are looked for on top of them as well.
+    budget is one: where steps alone keep within the bound, prices for attention are looked for on top of them as well, unless all
+    that attention may save there (`saves`, by steps, of the dense time) would leave them slower than the best.
 
     Nothing finished or failed is repeated, nor what another process of a `shared` study is at. What `judge` raises ends its
     trial alone; after FAILURES_IN_A_ROW of them the search ends. Raises what the storage raises, and KeyboardInterrupt.
@@ -331,11 +334,11 @@ def search(
         trials = study.get_trials(deepcopy=False)
         found, broken = _finished(trials), {f.knobs for f in _failed(trials)}
         with unbroken():
-            planned = next_planned(found, _under_way(trials) | broken, points, steps)
+            planned = next_planned(found, _under_way(trials) | broken, points, steps, saves)
             if planned:  # a trial with its knobs from the first moment on, so that nobody takes them for free
                 study.enqueue_trial(asdict(planned), user_attrs={"knobs": json.dumps(asdict(planned))})
             trial = study.ask()  # what another process enqueued a moment ago is as good
-            knobs = _suggest(trial, points, steps, roomy(found, steps))
+            knobs = _suggest(trial, points, steps, roomy(found, steps), roomy(found, steps, saves))
             known = [f.verdict for f in found if f.knobs == knobs]
             if known:  # a fixed point again: do not pay for it again, but let the sampler learn from it
                 _tell(study, trial, knobs, known[-1])
@@ -355,28 +358,31 @@ def search(
 
 def next_planned(
     found: Sequence[FinishedTrial], settled: Collection[Knobs], points: Sequence[str] = FIXED_POINTS,
-    steps: Mapping[str, tuple[str, ...]] = STEPS,
+    steps: Mapping[str, tuple[str, ...]] = STEPS, saves: Mapping[str, float] = NO_LIMIT,
 ) -> Knobs | None:  # fmt: skip
-    """The fixed points, then one common price by interpolation, on every steps that leave room for it and on none.
-
-    None when all is known. settled: under way or failed.
+    """The fixed points, then one common price by interpolation, on every steps that leave room for it and on none, where most can
+    be saved first. None when all is known. settled: under way or failed.
     """
     known = {f.knobs for f in found}
-    room = roomy(found, steps)
+    within = roomy(found, steps)
     for form in points:
         seed = Knobs(form=form)
-        if seed not in known and seed not in settled and set(steps.get(form, ())) <= set(room):
+        if seed not in known and seed not in settled and set(steps.get(form, ())) <= set(within):
             return seed
-    lines = (*room[:LINES], "")
+    alone = {f.knobs.form: f.verdict.time_ratio for f in found} | {"": 1.0}
+    lines = sorted((*roomy(found, steps, saves)[:LINES], ""), key=lambda name: alone[name] - saves.get(name, math.inf))
     return next((knobs for name in lines if (knobs := _next_common_price(found, settled, name))), None)
 
 
-def roomy(found: Sequence[FinishedTrial], steps: Mapping[str, tuple[str, ...]]) -> list[str]:
+def roomy(found: Sequence[FinishedTrial], steps: Collection[str], saves: Mapping[str, float] = NO_LIMIT) -> list[str]:
     """The steps whose pictures are within the bound while attention is dense, the fastest first: errors add, so with others
-    there is no need to try what attention may leave out. One that was given up because others are faster counts.
+    there is no need to try what attention may leave out. One that was given up because others are faster counts, but not where
+    `saves` says that attention cannot make it the fastest any more.
     """
-    alone = {f.knobs.form: f.verdict for f in found if f.verdict.shortfall_db <= 0}
-    return sorted((name for name in steps if name in alone), key=lambda name: alone[name].time_ratio)
+    met = [f for f in found if f.verdict.shortfall_db <= 0]
+    alone, best = {f.knobs.form: f.verdict for f in met}, min((f.verdict.time_ratio for f in met), default=math.inf)
+    room = (name for name in steps if name in alone and alone[name].time_ratio - saves.get(name, math.inf) <= best)
+    return sorted(room, key=lambda name: alone[name].time_ratio)
 
 
 def _common(price: float, steps: str = "") -> Knobs:
@@ -386,7 +392,7 @@ def _common(price: float, steps: str = "") -> Knobs:
 
 
 def _next_common_price(found: Sequence[FinishedTrial], settled: Collection[Knobs], steps: str = "") -> Knobs | None:
-    """Towards the cheapest common price that meets the constraint, by the slope of the shortfall over the price's logarithm."""
+    """Towards the cheapest common price that meets the constraint, by the shortfall's slope over the price's logarithm."""
     points = {f.knobs: f.verdict.shortfall_db for f in found}
     points |= {knobs: LIE_DB for knobs in settled if knobs not in points}
     line = {math.log10(k.price_last): short for k, short in points.items() if k == _common(k.price_last, steps)}

@@ -21,7 +21,7 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Variant, variant_to_dict
 from sparvar_tune.catalog.gpus import GPUS
-from sparvar_tune.catalog.metrics import METRICS
+from sparvar_tune.catalog.metrics import known_metric
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.catalog.names import CUSTOM, PRESETS, shown
 from sparvar_tune.profile.identity import used_by
@@ -98,7 +98,7 @@ class Measured:
 
 def _why_not_measured(name: str, m: Measured) -> str | None:
     """Why these numbers are none of the metric, or None; of a metric that only its tuner knows, the order must fit."""
-    known = METRICS.get(name)
+    known = known_metric(name)
     sign = known.sign if known else 1 if m.bound is None or m.bound <= m.mean else -1
     if known and not known.least <= m.mean <= known.high:
         return f"mean: got {m.mean}, want {known.least:g}..{known.high:g}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from sparvar_tune.catalog.metrics import LEAD, METRICS
+from sparvar_tune.catalog.metrics import LEAD, known_metric
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.profile.machine import device_name
 from sparvar_tune.profile.schema import Evidence, Timing
@@ -77,7 +77,7 @@ def figures(facts: Facts) -> tuple[Figure, ...]:
     if p.evidence is not None:
         for name, m in p.evidence.metrics:
             if m.required is not None and m.bound is not None:
-                metric = METRICS.get(name)
+                metric = known_metric(name)
                 note = f"mean {_say(name, m.mean)}; wanted {_say(name, m.required)}"
                 out.append(Figure(f"{metric.title if metric else name}, bound", _say(name, m.bound), note))
     return tuple(out)
@@ -311,17 +311,17 @@ def _big(number: float) -> str:
 
 
 def _title(name: str) -> str:
-    return METRICS[name].title if name in METRICS else name
+    return known.title if (known := known_metric(name)) else name
 
 
 def _say(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    return METRICS[name].say(value) if name in METRICS else f"{value:.4g}"
+    return known.say(value) if (known := known_metric(name)) else f"{value:.4g}"
 
 
 def _sign(name: str, mean: float, bound: float | None) -> int:
-    return METRICS[name].sign if name in METRICS else 1 if bound is None or bound <= mean else -1
+    return known.sign if (known := known_metric(name)) else 1 if bound is None or bound <= mean else -1
 
 
 def _runs(letters: Sequence[str] | str) -> str:

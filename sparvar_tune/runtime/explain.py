@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparvar_tune.profile import identity
-from sparvar_tune.profile.describe import describe
+from sparvar_tune.profile.describe import describe, describe_evidence
 from sparvar_tune.profile.schema import Speedup
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Explained:
 
     profile: the file, None where there is none; everything is then dense and what follows is None or empty. policy: as it
     will run, in words. left_out: generation steps it goes without, and why. scales: those the profile has a row for.
+    pictures: how close they were where it was certified, the worst class beside the mean.
     """
 
     gpu: str
@@ -66,6 +67,7 @@ class Explained:
     policy: str | None = None
     left_out: tuple[str, ...] = ()
     scales: tuple[ScaleExplained, ...] = ()
+    pictures: str | None = None
 
     @property
     def found(self) -> list[str]:
@@ -77,7 +79,8 @@ class Explained:
         if self.policy is None:
             return "\n".join([*self.found, "everything runs dense"])
         head = f"policy ({self.policy_state}; {self.policy_source}): {self.policy}"
-        return "\n".join([*self.found, head, *self.left_out, *(scale.words for scale in self.scales)])
+        close = [f"pictures: {self.pictures}"] if self.pictures else []
+        return "\n".join([*self.found, head, *self.left_out, *close, *(scale.words for scale in self.scales)])
 
 
 def explained(tuned: Tuned) -> Explained:
@@ -90,6 +93,7 @@ def explained(tuned: Tuned) -> Explained:
         p.policy_source, describe(policy),
         tuple(f"{kind}: left out, because {why}" for kind, why in identity.refused_steps(p).items()),
         tuple(explained_scale(tuned, row.scale_index) for row in p.rows),
+        describe_evidence(p.evidence) if p.evidence else None,
     )  # fmt: skip
 
 

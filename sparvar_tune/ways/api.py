@@ -33,7 +33,8 @@ def tune(
     images: int = 1, bounds: Mapping[str, float] | None = None, budget: float | str = BUDGET_S,
     pairs: int = PAIRS, seed: int = 0, out: Path | str | None = None, resume: bool = False, search: bool = False,
     workers: int | None = None, mode: str = "eager", merge: Sequence[Path | str] = (), log: Path | str | None = None,
-    storage: str | None = None, progress: Callable[[str], None] | None = None,
+    storage: str | None = None, metric_weights: Mapping[str, Path | str] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Profile:  # fmt: skip
     """Tunes as `sparvar-tune` does, by the same code, and returns the profile that is then in its file.
 
@@ -41,8 +42,8 @@ def tune(
     generate(prompt, seed) -> picture, which draws with it, and the prompts to tune on (`sparvar_tune.adapters.LiveModel`). name:
     of a live model that is in no table. source, weights: a checkout of the authors' code and a folder of weights, or "random",
     to open a model of the table from; prompts is then a text file, a line each, or a list.
-    quality: "near-lossless", "paper" or "fast"; bounds: such as {"psnr": 34.5, "ssim": 0.95}, what the confidence bound of
-    the mean must reach instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for
+    quality: "near-lossless", "paper" or "fast"; bounds: such as {"psnr": 34.5, "psnr_worst_class": 33}, what the confidence bound
+    of the mean must reach instead. budget: seconds, or text such as "3m". out: folder that gets <gpu>/<model>.json, None for
     this user's. progress: gets every line the command would print, such as `print`; None for silence. The others are those
     of `sparvar_tune.ways.settings.Settings`. Where nothing can be measured the profile is marked so (`state`,
     `policy_state`), as the command's is.
@@ -53,6 +54,8 @@ def tune(
 
     if bounds is not None and not isinstance(bounds, Mapping):
         raise ValueError(f"bounds: got {shown(repr(bounds), 80)}, want one by metric such as {{'psnr': 34.5}}")
+    if metric_weights is not None and not isinstance(metric_weights, Mapping):
+        raise ValueError(f"metric_weights: got {shown(repr(metric_weights), 80)}, want a path by metric such as {{'lpips': path}}")
     if progress is not None and not callable(progress):
         raise ValueError(f"progress: got {shown(repr(progress), 80)}, want a function that takes a line, such as print")
     if name is not None and generate is None:
@@ -60,6 +63,7 @@ def tune(
     settings = Settings(
         dict(bounds or {}), seconds(budget), pairs, seed, _path("out", out), resume, search, workers, mode,
         paths_of("merge", merge), _path("log", log), _url(storage),
+        {name: path_of("metric_weights", path) for name, path in (metric_weights or {}).items()},
     )  # fmt: skip
     if generate is not None:
         drawn: Any = () if prompts is None else prompts

@@ -31,7 +31,7 @@ from sparvar_tune.profile.identity import refused
 from sparvar_tune.profile.machine import silicon
 from sparvar_tune.profile.schema import Profile
 from sparvar_tune.ways import predict, search_here, take_over, time_only
-from sparvar_tune.ways.settings import Settings
+from sparvar_tune.ways.settings import Settings, loaded
 from sparvar_tune.ways.subject import Subject
 
 Say = Callable[[str], None]
@@ -102,7 +102,9 @@ class SearchHere(Way):
     @cached_property
     def request(self) -> search_here.Request:
         subject, s = self.subject, self.settings
-        wanted = Constraint({**self._required(), **s.bounds})
+        wanted = Constraint({**self._required(), **s.bounds}, loaded(s.metric_weights))
+        if reason := wanted.why_not(s.pairs, self.adapter.num_classes, getattr(self.adapter, "prompts", ())):
+            raise ValueError(reason)
         return search_here.Request(
             subject.model, subject.resolution, subject.aspect, subject.gpu, self.preset,
             wanted, s.budget_s, s.pairs, s.seed, s.resume, subject.run_folder(self.preset), s.storage,

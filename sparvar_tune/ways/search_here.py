@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +24,7 @@ from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.generation import why_not_steps
 from sparvar_tune.launch_search.choose import ChosenLaunches, combinations
 from sparvar_tune.measure.capture import Recorder
-from sparvar_tune.measure.fidelity import Constraint
+from sparvar_tune.measure.fidelity import Constraint, mean_of, worst_class
 from sparvar_tune.measure.pairs import held_out_pairs, search_pairs
 from sparvar_tune.measure.timing import CLOCK, Clock, quantile
 from sparvar_tune.policy_search.certify import (
@@ -50,6 +50,7 @@ from sparvar_tune.policy_search.study import (
     front,
     join_study,
     open_study,
+    roomy,
     search,
 )
 from sparvar_tune.profile import schema, store
@@ -140,7 +141,7 @@ def tune(
 
         search(
             study, judge, enough, lambda trial: note(trial_line(trial, judge, left() - reserve)), shared,
-            points=judge.forms, steps=judge.steps,
+            points=judge.forms, steps=judge.steps, saves=judge.saves,
             tell_failed=lambda trial: note(f"trial {trial.number:3d}  failed: {trial.reason} ({knobs_line(trial.knobs)})"),
         )  # fmt: skip
         if not busy and (load := judge.stopwatch.load()):
@@ -148,6 +149,8 @@ def tune(
         done = finished(study)
         shown = ", ".join(f"{f.verdict.speedup:.2f}x {f.verdict.lead:.1f} {LEAD.unit}" for f in front(done))
         note(f"time against {LEAD.title}, the front of {len(done)} trials: {shown or 'none complete'}")
+        for line in fruitless(done, judge):
+            note(line)
         attempt, needed = attempts, 0.0
         looked_at = set[Policy]()
         for candidate in candidates(done):
@@ -165,14 +168,15 @@ def tune(
             )
             confidence, drawn = confidence_of(attempt), held_out_pairs(adapter.num_classes, request.pairs, attempt)
             attempt += 1
-            seen = compare_on(adapter, policy, launches, drawn, status, judge.doomed, clock)
+            seen = compare_on(adapter, policy, launches, drawn, status, judge.doomed, clock, request.constraint.more)
             if len(seen.pairs) < request.pairs:
-                means = {name: fmean(f[name] for f in seen.found) for name in request.constraint.bounds}
+                means = {name: fmean(f[name] for f in seen.found) for name in seen.found[0]}
                 note(f"given up after {len(seen.pairs)} held-out pairs: {request.constraint.say(means)}")
                 needed = max(needed, 0.2) - min(0.0, candidate.verdict.shortfall_db)
                 continue
             proof, shortfall = evidence(seen, adapter, policy, request.constraint, confidence)
             gain = generation(seen, adapter).speedup
+            note(f"worst class: {worst_class_of(seen, adapter)}")
             note(f"{describe_evidence(proof)}; {gain.median:.2f}x ({gain.low:.2f}..{gain.high:.2f})")
             if shortfall <= 0 and gain.low > 1:
                 return make_profile(request, adapter, policy, SEARCHED, seen, proof, launches, found, len(done))
@@ -206,6 +210,28 @@ def shipped_policies(request: Request, adapter: Adapter, say: Callable[[str], No
                 found[f"shipped {preset}"] = policy
                 break
     return found
+
+
+def fruitless(done: Sequence[FinishedTrial], judge: Judge) -> list[str]:
+    """Generation steps that were looked at alone and not gone on with, and why: a line each."""
+    alone, saves, out = {f.knobs.form: f.verdict for f in done}, judge.saves, list[str]()
+    room = roomy(done, judge.steps, saves)
+    best = max((f.verdict.speedup for f in done if f.verdict.shortfall_db <= 0), default=1.0)
+    for name in (name for name in judge.steps if name in alone and name not in room):
+        v = alone[name]
+        why = f"misses the bound by {v.shortfall_db:.1f} dB alone"
+        if v.shortfall_db <= 0:
+            limit = 1 / max(v.time_ratio - saves[name], 1e-9)
+            why = f"{v.speedup:.2f}x alone, {limit:.2f}x at most with attention on top; the best is {best:.2f}x"
+        out.append(f"not taken: {name} ({why})")
+    return out
+
+
+def worst_class_of(seen: Comparison, adapter: Adapter) -> str:
+    """Such as "rocket, PSNR 33.06 dB": the class whose mean is farthest from dense."""
+    values, labels = [f[LEAD.name] for f in seen.found], [label for label, _ in seen.pairs]
+    at = worst_class(LEAD, values, labels)
+    return f"{adapter.classes()[at][:60]}, {LEAD.title} {LEAD.say(mean_of(LEAD.of_worst_class(), values, labels))}"
 
 
 def trial_line(found: FinishedTrial, judge: Judge, search_left: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparvar_tune.catalog.inputs import whole, yes_or_no
-from sparvar_tune.catalog.metrics import find_metric
+from sparvar_tune.catalog.metrics import METRICS, Metric, find_metric
 from sparvar_tune.catalog.names import shown, unknown_name
 from sparvar_tune.measure.pairs import MOST_PAIRS
 
@@ -29,12 +29,29 @@ def seconds(time: float | str) -> float:
     return value
 
 
+def check_weights(given: Mapping[str, Path]) -> dict[str, Path]:
+    """`given` by the metrics' names in files. Raises ValueError for a metric that needs none."""
+    out = {}
+    for name, path in given.items():
+        metric = find_metric(name)
+        if not metric.loader or metric.worst_class:
+            needing = ", ".join(m.name for m in METRICS.values() if m.loader)
+            raise ValueError(f"metric_weights: {metric.name} needs none; want one of {needing}")
+        out[metric.name] = Path(path)
+    return out
+
+
+def loaded(weights: Mapping[str, Path]) -> tuple[Metric, ...]:
+    """These metrics, able to compare. Raises ValueError, in one line, for weights that are not there."""
+    return tuple(find_metric(name).with_weights(path) for name, path in weights.items())
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to tune; what is not used on a way says so there. Raises ValueError for a value out of range.
 
-    bounds: by metric ("psnr" in dB, "ssim"; `catalog/metrics.py`), what the confidence bound of the mean must reach instead of
-    the quality's own value.
+    bounds: by metric ("psnr" in dB, "ssim", "psnr_worst_class"; `catalog/metrics.py`), what the confidence bound of the mean must
+    reach instead of the quality's own; hyphens are as good as underscores. metric_weights: by metric, where its weights are.
     budget_s: wall time; only the search is cut to meet it. pairs: held-out (class, seed) pairs. out: folder that gets
     <gpu>/<model>.json, None for this user's.
     resume: go on after the finished trials of the last run. search: search even where other silicon's policy can be taken
@@ -53,11 +70,14 @@ class Settings:
     merge: tuple[Path, ...] = ()
     log: Path | None = None
     storage: str | None = field(default=None, repr=False)  # may hold a password
+    metric_weights: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in self.bounds.items():
             if reason := find_metric(name).why_not_bound(value):
                 raise ValueError(reason)
+        object.__setattr__(self, "bounds", {find_metric(name).name: value for name, value in self.bounds.items()})
+        object.__setattr__(self, "metric_weights", check_weights(self.metric_weights))
         seconds(self.budget_s)
         yes_or_no("resume", self.resume)
         yes_or_no("search", self.search)

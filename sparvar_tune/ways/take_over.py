@@ -55,7 +55,8 @@ def transfer(
     shape = workload(request, adapter)
     found = time_launches(policy, shape, request.gpu, shop, say, status)
     launches = {row.scale_index: launch_of(row) for row in found.rows}
-    seen = compare_on(adapter, policy, launches, held_out_pairs(adapter.num_classes, request.pairs, ATTEMPT), status)
+    drawn = held_out_pairs(adapter.num_classes, request.pairs, ATTEMPT)
+    seen = compare_on(adapter, policy, launches, drawn, status, more=request.constraint.more)
     proof, shortfall = evidence(seen, adapter, policy, request.constraint, confidence_of(ATTEMPT))
     gain = generation(seen, adapter)
     say(f"[{time.monotonic() - begun:4.0f} s] {describe_evidence(proof)}; {gain.speedup.median:.2f}x")

@@ -16,13 +16,13 @@ from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter
 from sparvar_tune.catalog.gpus import Gpu
-from sparvar_tune.catalog.metrics import METRICS
+from sparvar_tune.catalog.metrics import find_metric, known_metric
 from sparvar_tune.launch_search.choose import DENSE_NAME
 from sparvar_tune.launch_search.compiling import machine_code, row_binaries
 from sparvar_tune.launch_search.layer_call import distinct_layers
 from sparvar_tune.launch_search.log import Workshop
 from sparvar_tune.launch_search.timing_task import Task
-from sparvar_tune.measure.fidelity import class_mean, worst_mean
+from sparvar_tune.measure.fidelity import mean_of, worst_mean
 from sparvar_tune.measure.pairs import verify_pairs
 from sparvar_tune.measure.timing import paired_speedup, timing
 from sparvar_tune.policy_search.certify import Comparison, compare_on, decision_cost, generation, measured_rows
@@ -57,7 +57,7 @@ class Look:
 
     @property
     def text(self) -> str:
-        metric = METRICS[self.metric]
+        metric = find_metric(self.metric)
         interval = f"{self.low:.{metric.digits}f}..{self.high:.{metric.digits}f}"
         return f"{metric.title} {metric.say(self.mean)} (90 % interval {interval}, to bear out {self.bound:.{metric.digits}f})"
 
@@ -198,13 +198,17 @@ def look_at_pictures(seen: Comparison, bounds: Mapping[str, float]) -> tuple[Loo
     """Every metric against the bound that a certificate says its mean has, or that was asked for.
 
     Refuted is a bound above all of the mean's two-sided 90 % interval: of true ones that are just met, one in twenty is by
-    chance. Few pictures seldom refute, and none here proves anything: evidence is left as it was measured.
+    chance. Few pictures seldom refute, and none here proves anything: evidence is left as it was measured. A metric whose weights
+    are not at hand, and one of the worst class where some class has fewer than two pictures, are left out.
     """
     classes = [label for label, _ in seen.pairs]
     looks = []
     for name, bound in bounds.items():
-        metric, values = METRICS[name], [f[name] for f in seen.found]
-        mean, worst = class_mean(values, classes), worst_mean(metric, values, classes)
+        metric = known_metric(name)
+        if metric is None or metric.loader or (metric.worst_class and min(map(classes.count, set(classes))) < 2):
+            continue
+        values = [f[metric.measured] for f in seen.found]
+        mean, worst = mean_of(metric, values, classes), worst_mean(metric, values, classes)
         best = mean + (mean - worst)
         looks.append(Look(name, mean, min(worst, best), max(worst, best), bound, metric.missing(best, bound) <= 0))
     return tuple(looks)

@@ -28,25 +28,30 @@ DROP, SKIP = DropUnconditional.kind, SkipScales.kind
 class Guided(replayed.Adapter):
     """A made-up model with both halves of guidance, whose errors add whatever they come from.
 
-    harm: squared error (as the table's) of the half dropped from a scale on, per scale; skip: of the last scale left out.
+    harm: squared error (as the table's) of the half dropped from a scale on, per scale; skip: of the last scale left out; thin:
+    of tokens left out at it, which saves `light` of its attention's time and of all beside attention.
     """
 
-    def __init__(self, clock, can=(SKIP, DROP), harm: float = 1e-3, skip: float = 1e9) -> None:
+    def __init__(self, clock, can=(SKIP, DROP), harm: float = 1e-3, skip: float = 1e9, thin: float = 0.0, light: float = 0.0):
+        self.steps, self.harm, self.skip, self.thin, self.light = can, harm, skip, thin, light
         super().__init__(clock)
-        self.steps, self.harm, self.skip = can, harm, skip
 
     def _halved(self, policy: Policy, s: int) -> bool:
         begin = drop_from(policy)
         return begin is not None and s >= begin
 
     def layer_ms(self, policy, launches):
-        return {at: ms / (1 + self._halved(policy, at[1])) for at, ms in super().layer_ms(policy, launches).items()}
+        thin = (12,) if _thins(policy) else ()
+        return {
+            (layer, s): ms / (1 + self._halved(policy, s)) * (1 - self.light * (s in thin))
+            for (layer, s), ms in super().layer_ms(policy, launches).items()
+        }
 
     def other_ms(self, policy):
         """Of every scale as much as its tokens are of all, half of it where the half is dropped, none where it is left out."""
         tokens = {s: self.schedule.num_queries(s) for s in self.scales if s not in policy.skip_scales}
         every = sum(self.schedule.num_queries(s) for s in self.scales)
-        whole = super().other_ms(Policy(policy.heads, policy.rules))
+        whole = super().other_ms(Policy(policy.heads, policy.rules)) * (1 - self.light * _thins(policy))
         return whole * sum(n / (1 + self._halved(policy, s)) for s, n in tokens.items()) / every
 
     def psnr(self, policy):
@@ -58,7 +63,7 @@ class Guided(replayed.Adapter):
                 for head in range(len(rows)):
                     error += weight * self.table.error[s][self._option(policy.variant(layer, head, s), s)][layer][head]
             error += weight * self.harm * self._halved(policy, s)
-        error += self.skip * bool(policy.skip_scales)
+        error += self.skip * bool(policy.skip_scales) + self.thin * _thins(policy)
         return fit["a"] - fit["b"] * math.log10(max(error, 1e-9))
 
     def finish(self, state, attend, redraw_from=None):
@@ -74,6 +79,10 @@ class Guided(replayed.Adapter):
         noise, texture, signs = replayed.picture_parts(*state)
         levels = replayed.recording()["class_levels"]
         return texture + signs * 10 ** (-(self.psnr(policy) + levels[state[0]] - fmean(levels) + noise) / 20)
+
+
+def _thins(policy: Policy) -> bool:
+    return any(step.thins for step in policy.steps)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +137,21 @@ def test_a_model_without_guidance_is_never_asked_to_drop_a_half(tmp_path):
     assert any("prices" in line and "drop last scale" in line for line in said), "a scale left out leaves room for attention"
 
 
+@pytest.mark.parametrize(("light", "taken"), [(0.1, False), (0.95, True)])
+def test_pruning_that_cannot_overtake_costs_a_trial_a_strength_and_is_said(tmp_path, light, taken):
+    """Where tokens are left out no rule may stand: what attention saves at the last scale is lost, as the table says."""
+    profile, said = run(tmp_path, 14, can=(SKIP, "prune_tokens"), light=light)
+    trials = [line for line in said if " trial " in line and "tokens at 12" in line]
+    alone, on_top = (sum(("prices" in line) == priced for line in trials) for priced in (False, True))
+    assert alone == 2 and (on_top > 0) == taken
+    lines = [line for line in said if "not taken: 75 % of tokens at 12" in line]
+    assert len(lines) == (not taken) and all("at most with attention on top; the best is" in line for line in lines)
+    assert _thins(profile.policy) == taken
+    _, said = run(tmp_path, 8, can=(SKIP, "prune_tokens"), light=light, thin=1e3)
+    assert any("not taken: 75 % of tokens at 12 (misses the bound by" in line for line in said)
+    assert not any("50 % of tokens" in line for line in said), "a stronger one was looked at"
+
+
 def test_both_steps_where_both_leave_room(tmp_path):
     profile, _ = run(tmp_path, 13, harm=1e-4, skip=1e-3)
     assert skip_from(profile.policy) == 12 and drop_from(profile.policy) is not None and profile.policy.rules
@@ -144,8 +168,8 @@ def test_the_same_seed_with_steps_gives_the_same_profile(tmp_path, both):
 
 def test_the_menu_of_steps():
     schedule = replayed.Adapter().schedule
-    assert step_menu(schedule, ()) == {} and list(step_menu(schedule, (SKIP,))) == ["drop last scale"]
-    full = step_menu(schedule, (SKIP, DROP))
+    assert step_menu(schedule, (), 1) == {} and list(step_menu(schedule, (SKIP,), 1)) == ["drop last scale"]
+    full = step_menu(schedule, (SKIP, DROP), 1)
     assert list(full) == [
         "drop last scale", "drop half from 12", "drop half from 11", "drop half from 10",
         "drop half from 11, drop last scale", "drop half from 10, drop last scale",
@@ -164,6 +188,8 @@ def test_prices_know_what_a_step_leaves_to_gain():
     less = assign(table, schedule, prices, 0.0, skip)
     assert less.steps == skip and less.why_not(schedule, 8, 4) is None
     assert {r.scale_index for r in less.rules} <= {10, 11} and {r.scale_index for r in assign(table, schedule, prices, 0.0).rules}
+    thinned = assign(table, schedule, prices, 0.0, step_menu(schedule, ("cache_budget",), 8)["75 % of cached keys at 12"].steps)
+    assert thinned.why_not(schedule, 8, 4) is None and {r.scale_index for r in thinned.rules} <= {10, 11}
     dropped = assign(table, schedule, prices, 0.0, (DropUnconditional(10),))
     doubled = assign(table, schedule, {s: 2 * p for s, p in prices.items()}, 0.0)
     assert (dropped.heads, dropped.rules) == (doubled.heads, doubled.rules) != (

@@ -20,7 +20,7 @@ from sparvar_tune.catalog import gpus
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.cli import parser
-from sparvar_tune.cli.compare_table import comparison, pair_frame
+from sparvar_tune.cli.compare_table import comparison, last_common, pair_frame
 from sparvar_tune.launch_search.log import read_log, to_frame
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search import certify
@@ -157,6 +157,13 @@ def test_the_shipped_comparison_comes_out_of_its_raw_numbers():
     assert json.loads(kept)["pairs"] == [list(pair) for pair in pairs]
     frame = pair_frame(outcomes, pairs, 8, 12)
     assert len(frame) == 5 * 24 and frame[frame.way == "dense"].psnr.eq(100).all()
+    for o in outcomes["tuned, fast"]:  # a profile that leaves the last scale out has no attention there
+        del o.scales_ms[12]
+    assert (
+        last_common(outcomes) == 11
+        and "tuned, fast"
+        in comparison(outcomes, pairs, adapter, (), schema.Silicon(**raw["machine"]), schema.Versions(**raw["versions"]))[0]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*unverified")

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparvar_tune.catalog.metrics import METRICS, Metric
+from sparvar_tune.catalog.metrics import METRICS, Metric, always, find_metric
 from sparvar_tune.measure.fidelity import (
     Constraint,
     compare_pictures,
     lower_bound,
+    mean_of,
     recall_of_mass,
     relative_l2,
     t_quantile,
+    worst_class,
     worst_mean,
 )
-from sparvar_tune.measure.lpips import Lpips
 from sparvar_tune.measure.pairs import held_out_pairs, search_pairs, yardstick_pairs
 from sparvar_tune.measure.timing import paired_speedup, timing
 
@@ -37,7 +39,7 @@ def test_metrics_fall_with_damage():
     dense = torch.rand(1, 3, 200, 180)
     found = [compare_pictures((dense + s * torch.randn_like(dense)).clamp(0, 1), dense) for s in (0.01, 0.05, 0.2)]
     for a, b in itertools.pairwise(found):
-        assert all(a[name] > b[name] for name in METRICS)
+        assert all(a[metric.name] > b[metric.name] for metric in always())
 
 
 def test_broken_pictures_are_refused():
@@ -48,7 +50,9 @@ def test_broken_pictures_are_refused():
         compare_pictures(dense[:, :, :32], dense)
 
 
-@pytest.mark.parametrize(("degrees", "value"), [(5, 2.015), (11, 1.796), (31, 1.6955), (120, 1.658)])
+@pytest.mark.parametrize(
+    ("degrees", "value"), [(1, 6.314), (2, 2.920), (3, 2.353), (4, 2.132), (5, 2.015), (11, 1.796), (31, 1.6955), (120, 1.658)]
+)
 def test_t_quantile_against_the_table(degrees, value):
     assert t_quantile(0.95, degrees) == pytest.approx(value, abs=2e-3)
 
@@ -97,6 +101,78 @@ def test_of_a_metric_that_falls_with_closeness_the_bound_is_above(monkeypatch):
     assert compare_pictures(picture, picture)["distance"] == 0
 
 
+def test_the_worst_class_by_hand():
+    """Class 1 is 2 dB below the mean of means; its own three values bound it: t(0.95, 2) = 2.920."""
+    values, classes = [33.0, 29, 34, 30, 35, 31], [0, 1] * 3
+    worst = find_metric("psnr-worst-class")
+    assert (mean_of(worst, values, classes), worst_class(worst, values, classes)) == (30, 1)
+    assert worst_mean(worst, values, classes) == pytest.approx(30 - 2.920 / math.sqrt(3), abs=2e-3)
+    distance = find_metric("lpips_worst_class")
+    assert mean_of(distance, values, classes) == 34 and worst_class(distance, values, classes) == 0
+    assert worst_mean(distance, values, classes) == pytest.approx(34 + 2.920 / math.sqrt(3), abs=2e-3)
+    assert worst_mean(worst, [33.0, 29, 34], [0, 1, 0]) == -math.inf, "a class seen once proves nothing of it"
+
+
+@pytest.mark.parametrize("apart", [0.0, 8.0])
+def test_the_worst_class_is_overrated_in_at_most_five_of_a_hundred(apart):
+    """Each class has the whole error probability, and so has their worst; where one is worst by far, no more and no less."""
+    g, runs = torch.Generator().manual_seed(1), 2500
+    classes = [label for label, _ in held_out_pairs(10, 32)]
+    levels = torch.tensor([34.0 - apart, *[34.0] * 9], dtype=torch.float64)
+    within = 0.3 + torch.rand(10, generator=g, dtype=torch.float64)
+    draws = levels[classes] + within[classes] * torch.randn(runs, 32, generator=g, dtype=torch.float64)
+    worst = find_metric("psnr_worst_class")
+    share = sum(worst_mean(worst, d, classes) > 34 - apart for d in draws.tolist()) / runs
+    assert share <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs) and (apart == 0 or share > 0.035), share
+
+
+@pytest.mark.parametrize(
+    ("bounds", "pairs", "said"),
+    [
+        ({"psnr_worst_class": 33.0}, 19, "--pairs 20"), ({"psnr_worst_class": 33.0}, 20, None), ({"psnr": 33.0}, 2, None),
+        ({"lpips": 0.1}, 32, "--metric-weights lpips=PATH"),
+    ],
+)  # fmt: skip
+def test_bounds_that_nothing_could_certify_are_refused_first(bounds, pairs, said):
+    reason = Constraint(bounds).why_not(pairs, 10, ())
+    assert reason is None if said is None else said in reason and "\n" not in reason
+
+
+def test_a_preference_needs_prompts_and_a_library(tmp_path):
+    metric = METRICS["image_reward"]
+    assert (
+        "draws from none" in Constraint({}, (metric,)).why_not(32, 10, ())
+        and Constraint({}, (metric,)).why_not(32, 10, "ab") is None
+    )
+    with pytest.raises(ValueError, match=r"wants|no such file|no folder"):
+        metric.with_weights(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"wants transformers|no folder"):
+        METRICS["hpsv2"].with_weights(tmp_path / "none")
+
+
+def test_a_preference_is_the_gain_over_the_dense_picture(tmp_path):
+    """A CLIP of random weights, saved as transformers saves them: it stands for HPSv2's, which nobody may download here."""
+    transformers = pytest.importorskip("transformers")  # of the extra `preference`, which tests do not install
+    words = {word: i for i, word in enumerate(("<|startoftext|>", "<|endoftext|>", "a</w>", "t</w>", "c", "a", "ca", "cat</w>"))}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=small | {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 8},
+        vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=8,
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path)
+    tokens = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=8)
+    shape = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPProcessor(transformers.CLIPImageProcessor(**shape), tokens).save_pretrained(tmp_path)
+    metric = METRICS["hpsv2"].with_weights(tmp_path)
+    dense, other = torch.rand(2, 1, 3, 64, 64).unbind()
+    gain = compare_pictures(other, dense, [metric], "a cat")["hpsv2"]
+    assert gain == pytest.approx(-compare_pictures(dense, other, [metric], "a cat")["hpsv2"], abs=1e-6) and abs(gain) > 1e-6
+    assert compare_pictures(dense, dense, [metric], "a cat")["hpsv2"] == pytest.approx(0, abs=1e-6)
+
+
 def test_attention_metrics_by_hand():
     assert relative_l2(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
     q, k = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.log(3), 0.0], [0.0, 5.0]])
@@ -135,13 +211,13 @@ def test_lpips_with_the_users_weights(tmp_path):
     """Random weights: zero for equal pictures, symmetric, grows with the damage; a short file is refused by name."""
     path = tmp_path / "alex.safetensors"
     save_file(lpips_weights(), path)
-    lpips, picture = Lpips(path), torch.rand(1, 3, 128, 128)
+    lpips, picture = METRICS["lpips"].with_weights(path).compare, torch.rand(1, 3, 128, 128)
     small, large = ((picture + s * torch.randn_like(picture)).clamp(0, 1) for s in (0.02, 0.3))
     assert lpips(picture, picture) == 0
     assert lpips(picture, small) == pytest.approx(lpips(small, picture)) and 0 < lpips(picture, small) < lpips(picture, large)
     save_file({k: v for k, v in lpips_weights().items() if k != "lin3.weight"}, path)
     with pytest.raises(ValueError, match=r"lin3\.weight is missing"):
-        Lpips(path)
+        METRICS["lpips"].with_weights(path)
     path.write_bytes(b"no")
     with pytest.raises(ValueError, match="not a safetensors file"):
-        Lpips(path)
+        METRICS["lpips"].with_weights(path)

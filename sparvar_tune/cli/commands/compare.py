@@ -11,7 +11,7 @@ from sparvar_tune.cli.console import note, require_here, say, status
 from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.json_answer import Asked, print_answer
 from sparvar_tune.cli.options import CompareOptions
-from sparvar_tune.measure.lpips import Lpips
+from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search.certify import run_pairs
 from sparvar_tune.policy_search.judge import make_attention
@@ -19,6 +19,7 @@ from sparvar_tune.policy_search.menu import PAPER_SCALES, paper_policy
 from sparvar_tune.profile import store
 from sparvar_tune.profile.machine import silicon, versions
 from sparvar_tune.profile.schema import Silicon, Versions, Yardstick
+from sparvar_tune.ways.settings import loaded
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def run(options: CompareOptions) -> ExitCode:
             speak(f"left out {quality}: {'; '.join(tuned.reasons)}")
         else:
             ways[f"tuned, {quality}"] = tuned.sparse_attention()
-    more = (Lpips(options.lpips).metric(),) if options.lpips else ()
+    more = loaded(options.metric_weights)
+    if reason := Constraint({}, more).why_not(options.pairs, adapter.num_classes, getattr(adapter, "prompts", ())):
+        raise ValueError(reason)
     pairs = held_out_pairs(adapter.num_classes, options.pairs)
     outcomes = run_pairs(adapter, ways, pairs, status, more)
     machine, now = silicon(subject.gpu, True), versions()

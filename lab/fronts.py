@@ -1,0 +1,225 @@
+"""Time of a whole picture against PSNR on pocketvar's CPU path: every saving alone, and attention on top of the others.
+
+    python -m lab.fronts --pairs 10
+
+All ways of a pair are drawn one after the other in rotating order with dense among them, so that a busy machine ranks them as an
+idle one does. Points are means over the pairs and no certificates. The raw numbers go beside the report and the plot; with
+`--from FILE` both are made from them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from sparvar_kernels.policy import Policy, Step
+from sparvar_tune.adapters import Adapter
+from sparvar_tune.adapters.pocketvar import open_model
+from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.catalog.metrics import LEAD
+from sparvar_tune.catalog.models import find_model
+from sparvar_tune.generation import CacheBudget, PruneTokens, SkipScales
+from sparvar_tune.measure.pairs import MOST_PAIRS, search_pairs
+from sparvar_tune.policy_search.certify import run_pairs
+from sparvar_tune.policy_search.judge import make_attention
+from sparvar_tune.policy_search.menu import Table, assign
+from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
+from sparvar_tune.profile.machine import silicon, versions
+from sparvar_tune.profile.store import write_atomic
+from sparvar_tune.ways.search_here import measure_options
+
+ATTENTION, SKIP, TOKENS, KEYS = "sparse attention", "last scale left out", "tokens pruned", "cached keys cut"
+ALONE = (ATTENTION, SKIP, TOKENS, KEYS)
+PRICES, SKIP_PRICES, THIN_PRICE = (100.0, 25.0, 8.0, 2.5), (25.0, 6.0, 1.5), 25.0
+SHARES, THIN_SHARE = (0.9, 0.5), 0.9
+PRESETS = ("near-lossless", "paper")
+
+
+@dataclass(frozen=True)
+class Way:
+    """method: one of ALONE, or two joined by " + ". setting: the price of an error or the share kept, in words."""
+
+    method: str
+    setting: str
+    policy: Policy
+
+
+def ways(adapter: Adapter, table: Table) -> list[Way]:
+    """Everything that is drawn."""
+    schedule, layers, heads = adapter.schedule, adapter.model.layers, adapter.model.heads
+    last = len(schedule) - 1
+    tokens, past = schedule.num_queries(last), schedule.num_keys(last) - schedule.num_queries(last)
+    skip = SkipScales.last(schedule)
+
+    def pruned(share: float) -> Step:
+        return PruneTokens(last, (round(tokens * share),), last - 1, 1, layers - 1)
+
+    def cut(share: float) -> Step:
+        return CacheBudget(last, ((round(past * share),) * layers,))
+
+    def priced(price: float, *steps: Step) -> Policy:
+        prices = {last - i: price * weight for i, weight in enumerate(SCALE_WEIGHTS)}
+        return assign(table, schedule, prices, DEFAULT_TILT, steps)
+
+    def dense(*steps: Step) -> Policy:
+        return Policy(("A" * heads,) * layers, (), steps)
+
+    out = [Way(ATTENTION, f"price {price:g}", priced(price)) for price in PRICES]
+    out.append(Way(SKIP, f"scale {last}", dense(skip)))
+    for share in SHARES:
+        out += [Way(TOKENS, f"{share:.0%} kept", dense(pruned(share))), Way(KEYS, f"{share:.0%} kept", dense(cut(share)))]
+    out += [Way(f"{SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip)) for price in SKIP_PRICES]
+    out.append(Way(f"{TOKENS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, pruned(THIN_SHARE))))
+    out.append(Way(f"{KEYS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, cut(THIN_SHARE))))
+    return out
+
+
+def measure(pairs: int) -> dict[str, Any]:
+    """The raw numbers, as the JSON file has them; nothing is rounded."""
+
+    adapter = open_model(find_model("pocketvar"), "cpu")
+
+    def say(text: str) -> None:
+        print(f"\r{text[:150]:150}", end="", file=sys.stderr, flush=True)
+
+    made = ways(adapter, measure_options(adapter, say))
+    drawn = search_pairs(adapter.num_classes, pairs)
+    attentions: dict[str, Any] = {"dense": adapter.dense}
+    attentions |= {f"{way.method}, {way.setting}": make_attention(adapter, way.policy) for way in made}
+    outcomes = run_pairs(adapter, attentions, drawn, say)
+    return {
+        "model": adapter.model.slug, "date": datetime.date.today().isoformat(),
+        "machine": dataclasses.asdict(silicon(find_gpu("cpu"), True)), "versions": dataclasses.asdict(versions()),
+        "pairs": [list(pair) for pair in drawn], "class_levels": list(adapter.class_levels()),
+        "wanted": {preset: adapter.required(preset)[LEAD.name] for preset in PRESETS},
+        "dense_ms": [o.ms for o in outcomes["dense"]],
+        "ways": [
+            {"method": way.method, "setting": way.setting, "ms": [o.ms for o in found],
+             LEAD.name: [o.fidelity[LEAD.name] for o in found]}
+            for way, found in ((way, outcomes[f"{way.method}, {way.setting}"]) for way in made)
+        ],
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """speedup: median over pairs of dense over this. psnr: dB, of all classes: what a way is above the known levels of those that
+    were drawn, on top of the mean level.
+    """
+
+    method: str
+    setting: str
+    speedup: float
+    psnr: float
+
+
+def points(raw: Mapping[str, Any]) -> list[Point]:
+    levels, labels = raw["class_levels"], [label for label, _ in raw["pairs"]]
+    return [
+        Point(
+            way["method"], way["setting"],
+            median(dense / ms for dense, ms in zip(raw["dense_ms"], way["ms"], strict=True)),
+            fmean(levels) + fmean(db - levels[label] for db, label in zip(way[LEAD.name], labels, strict=True)),
+        )
+        for way in raw["ways"]
+    ]  # fmt: skip
+
+
+def reached(found: Sequence[Point], method: str, wanted: float) -> float | None:
+    """The speed-up of a method at a PSNR: between its two points around it, on a line; None where it never is so close."""
+    line = sorted((p for p in found if p.method == method), key=lambda p: p.psnr)
+    above = [p for p in line if p.psnr >= wanted]
+    if not above:
+        return None
+    best, below = max(above, key=lambda p: p.speedup), [p for p in line if p.psnr < wanted]
+    if not below or below[-1].speedup <= above[0].speedup:
+        return best.speedup
+    share = (above[0].psnr - wanted) / (above[0].psnr - below[-1].psnr)
+    return max(best.speedup, above[0].speedup + share * (below[-1].speedup - above[0].speedup))
+
+
+def markdown(raw: Mapping[str, Any], plot: str) -> str:
+    found, machine = points(raw), raw["machine"]
+    methods = list(dict.fromkeys(p.method for p in found))
+    lines = [
+        f"# Time against PSNR: {raw['model']} on a CPU", "",
+        f"{machine['name']}, {machine['threads']} threads; torch {raw['versions']['torch']}; {raw['date']}. "
+        f"{len(raw['pairs'])} (class, seed) pairs, every way in rotating order with dense in one run. Speed-ups are of whole "
+        "pictures, medians of paired ratios. PSNR is against the dense picture with the same noise, brought to all classes by "
+        "their known levels. These are means; a profile's certificate is on held-out pictures and takes the lower bound.", "",
+        f"![The front]({plot})", "", "## At a preset's PSNR", "",
+        "| method | " + " | ".join(f"{preset}, {wanted:.2f} dB" for preset, wanted in raw["wanted"].items()) + " |",
+        "|---" * (len(raw["wanted"]) + 1) + "|",
+    ]  # fmt: skip
+    at = {preset: {m: reached(found, m, wanted) for m in methods} for preset, wanted in raw["wanted"].items()}
+    for method in methods:
+        cells = (at[preset][method] for preset in at)
+        lines.append(f"| {method} | " + " | ".join("never so close" if x is None else f"{x:.2f}x" for x in cells) + " |")
+    lines += ["", "Between two points of a method the speed-up is read off a straight line.", ""]
+    for preset, by in at.items():
+        alone = max(((x, m) for m, x in by.items() if x and m in ALONE), default=(1.0, "nothing"))
+        both = max(((x, m) for m, x in by.items() if x and m not in ALONE), default=None)
+        if both is None:
+            lines.append(f"- {preset}: no two together are so close. The best alone is {alone[1]}, {alone[0]:.2f}x.")
+        else:
+            lines.append(f"- {preset}: {both[1]} reaches {both[0]:.2f}x. The best alone is {alone[1]}, {alone[0]:.2f}x. "
+                         f"Ratio: {both[0] / alone[0]:.2f}.")  # fmt: skip
+    lines += ["", "## Every point", "", "| method | setting | speed-up | PSNR, dB |", "|---|---|---|---|"]
+    lines += [f"| {p.method} | {p.setting} | {p.speedup:.2f}x | {p.psnr:.2f} |" for p in found]
+    return "\n".join(lines) + "\n"
+
+
+def draw(raw: Mapping[str, Any]) -> bytes:
+    """An SVG: a line a method. The same numbers give the same bytes."""
+    from matplotlib import figure, rc_context
+
+    found = points(raw)
+    with rc_context({"svg.hashsalt": "sparvar-tune", "svg.fonttype": "none"}):
+        page = figure.Figure(figsize=(8, 4.8), layout="constrained")
+        axes = page.subplots()
+        for method in dict.fromkeys(p.method for p in found):
+            line = sorted((p for p in found if p.method == method), key=lambda p: p.psnr)
+            mark, stroke = ("o", "-") if method in ALONE else ("s", "--")
+            axes.plot([p.psnr for p in line], [p.speedup for p in line], label=method, marker=mark, linestyle=stroke)
+        top = axes.get_ylim()[1]
+        for preset, wanted in raw["wanted"].items():
+            axes.axvline(wanted, color="0.7", linewidth=1, zorder=0)
+            axes.annotate(preset, (wanted, top), xytext=(3, -4), textcoords="offset points", va="top", color="0.4")
+        axes.axhline(1, color="0.7", linewidth=1, zorder=0)
+        axes.set(xlabel="PSNR against the dense picture, dB (right is closer)", ylabel="speed-up of the whole picture")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        out = io.BytesIO()
+        page.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab.fronts", description="time against PSNR, each saving alone and together")
+    parser.add_argument("--pairs", type=int, default=10, help="(class, seed) pairs, drawn every way")
+    parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="raw numbers of an earlier run: measure nothing")
+    parser.add_argument("--out", type=Path, default=Path("reports/fronts-cpu.md"), help="the report; the rest goes beside it")
+    given = parser.parse_args(arguments)
+    if not 1 <= given.pairs <= MOST_PAIRS:
+        print(f"fronts: --pairs: got {given.pairs}, want 1..{MOST_PAIRS}", file=sys.stderr)
+        return 2
+    raw = json.loads(given.source.read_text("utf-8")) if given.source else measure(given.pairs)
+    plot = given.out.with_suffix(".svg")
+    if not given.source:
+        write_atomic(given.out.with_suffix(".json"), (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(plot, draw(raw))
+    write_atomic(given.out, markdown(raw, plot.name).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

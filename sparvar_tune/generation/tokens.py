@@ -1,0 +1,40 @@
+"""Which tokens a step keeps, and what stands for the others: the arithmetic that every model does alike."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def farthest(x: Tensor, keep: int) -> Tensor:
+    """[B, keep] places in x [B, N, C] of the rows farthest from the mean row, farthest first."""
+    return (x - x.mean(1, keepdim=True)).square().sum(-1).argsort(1, descending=True)[:, :keep]
+
+
+def rows_at(x: Tensor, places: Tensor) -> Tensor:
+    """[B, kept, C] of x [B, N, C]."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def enlarge(x: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """x [B, tokens of grid, C] on the grid `to`, each cell the mean of the cells it covers."""
+    wide = F.interpolate(x.unflatten(1, grid).permute(0, 3, 1, 2), size=to, mode="area")
+    return wide.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def window_places(grid: tuple[int, int], window: int) -> Tensor:
+    """[window] raster places of the middles (the upper and left one of two) of an even division of `grid`."""
+    side = math.isqrt(window)
+    y, x = (torch.arange(side) * (n // side) + (n // side - 1) // 2 for n in grid)
+    return (y[:, None] * grid[1] + x).flatten()
+
+
+def kept_rows(q: Tensor, keys: Tensor, window: Tensor, keep: int, pool: int) -> Tensor:
+    """[B, H, keep] places in the cache that stay, ascending. q [B, H, window, D], keys [B, H, N, D], window: their own places."""
+    score = (q @ keys.transpose(2, 3) / math.sqrt(q.shape[-1])).index_fill_(3, window, -torch.inf).sum(2)
+    score = F.max_pool1d(score, pool, 1, pool // 2).index_fill_(2, window, -torch.inf)
+    best = score.topk(keep - window.numel(), -1).indices
+    return torch.cat((best, window.expand(*best.shape[:2], -1)), -1).sort(-1).values
