@@ -55,7 +55,7 @@ def tune(
     if bounds is not None and not isinstance(bounds, Mapping):
         raise ValueError(f"bounds: got {shown(repr(bounds), 80)}, want one by metric such as {{'psnr': 34.5}}")
     if metric_weights is not None and not isinstance(metric_weights, Mapping):
-        raise ValueError(f"metric_weights: got {shown(repr(metric_weights), 80)}, want a path by metric such as {{'lpips': path}}")
+        raise ValueError(f"metric_weights: got {shown(repr(metric_weights), 80)}, want one path by metric: {{'lpips': path}}")
     if progress is not None and not callable(progress):
         raise ValueError(f"progress: got {shown(repr(progress), 80)}, want a function that takes a line, such as print")
     if name is not None and generate is None:
