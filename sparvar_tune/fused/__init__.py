@@ -75,6 +75,11 @@ class OnPath(Undos):
         return self._why_not_fused if self.fused is None else self.fused.reason
 
     @property
+    def why_not_graphs(self) -> str | None:
+        """Why the fused path is not replayed as CUDA graphs, or None."""
+        return self.why_not_fused if self.fused is None else self.fused.why_not_graphs
+
+    @property
     def reason(self) -> str | None:
         """Why the last image, from some call on, ran the model's own attention; None if it did not."""
         return getattr(self.live, "reason", None) if self.fused is None or self.fused.reason else None

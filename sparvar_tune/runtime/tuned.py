@@ -164,6 +164,11 @@ class Applied:
         return getattr(self._change, "why_not_fused", "nothing is applied")
 
     @property
+    def why_not_graphs(self) -> str | None:
+        """Why the fused path's launches are not replayed as CUDA graphs, or None."""
+        return getattr(self._change, "why_not_graphs", "nothing is applied")
+
+    @property
     def why_dense(self) -> str | None:
         """Why the last image, from some call on, ran the model's own attention, such as another aspect; None if it did not."""
         return getattr(self._change, "reason", None)
