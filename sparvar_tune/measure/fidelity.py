@@ -158,7 +158,7 @@ class Constraint:
         bound = [find_metric(name) for name in self.bounds]
         return (*measured, LEAD.of_worst_class(), *(m for m in bound if m.worst_class and m.measured != LEAD.name))
 
-    def why_not(self, pairs: int, classes: int, prompts: Sequence[str]) -> str | None:
+    def why_not(self, pairs: int, classes: int, prompts: Sequence[object]) -> str | None:
         """Why so many held-out pairs of a model of `classes`, drawn from `prompts` if from text, cannot certify it, or None."""
         for metric in map(find_metric, self.bounds):
             if metric.loader and metric.measured not in [m.name for m in self.more]:
@@ -166,7 +166,7 @@ class Constraint:
             if metric.worst_class and pairs < 2 * classes:
                 return f"{metric.name}: got {pairs} pairs, want two at least of each of {classes} classes: --pairs {2 * classes}"
         for metric in self.more:
-            if metric.prompted and not prompts:
+            if metric.prompted and not (prompts and all(isinstance(prompt, str) for prompt in prompts)):
                 return f"{metric.name}: judges a picture by its prompt, and this model draws from none; leave it out"
         return None
 

@@ -169,7 +169,8 @@ def compare_pictures(
     gain = generation(seen, adapter)
     looks = look_at_pictures(seen, proof.certified() if proof else adapter.required(profile.preset))
     n, faithful, faster = len(seen.found), all(look.good for look in looks), gain.speedup.low > 1
-    pictures = f"{', '.join(look.text for look in looks)}, over {n} pairs the certificate did not use"
+    texts = ", ".join(look.text for look in looks) or "nothing certified can be looked at with so few pairs, or without weights"
+    pictures = f"{texts}, over {n} pairs the certificate did not use"
     say(f"pictures: {_said(faithful)}: {pictures}")
     say(f"time:     {_said(faster)}: {gain.dense.p50_ms:.0f} -> {gain.tuned.p50_ms:.0f} ms, {_interval(gain.speedup)}")
     if n < pairs:

@@ -235,6 +235,17 @@ def test_verify_refutes_what_the_interval_excludes_and_nothing_else():
         ], bound
 
 
+def test_verify_looks_at_the_worst_class_and_not_at_what_it_cannot_measure():
+    """Class 1 is 4 dB below class 0: refuted is what its own interval excludes, though the mean bears it out."""
+    made = trial([30.0, 26.0, 31.0, 27.0, 32.0, 28.0], [0.9] * 6)
+    made.pairs = [(i % 2, i) for i in range(6)]
+    for bound, good in ((26.0, True), (28.5, True), (28.9, False)):
+        (look,) = verify.look_at_pictures(made, {"psnr_worst_class": bound, "lpips": 0.1})
+        assert look.good == good and look.mean == 27, bound
+    made.pairs = [(i, i) for i in range(6)]
+    assert verify.look_at_pictures(made, {"psnr_worst_class": 31.0}) == ()
+
+
 # --- pictures of any size ---
 
 

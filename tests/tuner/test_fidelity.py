@@ -142,7 +142,8 @@ def test_a_preference_needs_prompts_and_a_library(tmp_path):
     metric = METRICS["image_reward"]
     assert (
         "draws from none" in Constraint({}, (metric,)).why_not(32, 10, ())
-        and Constraint({}, (metric,)).why_not(32, 10, "ab") is None
+        and Constraint({}, (metric,)).why_not(32, 2, ("a cat", "a dog")) is None
+        and Constraint({}, (metric,)).why_not(32, 2, (207, 208)) is not None
     )
     with pytest.raises(ValueError, match=r"wants|no such file|no folder"):
         metric.with_weights(tmp_path / "none")
