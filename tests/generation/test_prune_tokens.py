@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import var_hart_lookalikes
 from block_lookalikes import DIM, HEADS
 from lookalikes import SIDES
+from token_oracles import on_grid
 
 from sparvar_kernels import Policy, Pooled, Rule
 from sparvar_kernels.geometry.scales import ScaleSchedule
@@ -50,17 +51,6 @@ def attended(block, row: int, tokens: list[int], y: torch.Tensor, keys: list, va
     weights = torch.softmax(torch.einsum("qhd,khd->hqk", torch.stack(queries), torch.stack(keys)), -1)
     out = torch.einsum("hqk,khd->qhd", weights, torch.stack(values)).flatten(1)
     return out @ sa.proj.weight.double().T + sa.proj.bias.double()
-
-
-def on_grid(x: torch.Tensor, small: tuple[int, int], large: tuple[int, int]) -> torch.Tensor:
-    """[large tokens, C]: each cell the mean of the cells of [small tokens, C] that it covers, in part or whole."""
-    cells = []
-    for y in range(large[0]):
-        for z in range(large[1]):
-            rows = range(y * small[0] // large[0], -(-(y + 1) * small[0] // large[0]))
-            columns = range(z * small[1] // large[1], -(-(z + 1) * small[1] // large[1]))
-            cells.append(torch.stack([x[r * small[1] + c] for r in rows for c in columns]).mean(0))
-    return torch.stack(cells)
 
 
 @contextlib.contextmanager

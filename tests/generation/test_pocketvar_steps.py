@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_prune_tokens import on_grid
+from token_oracles import on_grid
 
 from sparvar_kernels import Policy, Pooled, Rule, SparseAttention
 from sparvar_tune import adapters
