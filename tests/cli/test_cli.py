@@ -245,6 +245,7 @@ def test_places_that_cannot_be_written(tiny_model, capsys, tmp_path, monkeypatch
     assert not [p for p in (tmp_path / "new").rglob("*") if p.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_letter_the_terminal_lacks_changes_no_exit_code(tmp_path, encoding):
     home = tmp_path / "Übung 画像"

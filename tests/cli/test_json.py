@@ -233,6 +233,7 @@ def test_progress(watched):
     assert said.count("8 s left, ") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "offered"), [
     ("sparvar-tune ex", {"explain "}), ("sparvar-tune --gpu h1", {"h100-sxm", "h100-pcie", "h100"}),
     ("sparvar-tune show --js", {"--json "}), ("sparvar-tune explain --model har", {"hart "}),

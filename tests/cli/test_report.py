@@ -93,6 +93,7 @@ def assert_tables_are_whole(markdown: str) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.strip().splitlines()}) == 1, table
 
 
+@pytest.mark.slow
 def test_nothing_a_file_says_becomes_markup(tmp_path):
     path, trials, trace = tmp_path / "evil.json", tmp_path / "trials.csv", tmp_path / "t.csv"
     store.save(evil_profile(), path)

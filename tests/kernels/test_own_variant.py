@@ -80,6 +80,7 @@ def test_it_runs_and_is_stored():
     assert_close(attend(q, k, v, 0, 2), variant.oracle(q, k, v, p, None), "fp32")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_it_runs_on_triton():
     assert max(in_interpreter("test_own_variant", "t.result('triton')")) < 1e-5

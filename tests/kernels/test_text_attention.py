@@ -58,6 +58,7 @@ def test_on_a_cpu():
     assert worst() < 1
 
 
+@pytest.mark.slow
 @needs_triton
 def test_in_the_interpreter():
     """But for bf16: its products are not what a GPU's are."""

@@ -133,6 +133,7 @@ def test_a_file_of_schema_2_still_loads():
     assert schema.from_json(schema.to_json(made), "f") == made
 
 
+@pytest.mark.slow
 def test_the_binary_follows_the_code_and_not_its_words():
     """One small launch, compiled without a GPU: another constant is other machine code, the same launch the same."""
     pytest.importorskip("triton")

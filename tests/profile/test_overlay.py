@@ -159,6 +159,7 @@ def test_every_field_is_needed_and_typed(path):
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+@pytest.mark.slow
 def test_flipped_bytes_never_crash_or_change_a_verdict(tmp_path, home):
     """SPARVAR_SOAK sets how many; one in fifty is loaded all the way."""
     tuned, _ = loaded(tmp_path)

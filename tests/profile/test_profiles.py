@@ -169,6 +169,7 @@ def test_random_byte_flips_never_crash_or_change_what_is_meant():
         assert loaded == example()
 
 
+@pytest.mark.slow
 def test_every_flipped_digit_is_refused():
     for at, character in enumerate(TEXT):
         if character.isdigit():
@@ -221,6 +222,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(st.sampled_from(FIELDS), json_values)
 @settings(max_examples=400, deadline=None)
 def test_any_value_anywhere_is_refused_or_kept(path, value):
@@ -285,6 +287,7 @@ def sound_profiles(draw):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(sound_profiles())
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_sound_profile_round_trips(made):

@@ -15,7 +15,32 @@ def in_interpreter(module: str, expression: str) -> Any:
     """The JSON value of `expression`, which may use the module as `t`, in a process started with TRITON_INTERPRET=1."""
     folder = next(TESTS.rglob(f"{module}.py")).parent
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(folder), PYTHONPATH])}
-    code = f"import json, {module} as t\nprint(json.dumps({expression}))"
+    code = f"import json, interpreted, {module} as t\ninterpreted.patch_once_a_launch()\nprint(json.dumps({expression}))"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def patch_once_a_launch() -> None:
+    """Triton's interpreter replaces the functions of its language at every call of a device function, with the same ones: a third
+    of its time. Now at the first call of a launch from each kind of module, for they stay replaced until the launch ends.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[tuple[bool, bool]] = set()
+
+    def patch_new(fn: Any) -> Any:
+        seen = list(map(id, fn.__globals__.values()))
+        kind = id(language) in seen, id(language.core) in seen
+        if kind in patched:
+            return None  # a device function's: only a launch looks at what it gets
+        patched.add(kind)
+        return patch(fn)
+
+    def launch_alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_new, launch_alone

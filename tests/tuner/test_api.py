@@ -203,6 +203,7 @@ def test_a_capture_holds_what_attention_was_given(tiny_model):
         sparvar_tune.capture("hart")
 
 
+@pytest.mark.slow
 def test_the_face_is_light_and_whole():
     code = "import sys, sparvar_tune as s; print('torch' in sys.modules, [n for n in s.__all__ if not hasattr(s, n)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -38,6 +38,7 @@ def test_attempts_together_spend_the_error_probability_and_no_more():
     assert all(a >= b > 0 for a, b in itertools.pairwise(spent)) and take_over.ATTEMPT == 0
 
 
+@pytest.mark.slow
 def test_runs_that_try_again_certify_wrongly_in_at_most_five_of_a_hundred():
     """Every candidate's true mean is the bound itself, where a wrong certificate is likeliest; each attempt draws anew."""
     g, runs, n = torch.Generator().manual_seed(0), 2500, 32
@@ -87,6 +88,7 @@ def worse(by: float):
     return change
 
 
+@pytest.mark.slow
 def test_the_next_attempt_has_its_own_confidence_and_its_own_pictures(candidates, tmp_path):
     tune, seen = candidates
     first = tune(tmp_path / "a", lambda *_: None, 0.1)

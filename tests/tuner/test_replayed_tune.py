@@ -37,12 +37,14 @@ def run(folder: Path, seed: int, storage: str | None = None) -> tuple[str, schem
     return schema.to_json(profile), profile, said, clock.now
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_profile_byte_for_byte(tmp_path):
     first, second, other = (run(tmp_path / str(i), seed) for i, seed in enumerate((7, 7, 8)))
     assert first[0].encode() == second[0].encode() and first[2:] == second[2:]
     assert first[2] != other[2], "the seed changes nothing"
 
 
+@pytest.mark.slow
 def test_the_profile_says_what_the_recording_says(tmp_path):
     _, profile, said, seconds = run(tmp_path, 0)
     assert seconds < BUDGET_S and sum(" trial " in line for line in said) >= 8

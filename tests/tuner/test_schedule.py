@@ -146,6 +146,7 @@ def test_a_cut_log_goes_on_and_measures_only_what_is_missing(whole, tmp_path):
     assert len(read_log(log)) == raw.count(b"\n"), "the torn tail swallowed nothing"
 
 
+@pytest.mark.slow
 def test_a_configuration_that_crashes_hangs_or_is_illegal_is_data(tmp_path):
     w = Workload.of(MODEL, MODEL.default_resolution, "1.000")
     configs = [c for c in space(w.problem(9), (8, 0)) if c != TritonConfig() and not c.maxnreg]
@@ -319,6 +320,7 @@ def test_a_worker_owns_a_gpu_like_the_first_and_plans_on_one_thread(monkeypatch)
             time_only.gpu_environments(wrong)
 
 
+@pytest.mark.slow
 def test_a_worker_plans_on_one_thread(monkeypatch):
     """Planning threads of two workers used to spin on the same cores: together they made a third of what one does."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
