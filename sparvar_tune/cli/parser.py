@@ -387,6 +387,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"sparvar-tune: {_one_line(str(error))}", file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or missing.startswith("sparvar"):
+            raise
+        print(f"sparvar-tune: {missing} is not installed; sparvar-tune doctor names the command that mends it", file=sys.stderr)
+        return ExitCode.BAD_INPUT
 
 
 def _say_warning(message: Warning | str, *_where: object, **_more: object) -> None:

@@ -225,6 +225,20 @@ class _Lock(JournalFileOpenLock):
         os.close(self.handle)
 
 
+class JournalFile(JournalFileBackend):
+    """Optuna's, whose errors name the file: a write that finds the disk full says none."""
+
+    def __init__(self, path: Path, lock: _Lock | None = None) -> None:
+        super().__init__(str(path), lock)
+        self.path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+
 def cut_torn_tail(journal: Path) -> None:
     """Removes a last line that a kill cut short; new lines would otherwise be glued onto it."""
     raw = journal.read_bytes()
@@ -247,7 +261,7 @@ class _Journal:
             self.alive.mkdir(parents=True, exist_ok=True)
             self.handle = os.open(self.alive / self.name, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(self.handle, fcntl.LOCK_EX)
-            self.storage = JournalStorage(JournalFileBackend(str(path), _Lock(path)))
+            self.storage = JournalStorage(JournalFile(path, _Lock(path)))
         except OSError as error:
             raise ValueError(
                 f"--storage journal://{path}: {error.strerror}; want a file in a folder that can be written"

@@ -23,11 +23,10 @@ from typing import TypeVar
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sparvar_tune.catalog.metrics import LEAD
-from sparvar_tune.policy_search.storage import Shared, cut_torn_tail
+from sparvar_tune.policy_search.storage import JournalFile, Shared, cut_torn_tail
 from sparvar_tune.profile.files import set_aside
 from sparvar_tune.profile.schema import one_line
 
@@ -162,7 +161,7 @@ def _reading(journal: Path) -> Iterator[JournalStorage]:
     optuna.logging.set_verbosity(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
-        yield JournalStorage(JournalFileBackend(str(journal)))
+        yield JournalStorage(JournalFile(journal))
     except OSError:
         raise
     except Exception as error:

@@ -118,8 +118,9 @@ def test_what_is_not_the_policys_fault_ends_the_search(tmp_path, monkeypatch):
         monkeypatch.setattr(JournalFileBackend, "append_logs", no_space)
         return GOOD
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as refused:
         searched(full, judge, 3)
+    assert refused.value.filename == str(tmp_path / "trials.journal")  # which disk it is
 
 
 # --- a journal that is damaged ---

@@ -20,6 +20,7 @@ from PIL import Image
 from places import PYTHONPATH, ROOT
 
 from sparvar_tune import runtime
+from sparvar_tune.cli import parser
 from sparvar_tune.policy_search import storage
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import misses, overlay, schema, store
@@ -258,6 +259,14 @@ def test_a_letter_the_terminal_lacks_changes_no_exit_code(tmp_path, encoding):
         said = (done.stdout or done.stderr).decode(encoding)
         assert done.returncode == code and said.count("\n") == (1 if code else done.stdout.count(b"\n")), done.stderr
         assert ("画像" if encoding == "utf-8" else r"\u753b\u50cf") in said
+
+
+def test_a_package_that_is_not_installed_is_one_line(capsys, monkeypatch):
+    def lacks(_words):
+        raise ModuleNotFoundError("No module named 'optuna.storages'", name="optuna.storages")
+
+    monkeypatch.setattr(parser, "read_options", lacks)
+    assert "optuna is not installed; sparvar-tune doctor names" in refused(capsys, "show", "--gpus")
 
 
 def test_closed_streams_and_warnings_are_no_traceback(tmp_path):
