@@ -12,13 +12,14 @@ import pytest
 import torch
 from gathered_checks import LAST_CASES, ODD, VARIANTS, check, edges_layouts_and_bits, needs_triton
 from tolerances import TOLERANCES
+from usage_target import usage
 
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Reuse, Rule, ScaleSchedule, Tile, why_not
 from sparvar_kernels.backends.configs import SHARED_LIMIT, TritonConfig
 from sparvar_kernels.backends.triton.table import FIELDS, Column
 from sparvar_kernels.backends.triton.work import Part, tiles_of, work_table
 from sparvar_tune.launch_search.choose import space
-from sparvar_tune.launch_search.compiling import Binary, compile_all, compilers
+from sparvar_tune.launch_search.compiling import Binary
 
 HOPPER = (9, 0)
 KINDS = [(dtype, dim) for dtype in ("bf16", "fp16") for dim in (64, 128)]
@@ -88,9 +89,7 @@ def test_every_configuration_compiles_and_fits():
             for epilogue in (0, 1, 2):
                 build = gathered_build(problem, config, epilogue=epilogue, masked=epilogue != 0)
                 jobs[Binary(build, HOPPER)] = problem, config
-    with compilers(2) as pool:
-        found = compile_all(jobs, pool, lambda text: None)
-    for job, made in found.items():
+    for job, made in usage(jobs).items():
         problem, config = jobs[job]
         assert made.failure is None, (job, made)
         assert made.shared_bytes <= config.shared_bytes(problem), (job, made)
