@@ -296,7 +296,7 @@ def test_another_number_of_images_serves_and_is_said(tmp_path, gpu):
     four = dataclasses.replace(four, workload=dataclasses.replace(four.workload, batch=8))
     store.save(four, tmp_path / "h100-sxm" / "hart--images-4.json")
     assert [load(n).profile.workload.batch for n in (1, 2, 3, 4, 16)] == [2, 2, 8, 8, 8]
-    with pytest.raises(ValueError, match=r"want 1\.\.256"):
+    with pytest.raises(ValueError, match=r"want a whole number, 1\.\.256"):
         load(0)
     problem = load(4).profile.workload.problem(6)
     assert "batch is" not in load(4).explain(problem) and "batch is 8, tuned for 2" in load(2).explain(problem)
