@@ -308,7 +308,7 @@ def _best_reachable(study: Any, request: Request, certified: bool) -> str:
     v = best.verdict
     short = "but not so on the held-out pairs" if certified else "no faster than dense"
     if v.shortfall_db > 0:
-        short = f"{v.shortfall_db:.2f} dB short"
+        short = f"the confidence bound of that mean is {v.shortfall_db:.2f} dB short"
     return (
         f"no configuration faster than dense certifies {request.constraint}; the best reached {request.constraint.say(v.means)} "
         f"at {v.speedup:.2f}x ({short}); nothing written. Ask for less with --min NAME=VALUE, or give more --budget"
