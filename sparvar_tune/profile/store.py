@@ -189,24 +189,37 @@ def near(gpu: Gpu) -> tuple[Gpu, ...]:
 def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, ...]) -> Match | Miss:
     """The profile `name` for `gpu`: its own first, then those of `relatives` in their order.
 
+    Of one silicon's the first folder's counts, but one in which nothing was measured gives way to one that was measured.
     A miss names the nearest of the other GPUs that has one, and how far off it is. Raises ProfileError for a bad file, and
     for one that is in another's place: what a file says it was tuned for must be what its folder and name say, or a copied
     file would pass as exact silicon.
     """
     looked = []
     for silicon in (gpu, *relatives):
-        for folder in folders:
-            path = folder / silicon.slug / name
-            looked.append(str(path.parent))
-            if not exists(path):
-                continue
-            profile, sha256 = _load_for(path, silicon)
-            if silicon.slug == gpu.slug:
-                return Match(profile, path, True, f"exact silicon ({gpu.slug})", sha256)
+        paths = [folder / silicon.slug / name for folder in folders]
+        looked += [str(path.parent) for path in paths]
+        there = (path for path in paths if exists(path))
+        first = path = next(there, None)
+        if first is None or path is None:
+            continue
+        profile, sha256 = _load_for(first, silicon)
+        while _guessed(profile) and (other := next(there, None)):  # a good profile stops the looking, whatever lies behind
+            measured = _load_for(other, silicon)
+            if not _guessed(measured[0]):
+                path, (profile, sha256) = other, measured
+        exact = silicon.slug == gpu.slug
+        reason = f"exact silicon ({gpu.slug})"
+        if not exact:
             reason = f"same family ({silicon.slug} for {_called(gpu)}, {gpu.family}, distance {distance(gpu, silicon):.2f})"
-            return Match(profile, path, False, reason, sha256)
+        if path != first:
+            reason += f"; {first} gives way, as nothing in it was measured"
+        return Match(profile, path, exact, reason, sha256)
     missing = f"no {name} for {_called(gpu)} or one like it ({gpu.family}); looked in {', '.join(looked)}"
     return Miss(f"{missing}{_too_far(name, gpu, relatives, folders)}")
+
+
+def _guessed(profile: Profile) -> bool:
+    return profile.state == "predicted" and profile.policy_state != "measured"
 
 
 def _called(gpu: Gpu) -> str:

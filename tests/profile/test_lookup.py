@@ -54,6 +54,30 @@ def test_lookup_exact_then_family_then_miss(tmp_path):
     assert isinstance(found, store.Match) and found.path.is_relative_to(mine)
 
 
+def test_what_was_only_predicted_gives_way_to_what_was_measured(tmp_path):
+    """A damaged file behind a good one is not looked at; two predicted ones: the first folder's counts."""
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    measured = on("h200")
+    times = {"tuned": None, "dense": None, "speedup": None, "binary": None, "tuned_predicted_ms": 1.0, "dense_predicted_ms": 2.0}
+    rows = tuple(dataclasses.replace(row, state="predicted", **times) for row in measured.rows)
+    policy_of_mine = dataclasses.replace(measured, state="predicted", rows=rows, generation=None)
+    guess = dataclasses.replace(policy_of_mine, policy_state="unverified", evidence=None)
+
+    def found_of(first, second):
+        for folder, profile in ((mine, first), (theirs, second)):
+            store.save(profile, folder / "h200" / "pocketvar.json")
+        return store.find("pocketvar.json", H200, RELATIVES, (mine, theirs))
+
+    found = found_of(guess, measured)
+    assert found.path.is_relative_to(theirs) and found.exact and found.profile == measured
+    assert f"{mine / 'h200' / 'pocketvar.json'} gives way, as nothing in it was measured" in found.reason
+    for first, second in ((policy_of_mine, measured), (guess, guess), (measured, guess)):
+        found = found_of(first, second)
+        assert found.path.is_relative_to(mine) and "gives way" not in found.reason and found.profile == first
+    (theirs / "h200" / "pocketvar.json").write_text("{")
+    assert store.find("pocketvar.json", H200, RELATIVES, (mine, theirs)).path.is_relative_to(mine)
+
+
 @pytest.mark.parametrize(("made", "name", "said"), [
     (on("h100-sxm"), "pocketvar.json", "tuned for h100-sxm, but in the folder of h200"),
     (on("cpu"), "pocketvar.json", "tuned for cpu, but in the folder of h200"),
