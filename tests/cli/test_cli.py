@@ -97,7 +97,7 @@ def test_tune_then_use(tiny_model, never_slower, capsys, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_bound_nothing_meets_writes_nothing(tiny_model, capsys, tmp_path, monkeypatch):
     tiny.stop_after(3, monkeypatch.setattr)
-    said = refused(capsys, *TUNE, "--min-psnr", "99", "--out", str(tmp_path / "out"))
+    said = refused(capsys, *TUNE, "--min-psnr", "99", "--out", str(tmp_path / "out"), after_work=True)
     assert "the best reached" in said and "nothing written" in said
     assert not list((tmp_path / "out").rglob("*.json"))
 
