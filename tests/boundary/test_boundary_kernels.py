@@ -84,6 +84,7 @@ def mass_error_on_triton() -> float:
     return worst
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_short_tile_ranks_by_its_own_queries_on_triton():
     assert in_interpreter("test_boundary_kernels", "t.mass_error_on_triton()") < 1e-5
@@ -249,6 +250,7 @@ def said_of_grad(kernel: str) -> list[str]:
     return out
 
 
+@pytest.mark.slow
 @needs_triton
 def test_gradients_are_refused_alike_everywhere():
     both = said_of_grad("cpu") + in_interpreter("test_boundary_kernels", "t.said_of_grad('triton')")
@@ -303,6 +305,7 @@ def test_what_attention_is_made_of_is_checked_where_it_is_made(make, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BHND", "BNHD", "BHDN", "cut from qkv"])
 def test_a_compiled_call_has_the_strides_it_promised(name):
     laid_out = {

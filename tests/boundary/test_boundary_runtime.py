@@ -235,6 +235,7 @@ def test_a_tilde_is_this_users_home(monkeypatch):
     assert store.user_folder() == Path.home() / "tuned" / "profiles"
 
 
+@pytest.mark.slow
 def test_the_runtime_and_the_command_line_need_nothing_of_unix():
     """As on Windows: no fcntl, no pwd, no resource, no termios."""
     blocked = "import sys\nfor name in ('fcntl', 'pwd', 'grp', 'resource', 'termios'): sys.modules[name] = None\n"

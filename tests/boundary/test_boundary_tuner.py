@@ -55,6 +55,7 @@ def breaking(asked, wrong):
     return judge
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["journal of its own", "shared journal", "shared database"])
 @pytest.mark.parametrize(("wrong", "said"), [
     (ValueError("pictures: got NaN or infinity"), "ValueError: pictures: got NaN or infinity"),
@@ -232,6 +233,7 @@ def replay(monkeypatch):
     replayed.install(monkeypatch.setattr)
 
 
+@pytest.mark.slow
 def test_a_trials_time_is_compared_with_dense_beside_it(replay):
     clock = Weather()
     adapter = replayed.Adapter(clock)
@@ -331,6 +333,7 @@ def test_without_a_shipped_policy_some_trials_are_judged_whatever_the_budget(rep
     assert made.trials == search_here.FEWEST_TRIALS and made.evidence.n == 32
 
 
+@pytest.mark.slow
 def test_a_shipped_policy_that_is_worse_gives_way_to_what_is_found(replay, tmp_path):
     adapter = replayed.Adapter()
     dear = menu.assign(adapter.table, adapter.schedule, dict.fromkeys(adapter.scales, 1000.0), 0.0)

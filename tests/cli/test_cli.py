@@ -205,6 +205,7 @@ def test_bad_files_are_one_line(tiny_model, capsys, tmp_path, content, said):
         assert said in refused(capsys, command, "--model", "pocketvar", "--gpu", "cpu", "--profile", str(path))
 
 
+@pytest.mark.slow
 def test_prediction_is_marked(tiny_model, capsys, tmp_path):
     code, out, _ = run(capsys, "--gpu", "a100", "--model", "hart", "--out", str(tmp_path))
     assert code == 0 and "unverified" in out and "predicted" in out and "to make it real" in out
@@ -271,6 +272,7 @@ def test_a_package_that_is_not_installed_is_one_line(capsys, monkeypatch):
     assert "optuna is not installed; sparvar-tune doctor names" in refused(capsys, "show", "--gpus")
 
 
+@pytest.mark.slow
 def test_closed_streams_and_warnings_are_no_traceback(tmp_path):
     """`>&-` closes a stream; a warning is a line without the place in our code."""
     command = f"{sys.executable} -m sparvar_tune.cli explain --gpu h100 --model hart"
@@ -279,6 +281,7 @@ def test_closed_streams_and_warnings_are_no_traceback(tmp_path):
     assert done.returncode == 0 and done.stderr.startswith("sparvar-tune: note: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["show", "--gpus"]])
 def test_a_reader_that_has_seen_enough_gets_no_traceback(words):
     read, write = os.pipe()

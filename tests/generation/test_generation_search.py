@@ -137,6 +137,7 @@ def test_a_model_without_guidance_is_never_asked_to_drop_a_half(tmp_path):
     assert any("prices" in line and "drop last scale" in line for line in said), "a scale left out leaves room for attention"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("light", "taken"), [(0.1, False), (0.95, True)])
 def test_pruning_that_cannot_overtake_costs_a_trial_a_strength_and_is_said(tmp_path, light, taken):
     """Where tokens are left out no rule may stand: what attention saves at the last scale is lost, as the table says."""

@@ -45,6 +45,7 @@ def test_few_import_optuna():
     assert sorted(users) == ["lab.sampler_study", "sparvar_tune.policy_search.storage", "sparvar_tune.policy_search.study"]
 
 
+@pytest.mark.slow
 def test_runtime_is_light():
     heavy = {"optuna", "pandas", "triton", "torchmetrics", "nvtx", "prometheus_client", "opentelemetry"}
     off = {"sparvar_tune.tracing", "sparvar_tune.monitoring"}  # what is off is not even imported

@@ -206,6 +206,7 @@ def test_gated_silu_on_a_cpu():
     assert run_gated() == len(GATED)
 
 
+@pytest.mark.slow
 def test_append_on_a_cpu():
     assert run_appends() == len(APPENDS)
 

@@ -220,6 +220,7 @@ def test_layers_that_differ_are_refused():
     assert "hart: layers differ in num_heads: 1, 2" in refusal(driven.model)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_refused_and_a_compiled_whole_is_looked_into():
     driven = lookalikes.Var()
     assert adapters.recognise(torch.compile(driven.model))[1].model is driven.model
@@ -227,6 +228,7 @@ def test_what_is_compiled_is_refused_and_a_compiled_whole_is_looked_into():
     assert "block 2 is compiled already; apply first, compile after" in refusal(driven.model)
 
 
+@pytest.mark.slow
 def test_blocks_compiled_after_apply():
     driven = lookalikes.Var()
     with applied(driven, "reuse"):

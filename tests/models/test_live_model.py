@@ -43,6 +43,7 @@ def infinity():
     return lookalikes.Infinity()
 
 
+@pytest.mark.slow
 def test_a_live_model_keeps_every_promise(infinity):
     found = {check.name: check for check in check_adapter(LiveModel(infinity.model, generate_of(infinity), [0, 1]))}
     assert len(found) == 18 and not {name: check.reason for name, check in found.items() if check.reason}
@@ -197,6 +198,7 @@ def test_what_is_no_picture_is_refused(found):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_whole_way_from_python(home, infinity, monkeypatch):
     """Options, search, certificate, profile, apply; the last scale left out is what is surely faster by tokens."""
     clock = TokenClock()

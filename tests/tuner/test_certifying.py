@@ -107,6 +107,7 @@ def test_the_next_attempt_has_its_own_confidence_and_its_own_pictures(candidates
     assert seen[0][1] == held_out_pairs(10, 32, 1)
 
 
+@pytest.mark.slow
 def test_the_worst_class_is_held_in_the_search_and_in_the_certificate(candidates, tmp_path, monkeypatch):
     """The recording's worst class is 2 dB below the mean. Asked for of it too, a closer policy is found and certified; pictures
     of that class that are worse on held-out pairs alone refuse the first one.

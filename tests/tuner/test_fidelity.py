@@ -69,6 +69,7 @@ def test_lower_bound_by_hand():
     assert lower_bound([5.0, 7.0] * 3, classes) == 6  # classes differ, pictures of a class do not: nothing is left to chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "num_classes", "spread"), [(12, 1, 0.0), (30, 10, 4.0), (32, 10, 0.0), (12, 10, 4.0)])
 def test_lower_bound_covers_as_often_as_it_says(n, num_classes, spread):
     """Classes with their own level and their own spread; twelve pairs of ten classes fall back to the plain, wider bound."""

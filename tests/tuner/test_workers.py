@@ -104,6 +104,7 @@ REPLACED = [
 ]
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_be_trusted_is_replaced(env):
     with pool(env) as p:
         for mode, options, failure, detail in REPLACED:
