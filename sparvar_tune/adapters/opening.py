@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparvar_tune.adapters.protocol import Adapter, why_not_adapter
+from sparvar_tune.catalog.names import words_of
 
 GROUP = "sparvar_tune.models"
 _FILE = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*)")
@@ -58,7 +59,7 @@ def call(name: str, work: Callable[[], Any]) -> Any:
 
 def blame(error: BaseException) -> str:
     """An exception in one line: its kind, what it says, and the last place outside this package and the installed ones."""
-    text = " ".join(str(error).split())[:400] or "no message"
+    text = words_of(error, 400) or "no message"
     others = (str(Path(__file__).parents[1]), sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(others)]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -15,9 +15,7 @@ from torch import Tensor
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.generation import PruneTokens
-from sparvar_tune.generation.tokens import enlarge, farthest, rows_at
-
-Work = Callable[[Tensor, Tensor | None], Tensor]  # (rows, their places; None: all of them) -> what the part gives, gated
+from sparvar_tune.generation.tokens import Work, pruned, rows_at
 
 
 class PrunedBlock(Undos):
@@ -70,20 +68,7 @@ class PrunedBlock(Undos):
 
     def part(self, name: str, s: int, x: Tensor, work: Work) -> Tensor:
         """What a part adds to every token of x [B, N, C]."""
-        keep = self.step.at(s)
-        if keep is None:
-            out = work(x, None)
-        else:
-            places = farthest(x, keep)
-            out = work(rows_at(x, places), places)
-            before = self.cached[name][: x.shape[0]]  # the conditional rows come first, where the others are dropped since
-            if s == self.step.last_scale:
-                del self.cached[name]  # with 2B at 1024x1024 it is 28 MB a layer
-            whole = enlarge(before, self.schedule.grids[self.step.cached_scale], self.schedule.grids[s])
-            out = whole.scatter(1, places[..., None].expand(-1, -1, x.shape[-1]), out.to(whole.dtype))
-        if s == self.step.cached_scale:
-            self.cached[name] = out
-        return out
+        return pruned(self.step, self.schedule.grids, s, x, work, self.cached, name)
 
 
 class InfinityBlock(PrunedBlock):

@@ -18,6 +18,16 @@ def shown(got: object, most: int = 80) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
+def words_of(error: object, most: int) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:most]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; what follows is advice of its library."""
+    return f"{error}".partition("\n")[0] or type(error).__name__
+
+
 def unknown_name(kind: str, got: object, known: Iterable[str]) -> ValueError:
     """The error to raise, such as `gpu "h10": unknown; nearest: h100-sxm, h200. Known: a100-40, ...`; `got` may be no text."""
     got = shown(got)

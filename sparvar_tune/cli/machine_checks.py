@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparvar_tune.catalog.names import words_of
+
 OK, MISSING, WRONG = "ok", "missing", "wrong"
 OLDEST_PYTHON, OLDEST_TORCH, OLDEST_TRITON = (3, 10), (2, 9), (3, 5)
 ROOM_BYTES = 1 << 30  # binaries and trials of a long search
@@ -95,7 +97,7 @@ def _torch() -> Any:
     try:
         torch: Any = importlib.import_module("torch")
     except Exception as error:  # a library it is linked with is missing, most of the time
-        return Seen("torch", WRONG, f"cannot be imported: {' '.join(str(error).split())[:200]}", want)
+        return Seen("torch", WRONG, f"cannot be imported: {words_of(error, 200)}", want)
     if _numbers(torch.__version__) < OLDEST_TORCH:
         return Seen("torch", WRONG, f"{torch.__version__}, want 2.9 or newer", want)
     return torch
@@ -117,7 +119,7 @@ def gpu(torch: Any) -> Seen:
         if torch.version.cuda is None:
             return Seen("gpu", WRONG, "there is an NVIDIA driver, but this torch is a CPU build",
                         "pip install --force-reinstall torch (from PyPI or PyTorch's CUDA index)")  # fmt: skip
-        why = " ".join(str(said[-1].message).split())[:200] if said else "it may be too old for this torch, or hide its devices"
+        why = words_of(said[-1].message, 200) if said else "it may be too old for this torch, or hide its devices"
         return Seen("gpu", WRONG, f"there is an NVIDIA driver, but torch cannot use it: {why}", "nvidia-smi")
     from sparvar_tune.catalog.gpus import UNLISTED, device_row
 
@@ -165,7 +167,7 @@ def profiles(on_gpu: bool) -> Iterator[Seen]:
                     warnings.simplefilter("ignore")  # what they say is in the reasons
                     tuned = load_profile(model, preset=quality)
             except ValueError as error:  # a damaged file
-                yield Seen("profiles", WRONG, " ".join(str(error).split())[:300], f"sparvar-tune --model {model}")
+                yield Seen("profiles", WRONG, words_of(error, 300), f"sparvar-tune --model {model}")
                 continue
             if tuned.profile is not None:
                 found.append(f"{model}{'' if quality == PRESETS[0] else ' ' + quality}")

@@ -19,11 +19,9 @@ def compile_ahead(builds: Iterable[Any], device: torch.device) -> None:
         list(pool.map(lambda build: launcher(build, device), dict.fromkeys(builds)))
 
 
-def read_triton() -> threading.Thread:
+def read_triton() -> None:
     """Begins to read Triton's own files, whose hash is part of every key of its cache: 0.4 s that need no lock of Python's."""
-    thread = threading.Thread(target=_read_triton, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=_read_triton, daemon=True).start()
 
 
 def _read_triton() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparvar_kernels.path import group_norm_silu
 from sparvar_kernels.path.door import FLOATS
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
+from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import compile_ahead
 from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
@@ -60,7 +61,7 @@ def attach_decoder(decoder: nn.Module, channels_last: bool = True, graphs: bool 
             path.compile(z)
             reason = _why_not_alike(path(z), want)
         except Exception as error:
-            reason = f"decoding a small latent: {f'{error}'.partition(chr(10))[0]}"
+            reason = f"decoding a small latent: {first_line(error)}"
     if path is None:
         raise ValueError(f"{type(decoder).__name__}: {reason}")
     if reason:

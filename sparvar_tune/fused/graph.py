@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-_SIDES: dict[torch.device, torch.cuda.Stream] = {}  # one for all graphs: PyTorch keeps a workspace of products for each stream
+from sparvar_tune.catalog.names import first_line
 
 
 def captured(run: Callable[[], object], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph | str:
@@ -24,7 +25,7 @@ def captured(run: Callable[[], object], device: torch.device, pool: Any) -> torc
     try:
         return _captured(second, run, device, pool)  # the first still holds the pool, which is gone for good without any holder
     except torch.OutOfMemoryError as error:
-        return f"its launches cannot be captured: {_line(error)}"
+        return f"its launches cannot be captured: {first_line(error)}"
 
 
 def held_bytes(pool: Any) -> int:
@@ -36,7 +37,7 @@ def held_bytes(pool: Any) -> int:
 def _captured(
     graph: torch.cuda.CUDAGraph, run: Callable[[], object], device: torch.device, pool: Any
 ) -> torch.cuda.CUDAGraph | str:
-    side, reason = _SIDES.setdefault(device, torch.cuda.Stream(device)), None
+    side, reason = _side(device), None
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(side):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -46,7 +47,7 @@ def _captured(
             _ended(graph)
             raise
         except RuntimeError as error:  # what waits for the GPU or allocates outside PyTorch is refused while capturing
-            reason = _line(error)
+            reason = first_line(error)
         except BaseException:
             _ended(graph)
             raise
@@ -56,14 +57,16 @@ def _captured(
     return graph if reason is None else f"its launches cannot be captured: {reason}"
 
 
+@lru_cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: PyTorch keeps a workspace of products for each stream."""
+    return torch.cuda.Stream(device)
+
+
 def _ended(graph: torch.cuda.CUDAGraph) -> str | None:
     """Ends the capture; why what was captured is no graph, or None."""
     try:
         graph.capture_end()
     except RuntimeError as error:
-        return _line(error)
+        return first_line(error)
     return None
-
-
-def _line(error: Exception) -> str:
-    return f"{error}".partition("\n")[0] or type(error).__name__

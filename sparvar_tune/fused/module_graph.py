@@ -66,10 +66,10 @@ class ModuleGraph:
                     self._out = run(*self._given)
 
                 graph = captured(launch, given[0].device, pool := torch.cuda.graph_pool_handle())
-        held = 0 if isinstance(graph, str) else held_bytes(pool)
-        if held > MOST_BYTES:
+        if not isinstance(graph, str) and (held := held_bytes(pool)) > MOST_BYTES:
+            graph = f"its graph would hold {held / 2**30:.1f} GiB, want at most {MOST_BYTES / 2**30:.1f}"
+        if isinstance(graph, str):
             self._given, self._out = (), torch.empty(0)
-            return f"its graph would hold {held / 2**30:.1f} GiB, want at most {MOST_BYTES / 2**30:.1f}"
         return graph
 
     def _kind_of(self, given: tuple[Tensor, ...]) -> Hashable:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparvar_tune.catalog.names import words_of
+
 
 class Hpsv2:
     """Callable: (sparse, dense, prompt), pictures [1, 3, H, W] in 0..1 -> score(sparse) - score(dense).
@@ -30,7 +32,7 @@ class Hpsv2:
             self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
             self.processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # what it raises has no common kind
-            raise ValueError(f"{folder}: not a CLIP model of transformers ({' '.join(str(error).split())[:120]})") from None
+            raise ValueError(f"{folder}: not a CLIP model of transformers ({words_of(error, 120)})") from None
 
     @torch.inference_mode()
     def __call__(self, sparse: Tensor, dense: Tensor, prompt: str) -> float:
@@ -56,7 +58,7 @@ class ImageReward:
                 str(folder / "ImageReward.pt"), device="cpu", med_config=str(folder / "med_config.json")
             )
         except Exception as error:
-            raise ValueError(f"{folder}: ImageReward cannot open it ({' '.join(str(error).split())[:120]})") from None
+            raise ValueError(f"{folder}: ImageReward cannot open it ({words_of(error, 120)})") from None
 
     @torch.inference_mode()
     def __call__(self, sparse: Tensor, dense: Tensor, prompt: str) -> float:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.generation import CacheBudget, PruneTokens
-from sparvar_tune.generation.tokens import enlarge, farthest, kept_rows, rows_at, window_places
+from sparvar_tune.generation.tokens import Work, kept_rows, pruned, window_places
 
 Given = dict[tuple[int, str], Tensor]  # what a block's part gave at the cached scale, by (layer, part)
 
@@ -38,23 +37,10 @@ class Thinning:
         p = self.prune
         return p is not None and p.first_layer <= layer <= p.last_layer and (s == p.cached_scale or p.at(s) is not None)
 
-    def part(
-        self, given: Given, name: tuple[int, str], s: int, x: Tensor, work: Callable[[Tensor, Tensor | None], Tensor]
-    ) -> Tensor:
-        """What a part adds to all tokens of x [B, N, C]; work: (rows, their places; None: all of them) -> what it gives there."""
+    def part(self, given: Given, name: tuple[int, str], s: int, x: Tensor, work: Work) -> Tensor:
+        """What a part adds to all tokens of x [B, N, C]."""
         assert self.prune is not None, "by_parts"
-        keep = self.prune.at(s)
-        if keep is None:
-            out = given[name] = work(x, None)
-            return out
-        if name not in given:
-            raise ValueError(
-                f"prune_tokens: scale {self.prune.cached_scale} was drawn before the step was known; begin before it"
-            )
-        before = given.pop(name) if s == self.prune.last_scale else given[name]
-        places = farthest(x, keep)
-        whole = enlarge(before, self.schedule.grids[self.prune.cached_scale], self.schedule.grids[s])
-        return whole.scatter(1, places[..., None].expand(-1, -1, x.shape[-1]), work(rows_at(x, places), places))
+        return pruned(self.prune, self.schedule.grids, s, x, work, given, name)
 
     def budget_after(self, s: int, layer: int) -> int | None:
         """The keys that a layer's cache is cut to once scale `s` is in it; None: it is not cut."""

@@ -199,10 +199,10 @@ def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, .
         paths = [folder / silicon.slug / name for folder in folders]
         looked += [str(path.parent) for path in paths]
         there = (path for path in paths if exists(path))
-        first = path = next(there, None)
-        if first is None or path is None:
+        first = next(there, None)
+        if first is None:
             continue
-        profile, sha256 = _load_for(first, silicon)
+        path, (profile, sha256) = first, _load_for(first, silicon)
         while _guessed(profile) and (other := next(there, None)):  # a good profile stops the looking, whatever lies behind
             measured = _load_for(other, silicon)
             if not _guessed(measured[0]):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from token_oracles import on_grid
+from token_oracles import standing_in
 
 from sparvar_kernels import Policy, Pooled, Rule, SparseAttention
 from sparvar_tune import adapters
@@ -73,12 +73,8 @@ def by_hand(model: PocketVAR, prune: PruneTokens | None, budget: CacheBudget | N
                     else:
                         places = [schedule.starts[s] + t for t in tokens]
                         added = block.proj(attended(model, block, y, places, caches[layer])) * gate
-                    if keep is not None:
-                        whole = on_grid(given[layer, name], schedule.grids[prune.cached_scale], grid)
-                        whole[tokens] = added
-                        added = whole
-                    if pruned and s == prune.cached_scale:
-                        given[layer, name] = added
+                    if pruned:
+                        added = standing_in(given, (layer, name), added, tokens, keep, prune, schedule.grids, s)
                     x = (x + added).detach()
                 if budget is not None and (most := budget.before(s + 1, layer)) is not None:
                     cut(block, F.layer_norm(entered, x.shape[-1:]) * (1 + m[1]) + m[0], grid, caches[layer], most, budget)

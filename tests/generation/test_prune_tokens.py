@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import var_hart_lookalikes
 from block_lookalikes import DIM, HEADS
 from lookalikes import SIDES
-from token_oracles import on_grid
+from token_oracles import standing_in
 
 from sparvar_kernels import Policy, Pooled, Rule
 from sparvar_kernels.geometry.scales import ScaleSchedule
@@ -85,13 +85,7 @@ def by_hand(driven, step: PruneTokens, schedule: ScaleSchedule):
                     else:
                         y = F.layer_norm(chosen, chosen.shape[-1:], eps=1e-6) * (1 + s2) + t2
                         out = block.ffn(y.float()).double() * g2
-                    if keep is not None:
-                        whole = on_grid(given[part, row], schedule.grids[step.cached_scale], schedule.grids[scale_ind])
-                        whole[tokens] = out
-                        out = whole
-                    if scale_ind == step.cached_scale:
-                        given[part, row] = out
-                    added.append(out)
+                    added.append(standing_in(given, (part, row), out, tokens, keep, step, schedule.grids, scale_ind))
                 x = x + torch.stack(added).float()
             return x
 
@@ -141,13 +135,7 @@ def hart_by_hand(driven, step: PruneTokens, schedule: ScaleSchedule):
                     out = block.ffn(y).double()
                     if part == "attention":
                         out = attend(row, tokens, y.double(), si, context_position_ids, given["caches"][row])
-                    if keep is not None:
-                        whole = on_grid(given[part, row], schedule.grids[step.cached_scale], schedule.grids[s])
-                        whole[tokens] = out
-                        out = whole
-                    if s == step.cached_scale:
-                        given[part, row] = out
-                    added.append(out)
+                    added.append(standing_in(given, (part, row), out, tokens, keep, step, schedule.grids, s))
                 x = x + torch.stack(added).float()
             return x
 

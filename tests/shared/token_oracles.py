@@ -14,3 +14,14 @@ def on_grid(x: torch.Tensor, small: tuple[int, int], large: tuple[int, int]) -> 
             columns = range(z * small[1] // large[1], -(-(z + 1) * small[1] // large[1]))
             cells.append(torch.stack([x[r * small[1] + c] for r in rows for c in columns]).mean(0))
     return torch.stack(cells)
+
+
+def standing_in(given: dict, name, out: torch.Tensor, tokens: list[int], keep: int | None, step, grids, s: int) -> torch.Tensor:
+    """[all tokens, C]: what FastVAR's part adds to one row, of `out` [chosen, C]; it is kept at the step's cached scale."""
+    if keep is not None:
+        whole = on_grid(given[name], grids[step.cached_scale], grids[s])
+        whole[tokens] = out
+        out = whole
+    if s == step.cached_scale:
+        given[name] = out
+    return out

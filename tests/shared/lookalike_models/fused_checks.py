@@ -19,6 +19,18 @@ def on(driven, attend=None, **options):
     return fused.put_on(family, parts, attend, "fused", **options)
 
 
+def assert_called(driven, where: str, bound: float) -> None:
+    """A module of block 1 that is no plain Linear is called: what it adds is in our logits."""
+    plain = checks.draw(driven)
+    owner, _, name = where.rpartition(".")
+    parent = driven.blocks[1].get_submodule(owner)
+    setattr(parent, name, Adds(getattr(parent, name)).requires_grad_(False))
+    own = checks.draw(driven)
+    with on(driven):
+        ours = checks.draw(driven)
+    assert max(errors(ours, own)) < bound < max(errors(own, plain))
+
+
 class Adds(nn.Module):
     """As LoRA: a Linear and something more."""
 

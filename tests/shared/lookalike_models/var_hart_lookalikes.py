@@ -8,18 +8,10 @@ from __future__ import annotations
 import lookalikes
 import torch
 import torch.nn.functional as F
+from block_lookalikes import Mlp
 from lookalikes import CONTEXT, DIM, HEADS, SIDES, WIDTH, HartLike, VarLike
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as slow_attn
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(approximate="tanh"), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class WholeVarBlock(nn.Module):
