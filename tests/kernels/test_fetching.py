@@ -79,14 +79,18 @@ def test_the_search_sees_it_on_hopper_alone():
 @pytest.mark.slow
 @needs_triton
 def test_every_configuration_compiles_and_fits():
-    """Without a GPU: shared memory as foreseen, all programs that should be resident are, and hardly a spill."""
+    """Without a GPU: shared memory as foreseen, all programs that should be resident are, and hardly a spill.
+
+    fp16 alone where it adds a residual, the longest: all three of every configuration took what those of bf16 did, but for 16
+    bytes of spills of one.
+    """
     from sparvar_kernels.backends.triton.layer import gathered_build
 
     jobs = {}
     for dtype, dim in KINDS:
         problem = AttentionProblem(ODD, 4, 1, 1, dim, dtype, 1.0, 20.0 if dtype == "bf16" else None)
         for config in TritonConfig.fetching(problem):
-            for epilogue in (0, 1, 2):
+            for epilogue in (0, 1, 2) if dtype == "bf16" else (1,):
                 build = gathered_build(problem, config, epilogue=epilogue, masked=epilogue != 0)
                 jobs[Binary(build, HOPPER)] = problem, config
     for job, made in usage(jobs).items():
