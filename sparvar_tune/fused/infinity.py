@@ -1,12 +1,13 @@
 """Infinity's blocks as one function: AdaLN, cosine attention with RoPE, cross-attention to the text, MLP.
 
 Against the public block it rounds less: the residual stream stays in fp32, a sum and the norm behind it are one pass, and in an
-fp32 model the text is attended in fp32 (the public code casts to bf16 for flash-attn).
+fp32 model the text is attended in fp32 (the public code casts to bf16 for flash-attn). A short text is folded into the products
+around it (folded_text.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,8 @@ from sparvar_tune.adapters.infinity import BLOCK
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import schedule_of
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.fused.product import Product, why_not_owned
+from sparvar_tune.fused.folded_text import FoldedText, room_of
+from sparvar_tune.fused.product import Product, is_plain, why_not_owned
 from sparvar_tune.fused.stack import Pass
 
 TEXT_ROOM = 64  # text rows are kept in multiples of this, so that prompts of like lengths share graphs
@@ -54,6 +56,7 @@ class InfinityStack:
         self.found = found
         self.blocks: list[Block] = []
         self.modulation = self.text = self.starts = self.rotation = torch.empty(0)
+        self.folded: FoldedText | None = None  # else `text` is attended to
 
     def why_not(self) -> str | None:
         for i, block in enumerate(self.found.blocks):
@@ -76,9 +79,11 @@ class InfinityStack:
     def schedule(self, given: Mapping[str, Any]) -> ScaleSchedule | str:
         return schedule_of(given.get("scale_schedule"))
 
-    def kind(self, given: Mapping[str, Any]) -> Hashable:
-        rows = given["ca_kv"][0].shape[0]
-        return -(-rows // TEXT_ROOM) * TEXT_ROOM
+    def kind(self, given: Mapping[str, Any]) -> tuple[bool, int]:
+        """Whether the text is folded into products, and the room for it: a row's, or all rows'."""
+        modules = (module for block in self.found.blocks for module in (block.ca.mat_q, block.ca.proj))
+        room = room_of(given, self.found.blocks[0].ca.head_dim) if all(map(is_plain, modules)) else None
+        return (True, room) if room else (False, -(-given["ca_kv"][0].shape[0] // TEXT_ROOM) * TEXT_ROOM)
 
     def sources(self) -> Sequence[Tensor]:
         out: list[Tensor] = []
@@ -91,11 +96,10 @@ class InfinityStack:
         width, device = x.shape[2], x.device
         self.blocks = [Block(block, dtype) for block in first.blocks]
         self.modulation = torch.empty(first.layers, 6, rows, width, device=device)
-        room = self.kind(given)
-        assert isinstance(room, int)
-        self.text = torch.zeros(
-            first.layers, room, 2, first.blocks[0].ca.num_heads, first.blocks[0].ca.head_dim, dtype=dtype, device=device
-        )
+        folds, room = self.kind(given)
+        form = first.blocks[0].ca.num_heads, first.blocks[0].ca.head_dim
+        self.folded = FoldedText(first.layers, rows, room, *form, width, dtype, device) if folds else None
+        self.text = torch.zeros(first.layers, 0 if folds else room, 2, *form, dtype=dtype, device=device)
         self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         table = given["rope2d_freqs_grid"][str(tuple(tuple(t) for t in given["scale_schedule"]))]
         table = table.detach().flatten(1, 3) if table.ndim == 6 else table.detach()
@@ -109,12 +113,16 @@ class InfinityStack:
         from sparvar_kernels.path.triton.append import TURNS, append_build
         from sparvar_kernels.path.triton.residual_norm import residual_norm_build
         from sparvar_kernels.path.triton.text_attention import text_attention_build
+        from sparvar_kernels.path.triton.text_softmax import text_softmax_build
 
         block, found, width = self.blocks[0], self.found, self.modulation.shape[3]
         dtype, fp32, text = block.qkv.dtype, torch.float32, self.text.shape[4]
         cosine, turn = {"normalise": block.cosine, "scaled": block.cosine}, TURNS["interleaved"]
         made: list[Any] = [append_build(dtype, found.head_dim, found.heads, n, turn=turn, **cosine) for n in lengths]
-        made += [text_attention_build(dtype, text, n) for n in lengths]
+        if self.folded is None:
+            made += [text_attention_build(dtype, text, n) for n in lengths]
+        else:
+            made.append(text_softmax_build(dtype, self.folded.heads, self.folded.room))
         modulated, affine = dict.fromkeys(("scale", "shift"), fp32), dict.fromkeys(("weight", "bias"), fp32)
         added, gated = {"update": dtype}, {"update": dtype, "gate": fp32}
         text_update = added if block.ca_gamma is None else gated
@@ -130,10 +138,16 @@ class InfinityStack:
         compact, ends, _ = given["ca_kv"]
         self.starts.copy_(ends)
         compact = compact.to(self.blocks[0].text_kv.dtype)
+        if self.folded is not None:
+            compact = self.folded.padded(compact, self.starts)
         for i, (block, own) in enumerate(zip(self.found.blocks, self.blocks, strict=True)):
             six = block.ada_gss + condition if block.shared_aln else block.ada_lin(condition).view(-1, 1, 6, condition.shape[-1])
             self.modulation[i].copy_(six[:, 0].transpose(0, 1))
-            self.text[i, : compact.shape[0]].copy_(own.text_kv(compact).view(compact.shape[0], 2, *self.text.shape[3:]))
+            kv = own.text_kv(compact)
+            if self.folded is None:
+                self.text[i, : compact.shape[0]].copy_(kv.view(compact.shape[0], 2, *self.text.shape[3:]))
+            else:
+                self.folded.fold(i, kv, own.to_query, own.from_text)
 
     def run(self, x: Tensor, at: Pass) -> None:
         update: Tensor | None = None
@@ -162,6 +176,8 @@ class InfinityStack:
 
     def _attend_text(self, i: int, y: Tensor) -> Tensor:
         block, (rows, length, width) = self.blocks[i], y.shape
+        if self.folded is not None:
+            return self.folded.attend(i, y, self.starts[: rows + 1], block.text_scale, block.from_text.bias)
         query = block.to_query(y).view(rows, length, *self.text.shape[3:])
         seen = text_attention(query, self.text[i], self.starts[: rows + 1], block.text_scale, out=query)
         return block.from_text(seen.view(rows, length, width))

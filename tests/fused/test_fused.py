@@ -12,6 +12,7 @@ from fused_checks import BOUND, assert_called, errors, on
 from torch import nn
 
 from sparvar_tune import adapters, fused
+from sparvar_tune.fused import folded_text
 from sparvar_tune.fused.product import Product
 
 
@@ -149,6 +150,49 @@ def test_other_prompts_and_batches_in_turn():
     assert max(max(errors(a, b)) for a, b in zip(ours, plain, strict=True)) < BOUND["fp32"]
 
 
+def fold_all(monkeypatch):
+    """Texts of the look-alikes' length are folded though their heads are small."""
+    monkeypatch.setattr(folded_text, "ROOM", 4)
+    monkeypatch.setattr(folded_text, "MOST_OF_HEAD", 100.0)
+
+
+@pytest.mark.parametrize("given", [{}, {"batch": 2}, {"cfg": 1.0}], ids=str)
+def test_a_folded_text_equals_the_untouched_model(given, monkeypatch):
+    fold_all(monkeypatch)
+    driven = block_lookalikes.Infinity()
+    plain = checks.draw(driven, **given)
+    with on(driven) as path:
+        checks.draw(driven, **given)
+        poisoned(path)
+        folded = path.fused.stack.folded
+        assert folded.room == (8 if given.get("batch") else 4)
+        for t in (folded.keys, folded.values, folded.bias):
+            t.fill_(float("nan"))
+        ours = checks.draw(driven, **given)
+    assert max(errors(ours, plain)) < BOUND["fp32"]
+
+
+def test_a_folded_text_rounds_no_more_than_the_model(monkeypatch):
+    fold_all(monkeypatch)
+    exact, driven = checks.draw(block_lookalikes.Infinity()), block_lookalikes.Infinity("bf16")
+    own = checks.draw(driven)
+    with on(driven) as path:
+        ours = checks.draw(driven)
+        assert path.fused.stack.folded is not None
+    assert errors(ours, exact)[0] < 1.5 * errors(own, exact)[0] + 1e-3 and errors(ours, own)[0] < BOUND["bf16"]
+
+
+@pytest.mark.parametrize("where", ["ca.mat_q", "ca.proj"])
+def test_a_text_is_not_folded_into_a_module_that_is_no_plain_linear(where, monkeypatch):
+    fold_all(monkeypatch)
+    assert_called(block_lookalikes.Infinity(), where, BOUND["fp32"])
+
+
+def test_a_text_is_folded_where_that_saves_products():
+    assert [folded_text.room_of({"ca_kv": (None, None, n)}, 128) for n in (1, 32, 33, 96, 97, 0)] == [32, 32, 64, 96, None, None]
+    assert folded_text.room_of({"ca_kv": (None, None, torch.tensor(9))}, 128) is None, "what the device knows is not waited for"
+
+
 @pytest.mark.parametrize("where", ["ffn.fc1", "ffn.fc2", "ca.mat_q", "sa.proj", "ca.proj"])
 def test_a_module_that_is_no_plain_linear_is_called(where):
     assert_called(block_lookalikes.Infinity(), where, BOUND["fp32"])
@@ -207,12 +251,15 @@ def test_auto_is_the_attention_path_on_a_cpu_and_names_are_checked():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["dense", "windows", "reuse"])
+@pytest.mark.parametrize("name", ["dense", "windows", "reuse", "folded"])
 def test_gpu_graphs_are_the_eager_path_bit_for_bit(name, monkeypatch):
     """Captured in the second image and replayed, other prompts, guidance and a dropped half between; no binary comes late."""
     from sparvar_kernels.backends.triton import binary
     from sparvar_tune.fused.engine import Workspace
 
+    if name == "folded":
+        fold_all(monkeypatch)
+        name = "dense"
     ahead, late, begun = set(), set(), []
     own_compile, own_for = Workspace.compile, binary.compile_for
 
