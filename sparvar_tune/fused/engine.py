@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from sparvar_tune.fused.compile_ahead import compile_ahead, read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
 from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.stack import Stack
+from sparvar_tune.fused.watched import Watched
 
 LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU without a graph
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,6 +61,7 @@ class Workspace:
         self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
         self.room: torch.cuda.CUDAGraph | None = None  # never replayed
+        self.constants: torch.cuda.CUDAGraph | None = None
         self.why_not_graphs: str | None = None
         self.images = 0  # drawn to the end
         self.sparse = [path.new_attention(schedule) for _ in range(2 if path.splits(schedule) else 1)]
@@ -178,6 +180,7 @@ class FusedPath(Undos):
         self._enabled = True
         self.work: Workspace | None = None
         self._kind: Any = None
+        self._watched = Watched(found.blocks)
         self._start: int | None = None  # tokens appended so far; None: the model's own blocks run
         self._drawing = threading.Lock()
         self._given: Mapping[str, Any] = {}
@@ -261,6 +264,7 @@ class FusedPath(Undos):
         except BaseException:
             if self.work is not None and self.work.images < 2:
                 self.work.graphs.clear()  # half an image was captured
+                self.work.constants = None
                 self.work.images = min(self.work.images, 1)
             raise
         finally:
@@ -305,14 +309,15 @@ class FusedPath(Undos):
         dtype = _dtype(x)
         kind = (
             schedule, x.shape[0], x.shape[2], dtype, x.device, self.stack.kind(given), DROPPED.get(self.found.model),
-            tuple((t.data_ptr(), _version(t)) for t in self.stack.sources()),
+            self._watched.state(),
         )  # fmt: skip
         with torch.no_grad(), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
             if kind != self._kind:
                 self.work, self._kind = None, None  # let go of the old caches before the new ones are made
+                self._watched = Watched(self.found.blocks)
                 self.stack.prepare(given, x.shape[0], dtype, schedule)
                 self.work = Workspace(self.found, x, self.stack.stream or x.dtype, dtype, schedule, self)
-                self._kind = kind
+                self._kind = *kind[:-1], self._watched.state()
                 if x.is_cuda:
                     self.work.compile(self.stack, x.device)
             assert self.work is not None
@@ -321,6 +326,7 @@ class FusedPath(Undos):
                     attend.reset()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self.stack.begin(given)
+            self._derive(self.work, x)
 
     def _why_not(self, given: Mapping[str, Any]) -> str | None:
         if any(block.training for block in self.found.blocks):
@@ -341,6 +347,14 @@ class FusedPath(Undos):
     def _by_graph(self, x: Tensor) -> bool:
         return self.use_graphs and x.is_cuda and self.work is not None and self.work.why_not_graphs is None
 
+    def _derive(self, work: Workspace, x: Tensor) -> None:
+        """What an image holds constant: hundreds of launches, so also a graph."""
+        if not self._by_graph(x) or work.images == 0:
+            return self.stack.derive()
+        if work.constants is None:
+            work.constants = self._captured(work, x.device, self.stack.derive)
+        return self.stack.derive() if work.constants is None else work.constants.replay()
+
     def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
         if not self._by_graph(x) or work.images == 0:
             return self.stack.run(x, at)
@@ -350,14 +364,16 @@ class FusedPath(Undos):
     def _capture(self, work: Workspace, x: Tensor, at: OnePass) -> torch.cuda.CUDAGraph | None:
         """The stack at one scale as a graph. Its memory comes from the pool that all graphs share."""
         if work.room is None:  # the largest first, so that the others fit into what it takes
-            work.room = self._captured(work, work.last(x), OnePass(work, work.before, work.last(x), dense=True))
-        graph = None if work.room is None else self._captured(work, x, at)
+            last = work.last(x)
+            largest = OnePass(work, work.before, last, dense=True)
+            work.room = self._captured(work, x.device, lambda: self.stack.run(last, largest))
+        graph = None if work.room is None else self._captured(work, x.device, lambda: self.stack.run(x, at))
         if graph is not None:
             work.graphs[at.start, at.length, at.rows] = graph
         return graph
 
-    def _captured(self, work: Workspace, x: Tensor, at: OnePass) -> torch.cuda.CUDAGraph | None:
-        graph = captured(lambda: self.stack.run(x, at), x.device, work.pool)
+    def _captured(self, work: Workspace, device: torch.device, what: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        graph = captured(what, device, work.pool)
         if not isinstance(graph, str):
             return graph
         work.why_not_graphs = graph
@@ -370,10 +386,6 @@ def _dtype(x: Tensor) -> torch.dtype:
     """Of products: autocast's where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
 
 
 def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, graphs: bool = True) -> FusedPath:

@@ -77,9 +77,6 @@ class HartStack:
     def kind(self, given: Mapping[str, Any]) -> Hashable:
         return None
 
-    def sources(self) -> Sequence[Tensor]:
-        return [t for block in self.found.blocks for t in (*block.parameters(), *block.buffers())]
-
     def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
         x, places = given["x"], schedule.num_keys(len(schedule) - 1)
         self.held = x.dtype  # what the stream is kept in
@@ -114,6 +111,9 @@ class HartStack:
             for i, part in enumerate(table):
                 self.rotation[:, at : at + part.shape[1], :, i].copy_(part)
             at += table[0].shape[1]
+
+    def derive(self) -> None:
+        """Nothing more: these blocks have no condition."""
 
     def run(self, x: Tensor, at: Pass) -> None:
         update: Tensor | None = None

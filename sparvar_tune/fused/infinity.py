@@ -55,7 +55,7 @@ class InfinityStack:
     def __init__(self, found: Parts) -> None:
         self.found = found
         self.blocks: list[Block] = []
-        self.modulation = self.text = self.starts = self.rotation = torch.empty(0)
+        self.modulation = self.text = self.starts = self.rotation = self.given_text = self.condition = torch.empty(0)
         self.folded: FoldedText | None = None  # else `text` is attended to
 
     def why_not(self) -> str | None:
@@ -85,12 +85,6 @@ class InfinityStack:
         room = room_of(given, self.found.blocks[0].ca.head_dim) if all(map(is_plain, modules)) else None
         return (True, room) if room else (False, -(-given["ca_kv"][0].shape[0] // TEXT_ROOM) * TEXT_ROOM)
 
-    def sources(self) -> Sequence[Tensor]:
-        out: list[Tensor] = []
-        for block in self.found.blocks:
-            out += [*block.parameters(), *block.buffers()]
-        return out
-
     def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
         x, first = given["x"], self.found
         width, device = x.shape[2], x.device
@@ -100,6 +94,9 @@ class InfinityStack:
         form = first.blocks[0].ca.num_heads, first.blocks[0].ca.head_dim
         self.folded = FoldedText(first.layers, rows, room, *form, width, dtype, device) if folds else None
         self.text = torch.zeros(first.layers, 0 if folds else room, 2, *form, dtype=dtype, device=device)
+        texts, condition = given["ca_kv"][0], given["cond_BD"]
+        self.given_text = torch.zeros(rows * room if folds else room, texts.shape[1], dtype=dtype, device=device)
+        self.condition = torch.empty(condition.shape, device=device)
         self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         table = given["rope2d_freqs_grid"][str(tuple(tuple(t) for t in given["scale_schedule"]))]
         table = table.detach().flatten(1, 3) if table.ndim == 6 else table.detach()
@@ -134,18 +131,22 @@ class InfinityStack:
         return [*made, residual_norm_build(fp32, fp32, width, "layer", True, modulated)]  # before the head
 
     def begin(self, given: Mapping[str, Any]) -> None:
-        condition = given["cond_BD"].float()
         compact, ends, _ = given["ca_kv"]
+        self.condition.copy_(given["cond_BD"])
         self.starts.copy_(ends)
-        compact = compact.to(self.blocks[0].text_kv.dtype)
-        if self.folded is not None:
-            compact = self.folded.padded(compact, self.starts)
+        text = compact if self.folded is None else self.folded.padded(compact, self.starts)
+        self.given_text[: text.shape[0]].copy_(text)
+
+    def derive(self) -> None:
         for i, (block, own) in enumerate(zip(self.found.blocks, self.blocks, strict=True)):
-            six = block.ada_gss + condition if block.shared_aln else block.ada_lin(condition).view(-1, 1, 6, condition.shape[-1])
+            if block.shared_aln:
+                six = block.ada_gss + self.condition
+            else:
+                six = block.ada_lin(self.condition).view(-1, 1, 6, self.condition.shape[-1])
             self.modulation[i].copy_(six[:, 0].transpose(0, 1))
-            kv = own.text_kv(compact)
+            kv = own.text_kv(self.given_text)
             if self.folded is None:
-                self.text[i, : compact.shape[0]].copy_(kv.view(compact.shape[0], 2, *self.text.shape[3:]))
+                self.text[i].copy_(kv.view(self.text.shape[1:]))
             else:
                 self.folded.fold(i, kv, own.to_query, own.from_text)
 

@@ -26,7 +26,7 @@ def is_plain(module: Any) -> bool:
 class Product:
     """y = x W^T + b in `dtype`. bias: in the place of the module's own; of a module that is not plain it is added to its output.
 
-    Weights in another dtype are copied once; `sources` are the tensors it depends on.
+    Weights in another dtype are copied once.
     """
 
     def __init__(self, module: Any, dtype: torch.dtype, bias: Tensor | None = None) -> None:
@@ -34,7 +34,6 @@ class Product:
         self.plain = is_plain(module)
         weight: Any = getattr(module, "weight", None)
         own: Any = getattr(module, "bias", None)
-        self.sources = tuple(t for t in (weight, own, bias) if isinstance(t, Tensor))
         bias = own if bias is None and self.plain else bias
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype) if self.plain else None

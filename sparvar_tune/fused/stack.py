@@ -34,7 +34,8 @@ class Pass(Protocol):
 
 
 class Stack(Protocol):
-    """The blocks of one live model. `prepare` comes once per kind of image, `begin` once an image, `run` once a scale.
+    """The blocks of one live model. `prepare` comes once per kind of image, `begin` and `derive` once an image, `run`
+    once a scale.
 
     parameters: names of a block's arguments, in order. stream: dtype of the residual stream, None where it is the input's.
     """
@@ -54,9 +55,6 @@ class Stack(Protocol):
     def kind(self, given: Mapping[str, Any]) -> Hashable:
         """What the constants' shapes depend on besides rows, dtype, device and schedule."""
 
-    def sources(self) -> Sequence[Tensor]:
-        """Every weight that was read or copied: where one is another tensor or was changed, all is prepared again."""
-
     def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
         """Weights in `dtype`, and buffers for what an image holds constant, at addresses that stay."""
 
@@ -64,7 +62,10 @@ class Stack(Protocol):
         """Every binary (`backends.triton.binary.Build`) that `run` launches for passes of these lengths, but for attention's."""
 
     def begin(self, given: Mapping[str, Any]) -> None:
-        """Fills those buffers for an image: conditions, text, places."""
+        """Copies what an image brings into those buffers: conditions, text, places."""
+
+    def derive(self) -> None:
+        """Computes from them what the image holds constant, at addresses that stay; like `run` it may be captured."""
 
     def run(self, x: Tensor, at: Pass) -> None:
         """All blocks over x [rows, L, C], in place. Nothing in it may wait for the device or look at values."""

@@ -61,13 +61,11 @@ class VarStack:
     def kind(self, given: Mapping[str, Any]) -> Hashable:
         return None
 
-    def sources(self) -> Sequence[Tensor]:
-        return [t for block in self.found.blocks for t in (*block.parameters(), *block.buffers())]
-
     def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
         x = given["x"]
         self.blocks = [Block(block, dtype) for block in self.found.blocks]
         self.modulation = torch.empty(self.found.layers, 6, rows, x.shape[2], device=x.device)
+        self.condition = torch.empty_like(given["cond_BD"], memory_format=torch.contiguous_format)
 
     def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
         from sparvar_kernels.path.triton.append import NO_TURN, append_build
@@ -81,12 +79,14 @@ class VarStack:
         return [*made, residual_norm_build(fp32, fp32, width, "none", True, gated)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
-        condition = given["cond_BD"]
+        self.condition.copy_(given["cond_BD"])
+
+    def derive(self) -> None:
         for i, block in enumerate(self.found.blocks):
             if block.shared_aln:
-                six = block.ada_gss.float() + condition.float()
+                six = block.ada_gss.float() + self.condition.float()
             else:
-                six = block.ada_lin(condition.to(next(block.ada_lin.parameters()).dtype)).view(
+                six = block.ada_lin(self.condition.to(next(block.ada_lin.parameters()).dtype)).view(
                     -1, 1, 6, self.modulation.shape[-1]
                 )
             self.modulation[i].copy_(six[:, 0].transpose(0, 1))

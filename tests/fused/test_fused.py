@@ -122,6 +122,20 @@ def test_an_exception_leaves_nothing_behind():
     assert max(errors(checks.draw(driven), plain)) < 1e-6 and checks.everything(driven) == before
 
 
+def test_a_module_that_is_replaced_between_images_is_seen():
+    driven = block_lookalikes.Infinity()
+    ffn = driven.blocks[2].ffn
+    with on(driven):
+        before = checks.draw(driven)
+        own, ffn.fc2 = ffn.fc2, nn.Linear(ffn.fc2.in_features, ffn.fc2.out_features).requires_grad_(False)
+        changed = checks.draw(driven)
+        ffn.fc2.weight.zero_()
+        zeroed = checks.draw(driven)
+    want = checks.draw(driven)
+    assert max(errors(zeroed, want)) < BOUND["fp32"] < min(max(errors(changed, before)), max(errors(zeroed, changed)))
+    ffn.fc2 = own
+
+
 @pytest.mark.parametrize("change, reason", [
     (lambda x: x[:, :-1], "3 tokens after 1 are no scale"),
     (lambda x: torch.cat((x, x, x[:1])), "5 rows where the image began with 2"),
