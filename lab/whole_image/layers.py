@@ -80,6 +80,7 @@ class _Alone:
                 self.stack.prepare(given, x.shape[0], torch.bfloat16, schedule)
                 self.work = Workspace(self.parts, x, torch.float32, torch.bfloat16, schedule, self.path)
                 self.stack.begin(given)
+                self.stack.derive()
             stream = self.work.stream(x)
             stream.copy_(x)
             self.stack.run(stream, OnePass(self.work, self.start, stream))
