@@ -142,6 +142,6 @@ def climb(
             for _ in range(profiled):
                 found[name]["kernels"].append(kernels(draw))
         k = found[name]["kernels"][-1] if found[name]["kernels"] else {}
-        walls = sorted(found[name]["wall_ms"])
+        walls = sorted(found[name]["wall_ms"]) or found[name]["first_ms"]
         say(f"{name}: wall {walls[len(walls) // 2]:.0f} ms, GPU {k.get('gpu_ms', 0):.0f} ms, {k.get('launches', 0)} launches")
     return found

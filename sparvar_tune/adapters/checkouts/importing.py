@@ -9,6 +9,7 @@ import importlib.machinery
 import io
 import sys
 import types
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,12 +80,15 @@ def module_of(name: str, **names: Any) -> types.ModuleType:
 
 @contextlib.contextmanager
 def quietly(compiling: bool = True) -> Iterator[None]:
-    """Nothing is printed; without `compiling` torch.compile leaves functions as they are, as a CPU wants it."""
+    """Nothing is printed, no deprecation of theirs said; without `compiling` torch.compile leaves functions as they are, as a CPU
+    wants it."""
     real = torch.compile
     if not compiling:
         torch.compile = lambda f=None, **kw: (lambda g: g) if f is None else f  # type: ignore[assignment]
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            for kind in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", kind)
             yield
     finally:
         torch.compile = real
