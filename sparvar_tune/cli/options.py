@@ -116,16 +116,18 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """tell: who hears of the ranges, of TRACERS. way: of WAYS. layer: one layer on random inputs, None for a picture where the
-    model can be run. graph: captured in CUDA graphs and replayed. cold: the first run, planning included.
+    """asked: the model as it was typed. tell: who hears of the ranges, of TRACERS. way: of WAYS. layer: one layer on random
+    inputs, None for a picture where the model can be run. label: None for the first class. graph: captured in CUDA graphs
+    and replayed. cold: the first run, planning included.
     """
 
     subject: Subject
+    asked: str
     profile: Path | None
     tell: str
     way: str
     layer: int | None
-    label: str
+    label: str | None
     seed: int
     graph: bool
     cold: bool
@@ -138,16 +140,23 @@ class TraceOptions:
             whole("layer", self.layer, 0, self.subject.model.layers - 1)
         if self.graph and self.subject.gpu.slug == "cpu":
             raise ValueError("trace --mode graph: want a CUDA GPU; a CPU has no CUDA graphs")
-        if self.graph and self.layer is None and self.subject.model.adapter is not None:
+        if self.graph and self.is_picture:
             raise ValueError("trace --mode graph: want --layer N; a whole picture is not captured")
+        if self.is_picture and (reason := self.subject.why_not_images()):
+            raise ValueError(reason)
         if self.profile is not None and self.way != "tuned":
             raise ValueError(f"trace --profile: runs with --way tuned, got --way {self.way}")
+
+    @property
+    def is_picture(self) -> bool:
+        """A whole picture is drawn; else it is one layer."""
+        return self.layer is None and self.subject.open is not None
 
     @property
     def words(self) -> list[str]:
         """The command line that traces the same with NVTX ranges, for a tool to run under itself."""
         s = self.subject
-        given = {"--model": s.model.slug, "--gpu": s.asked, "--quality": s.quality, "--resolution": s.resolution,
+        given = {"--model": self.asked, "--gpu": s.asked, "--quality": s.quality, "--resolution": s.resolution,
                  "--aspect": s.aspect, "--images": s.images, "--profile": self.profile, "--way": self.way, "--layer": self.layer,
                  "--class": self.label, "--seed": self.seed, "--mode": "graph" if self.graph else "eager", "--out": self.out,
                  "--with": "nvtx"}  # fmt: skip

@@ -213,12 +213,11 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("--way", choices=WAYS, default=WAYS[0], help="as tuned (default), dense, or the paper's fixed setting")
     trace.add_argument("--layer", type=whole, help="this layer's attention on random inputs, not a picture; models known by "
                        "their shapes alone run so anyway (layer 0)")  # fmt: skip
-    trace.add_argument("--class", dest="label", default="cat", help="class name or number")
+    trace.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
     trace.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
     trace.add_argument("--mode", choices=MODES, default=MODES[0], help="graph: a layer captured in CUDA graphs and replayed")
     trace.add_argument("--cold", action="store_true", help="no run before it: what is planned and compiled once is in it")
     trace.add_argument("--out", type=path, default=Path("sparvar-trace"), help="folder that gets the files")
-    trace.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
 
     report = command("report", "one page about a profile: front, times, heads, pictures, certificate, cost", model=False)
     images(report)
@@ -259,7 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help=DOCTOR, description=DOCTOR, epilog=EPILOG,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    for p in (show, explain, verify, compare, check, bench, doctor):
+    for p in (show, explain, verify, compare, trace, check, bench, doctor):
         p.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there (docs/json.md)")
     return top
 
@@ -296,7 +295,7 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
         return w.command, o.ExplainOptions(subject, w.profile, w.json)
     if w.command == "trace":
         return w.command, o.TraceOptions(
-            subject, w.profile, w.tell, w.way, w.layer, w.label, w.seed, w.mode == "graph", w.cold, w.out, w.json
+            subject, w.model, w.profile, w.tell, w.way, w.layer, w.label, w.seed, w.mode == "graph", w.cold, w.out, w.json
         )
     if w.command == "bench":
         return w.command, o.BenchOptions(subject, w.profile, w.baseline, w.write, w.json)

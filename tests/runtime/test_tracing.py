@@ -23,7 +23,7 @@ import tiny
 import torch
 import var_hart_lookalikes
 from command_line import refused, run
-from places import PYTHONPATH
+from places import PYTHONPATH, ROOT
 
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Pooled, Reuse, Rule, ScaleSchedule, SparseAttention, Tile
 from sparvar_kernels.attention import Launch
@@ -335,6 +335,18 @@ def test_the_command_writes_table_and_trace(adapter, quick_limits, capsys, tmp_p
     said = json.loads(out)
     assert code == 0 and {row["step"] for row in said["rows"]} == {"dense", "attention", "rest"} and "layer 1" in said["what"]
     assert all(Path(path).is_file() for path in said["files"]) and len(said["files"]) == 2
+
+
+def test_a_model_of_a_file_draws_its_picture_and_dense_is_called_dense(quick_limits, home, capfd, tmp_path):
+    model = ("--model", f"{ROOT / 'examples' / 'own_model.py'}:open_model", "--gpu", "cpu", "--out", str(tmp_path))
+    code, out, err = run(capfd, "trace", *model, "--json")
+    said = json.loads(out)
+    assert code == 0 and said["what"] == "one picture (shade 0, seed 7)" and said["way"] == "dense", err
+    assert err.count("\n") == 1 and err.startswith("no profile: "), err  # and the profiler tells nothing of its own
+    assert said["files"][0] == str(tmp_path / "mine-cpu-dense.csv") and "products" in {row["step"] for row in said["rows"]}
+    assert "one image at a time" in refused(capfd, "trace", *model, "--images", "2")
+    _, options = parser.read_options(["trace", *model, "--with", "nsys"])
+    assert options.words[:3] == ["trace", *model[:2]]  # what runs under the tool opens the same file
 
 
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])

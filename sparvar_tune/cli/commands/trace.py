@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.policy import Policy
-from sparvar_tune.adapters import load_adapter
 from sparvar_tune.cli.commands.generate import class_index
-from sparvar_tune.cli.console import require_here, say
+from sparvar_tune.cli.console import note, require_here, say
 from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.json_answer import Asked, print_answer
 from sparvar_tune.cli.options import TraceOptions
@@ -32,13 +31,14 @@ if TYPE_CHECKING:
 
 def run(options: TraceOptions) -> int:
     subject = options.subject
-    stem = options.out / f"{subject.model.slug}-{subject.gpu.slug}-{options.way}"
+    stem = _stem(options, options.way)
     if options.tell in TOOLS:
         return _under_tool(options, stem)
     require_here("trace", subject)
     require_writable(stem.with_name(f"{stem.name}.csv"))
     open_session(options.tell, subject.gpu.device)  # refused before anything runs
-    traced = _subject(options)
+    traced, way = _subject(options)
+    stem = _stem(options, way)
     dtype = "fp32" if subject.gpu.device == "cpu" else subject.model.dtype  # a CPU multiplies half precision in fp32
     limits = machine_limits(subject.gpu.device, dtype)
     spans = runs.spans_of(traced, options.cold)
@@ -54,11 +54,11 @@ def run(options: TraceOptions) -> int:
         write_atomic(files[-1], launched.to_csv(index=False, float_format="%.6g").encode())
     if options.json:
         print_answer("trace", ExitCode.DONE, Asked.of(subject), {
-            "way": options.way, "what": traced.what, "limits": vars(limits), "rows": _records(found),
+            "way": way, "what": traced.what, "limits": vars(limits), "rows": _records(found),
             "kernels": [] if launched is None else _records(launched), "files": [str(path) for path in files], "run": None,
         })  # fmt: skip
         return ExitCode.DONE
-    say(f"{subject.model.slug} on {subject.gpu.slug}, {options.way}: {traced.what}, one run; its {found.ms.sum():.1f} ms:")
+    say(f"{subject.model.slug} on {subject.gpu.slug}, {way}: {traced.what}, one run; its {found.ms.sum():.1f} ms:")
     say(table.text(found))
     say(f"% of limit: of this machine's own rates, {limits.gemm_flops_per_s / 1e12:.3g} TFLOP/s in {dtype} and "
         f"{limits.copy_bytes_per_s / 1e9:.3g} GB/s")  # fmt: skip
@@ -66,6 +66,11 @@ def run(options: TraceOptions) -> int:
         say(f"kernels{', replayed' if options.graph else ''}:\n{launched.head(12).to_string(index=False)}")
     say(f"wrote {', '.join(map(str, files))}" + ("; open the .trace.json at ui.perfetto.dev" if options.tell == "torch" else ""))
     return ExitCode.DONE
+
+
+def _stem(options: TraceOptions, way: str) -> Path:
+    """What the names of all files begin with."""
+    return options.out / f"{options.subject.model.slug}-{options.subject.gpu.slug}-{way}"
 
 
 def _records(found: pandas.DataFrame) -> list[dict[str, Any]]:
@@ -102,29 +107,29 @@ def _answer_run(options: TraceOptions, code: ExitCode, command: list[str], files
     })  # fmt: skip
 
 
-def _subject(options: TraceOptions) -> runs.Run:
-    """What is run."""
-    subject, model = options.subject, options.subject.model
+def _subject(options: TraceOptions) -> tuple[runs.Run, str]:
+    """What is run, and which way: dense where there is no profile."""
+    subject, model, way = options.subject, options.subject.model, options.way
     device = subject.gpu.device
-    picture = model.adapter is not None and options.layer is None
-    adapter = load_adapter(model, device) if picture else None
+    adapter = subject.adapter if options.is_picture else None
     schedule = model.schedule(subject.resolution, subject.aspect)
     attend: Any = None
-    if options.way == "tuned":
+    if way == "tuned":
         tuned = subject.load(options.profile)
         if tuned.profile is not None:
             attend = tuned.sparse_attention()
-        elif not options.json:
-            say(f"no profile: {'; '.join(tuned.reasons)}; what is traced is dense")
-    elif options.way == "paper":
+        else:
+            way = "dense"
+            (note if options.json else say)(f"no profile: {'; '.join(tuned.reasons)}; what is traced is dense")
+    elif way == "paper":
         attend = SparseAttention(paper_policy(schedule, model.layers, model.heads), schedule,
                                  softmax_scale=model.softmax_scale, logit_bound=model.logit_bound)  # fmt: skip
     if adapter is not None:
         label = class_index(options.label, adapter)
-        return runs.one_picture(adapter, adapter.dense if attend is None else attend, (label, options.seed))
+        return runs.one_picture(adapter, adapter.dense if attend is None else attend, (label, options.seed)), way
     if attend is None:
         attend = SparseAttention(Policy.uniform(model.layers, model.heads, {}), schedule,
                                  softmax_scale=model.softmax_scale, logit_bound=model.logit_bound)  # fmt: skip
     one = Workload.of(model, subject.resolution, subject.aspect)
     problems = replace(one, batch=one.batch * subject.images).problems()
-    return runs.one_layer(model.slug, list(problems.values()), attend, options.layer or 0, device)
+    return runs.one_layer(model.slug, list(problems.values()), attend, options.layer or 0, device), way

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ class Functions:
 @contextmanager
 def session(stem: Path) -> Iterator[Session]:
     """Writes <stem>.trace.json."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells its own stages on stderr
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     made = Session(Functions())
     with profile(activities=activities, acc_events=True) as profiler:
