@@ -6,9 +6,11 @@ Every value is checked here, by the options' own rules; commands get nothing els
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import io
+import logging
 import os
 import re
 import sys
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 COMMANDS = ("tune", "generate", "show", "explain", "verify", "compare", "capture", "trace", "report", "check", "check-adapter",
             "bench", "doctor")  # fmt: skip
+GPU = "slug of the GPU table, cpu, or auto for this machine (default)"
+FILE_INSTEAD = "this file instead of the one found for the machine"
 DOCTOR = "say what this machine can do, what is missing and the command that mends it"
 TRACERS, WAYS = ("torch", "nvtx", "proton", "nsys", "ncu"), ("tuned", "dense", "paper")
 
@@ -102,14 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
         p: argparse.ArgumentParser = commands.add_parser(
             name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        p.add_argument("--gpu", default="auto", help="slug of the GPU table, cpu, or auto for this machine (default)")
+        p.add_argument("--gpu", default="auto", help=GPU)
         p.add_argument(
             "--model",
             required=model,
             help="name of the model table, such as pocketvar; FILE.py:FUNCTION that opens "
             "one of your own; or the name of an installed package's",
         )
-        p.add_argument("--quality", "--preset", dest="quality", choices=PRESETS, default=DEFAULT_PRESET)
+        p.add_argument("--quality", "--preset", dest="quality", choices=PRESETS, default=DEFAULT_PRESET,
+                       help=f"how close to dense its pictures are (default {DEFAULT_PRESET})")  # fmt: skip
         p.add_argument("--resolution", help="one the model was published at (default: its largest)")
         p.add_argument("--aspect", help="height / width with three decimals, such as 1.000 (default)")
         return p
@@ -171,34 +176,35 @@ def build_parser() -> argparse.ArgumentParser:
     checkout(generate)
     generate.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
     generate.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
-    generate.add_argument("--out", type=path, default=Path("sparvar.png"))
-    generate.add_argument("--profile", type=path, help="this file instead of the one found for the machine")
+    generate.add_argument("--out", type=path, default=Path("sparvar.png"), help="file to write (default sparvar.png)")
+    generate.add_argument("--profile", type=path, help=FILE_INSTEAD)
 
     show = command("show", "print a profile, or the tables with --gpus and --models", model=False)
     images(show)
-    show.add_argument("--profile", type=path)
+    show.add_argument("--profile", type=path, help=FILE_INSTEAD)
     show.add_argument("--seal", action="store_true", help="keep a hand edit of --profile FILE: check it, rewrite its checksum")
-    show.add_argument("--gpus", action="store_true")
-    show.add_argument("--models", action="store_true")
+    show.add_argument("--gpus", action="store_true", help="the table of GPUs, by the names that --gpu takes")
+    show.add_argument("--models", action="store_true", help="the table of models: names, shapes, resolutions")
     show.add_argument("--trials", action="store_true", help="the trials of the last search, as CSV")
     show.add_argument("--storage", metavar="URL", help="with --trials: those of every run that shares this storage")
 
     explain = command("explain", "say what would run on this machine, and why")
     images(explain)
-    explain.add_argument("--profile", type=path)
+    explain.add_argument("--profile", type=path, help=FILE_INSTEAD)
 
     verify = command("verify", "re-time a profile on this machine and re-check its pictures; what fails runs dense from then on")
     images(verify)
     checkout(verify)
-    verify.add_argument("--profile", type=path)
-    verify.add_argument("--pairs", type=whole, default=VERIFY_PAIRS)
+    verify.add_argument("--profile", type=path, help=FILE_INSTEAD)
+    verify.add_argument("--pairs", type=whole, default=VERIFY_PAIRS,
+                        help=f"pictures to draw both ways; fewer than 6 tell no gain (default {VERIFY_PAIRS})")  # fmt: skip
     verify.add_argument("--budget", type=duration, default=VERIFY_BUDGET_S,
                         help=f"wall time; rows it does not reach stay as they are (default {VERIFY_BUDGET_S:g}s)")  # fmt: skip
     verify.add_argument("--write", action="store_true", help="store the new times as this user's profile")
 
     compare = command("compare", "dense, the paper's fixed setting and the tuned profiles in one table, interleaved in one run")
     checkout(compare)
-    compare.add_argument("--pairs", type=whole, default=PAIRS)
+    compare.add_argument("--pairs", type=whole, default=PAIRS, help=f"held-out (class, seed) pairs (default {PAIRS})")
     metric_weights(compare)
     compare.add_argument("--lpips", type=lambda given: ("lpips", path(given)), action="append", dest="metric_weights",
                          metavar="FILE", help="--metric-weights lpips=FILE")  # fmt: skip
@@ -209,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("--with", dest="tell", choices=TRACERS, default=TRACERS[0],
                        help="who hears of the ranges: torch.profiler (a file for Perfetto; default), NVTX, Triton's proton, or "
                        "Nsight's nsys or ncu around this command")  # fmt: skip
-    trace.add_argument("--profile", type=path, help="this file instead of the one found for the machine")
+    trace.add_argument("--profile", type=path, help=FILE_INSTEAD)
     trace.add_argument("--way", choices=WAYS, default=WAYS[0], help="as tuned (default), dense, or the paper's fixed setting")
     trace.add_argument("--layer", type=whole, help="this layer's attention on random inputs, not a picture; models known by "
                        "their shapes alone run so anyway (layer 0)")  # fmt: skip
@@ -240,10 +246,15 @@ def build_parser() -> argparse.ArgumentParser:
     capture.add_argument("--class", dest="label", help="class or prompt, or its number (default: the first)")
     capture.add_argument("--seed", type=whole, default=7, help="of the noise; 0..2**62")
     capture.add_argument("--scales", type=whole, nargs="+", metavar="SCALE", help="those recorded (default: the last two)")
-    capture.add_argument("--out", type=path, default=Path("capture.safetensors"))
+    capture.add_argument("--out", type=path, default=Path("capture.safetensors"), help="file to write (default "
+                         "capture.safetensors)")  # fmt: skip
     capture.add_argument("--dry-run", action="store_true", help="say how large it would be, draw nothing")
 
-    check = command("check", "check this machine: versions, silicon, every kernel against the oracle", model=False)
+    text = "check this machine: versions, silicon, every kernel against the oracle"
+    check = commands.add_parser(
+        "check", help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    check.add_argument("--gpu", default="auto", help=GPU)
 
     text = "try every promise of a model of your own that is to be tuned, a line each (docs/your-model.md)"
     own = commands.add_parser("check-adapter", help=text, description=text, epilog=EPILOG,
@@ -252,7 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     bench = command("bench", "hold a profile's counts, binaries and speed-ups against a baseline file: what became worse")
     images(bench)
-    bench.add_argument("--profile", type=path, help="this file instead of the one found for the machine")
+    bench.add_argument("--profile", type=path, help=FILE_INSTEAD)
     bench.add_argument("--baseline", type=path, metavar="FILE", help="of an earlier run; exit code 1 where something is worse")
     bench.add_argument("--write", action="store_true", help="write --baseline FILE anew; other machines' facts in it stay")
 
@@ -275,15 +286,15 @@ def read_options(words: Sequence[str]) -> tuple[str, Any]:
     if w.command == "check-adapter":
         return w.command, o.CheckAdapterOptions(w.model, w.device)
     subject = None
-    if w.model is not None and w.command != "check":
+    if w.command == "check":
+        return w.command, o.CheckOptions(w.gpu, w.json)
+    if w.model is not None:
         place = place_of(getattr(w, "source", None), getattr(w, "weights", None), getattr(w, "prompts", None))
         subject = Subject.of(w.model, w.gpu, w.quality, w.resolution, w.aspect, getattr(w, "images", 1), place)
     if w.command == "tune":
         return w.command, _tune_options(w, subject)
     if w.command == "show":
         return w.command, o.ShowOptions(subject, w.profile, w.seal, w.gpus, w.models, w.trials, w.storage, w.json)
-    if w.command == "check":
-        return w.command, o.CheckOptions(w.gpu, w.json)
     if w.command == "report":
         return w.command, _report_options(w, subject)
     assert subject is not None  # argparse wants --model there
@@ -357,10 +368,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))
     if argv is None:  # the process is ours
         warnings.showwarning = _say_warning
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that it cannot write in it speaks at length
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its number: work done stays done
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        _let_go()
+
+
+def _run(words: list[str]) -> int:
+    """As `main`, for the words of a command."""
     try:
         try:
             if words and not words[0].startswith("-") and words[0] not in COMMANDS:
@@ -374,30 +393,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options)
     except KeyboardInterrupt:
         kept = "; finished trials are kept, --resume goes on" if words[0] == "tune" else ""
-        print(f"\nsparvar-tune: interrupted{kept}", file=sys.stderr)
+        _complain(f"\nsparvar-tune: interrupted{kept}")
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"sparvar-tune: {_one_line(f'{where}{error.strerror or error}')}", file=sys.stderr)
+        _complain(f"sparvar-tune: {_one_line(f'{where}{error.strerror or error}')}")
         return ExitCode.BAD_INPUT
     except ValueError as error:
-        print(f"sparvar-tune: {_one_line(str(error))}", file=sys.stderr)
+        _complain(f"sparvar-tune: {_one_line(str(error))}")
         return ExitCode.BAD_INPUT
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if not missing or missing.startswith("sparvar"):
             raise
-        print(f"sparvar-tune: {missing} is not installed; sparvar-tune doctor names the command that mends it", file=sys.stderr)
+        _complain(f"sparvar-tune: {missing} is not installed; sparvar-tune doctor names the command that mends it")
         return ExitCode.BAD_INPUT
+
+
+def _complain(line: str) -> None:
+    """Says a line on stderr. Where that cannot be written, on a full disk, the exit code says it alone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _let_go() -> None:
+    """Drops what a stream holds and cannot write, to a full disk or a closed pipe. Python would try again at the end, say so at
+    length and make the exit code 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say_warning(message: Warning | str, *_where: object, **_more: object) -> None:
     """A warning as a line for people: where in the code it was raised is nothing to them."""
     if sys.stderr is not None:
-        print(f"sparvar-tune: note: {_one_line(str(message))}", file=sys.stderr)
+        _complain(f"sparvar-tune: note: {_one_line(str(message))}")
 
 
 def _one_line(text: str) -> str:

@@ -291,6 +291,24 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(words):
     assert done.returncode in (0, 1) and done.stderr == b""
 
 
+@pytest.mark.parametrize("command", ["--help >/dev/full", "nosuch 2>/dev/full", "nosuch >/dev/full 2>/dev/full"])
+def test_a_full_disk_is_one_line_and_bad_input(command):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # so that streams hold back
+    done = subprocess.run(f"{sys.executable} -m sparvar_tune.cli {command}", shell=True, env=env, capture_output=True, text=True)
+    said = "" if "2>" in command else "sparvar-tune: No space left on device\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+def test_every_option_says_what_it_is():
+    commands = next(a for a in parser.build_parser()._actions if a.dest == "command").choices
+    dumb = [(name, a.option_strings) for name, command in commands.items() for a in command._actions if not a.help]
+    assert dumb == []
+
+
+def test_check_takes_no_option_that_it_would_not_heed(capsys):
+    assert "--model" in refused(capsys, "check", "--model", "nope")
+
+
 def test_help_says_the_exit_codes(capsys):
     for words in (["--help"], ["tune", "--help"]):
         code, out, _ = run(capsys, *words)
