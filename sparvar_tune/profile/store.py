@@ -93,11 +93,19 @@ def write_atomic(path: Path, data: bytes) -> None:
         partial = None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ProfileError(f"{path}: cannot be written ({reason}); give another folder with --out") from None
+        raise ProfileError(f"{path}: cannot be written ({reason}); {_elsewhere(path)}") from None
     finally:  # also when interrupted
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
+
+
+def _elsewhere(path: Path) -> str:
+    """What to do about a file that cannot be written: of this user's own folder, or one that was named."""
+    with contextlib.suppress(NoHome):
+        if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(user_folder().parent)):
+            return "set SPARVAR_TUNE_HOME to a folder you may write"
+    return "name a file in another folder"
 
 
 def require_writable(*paths: Path) -> None:

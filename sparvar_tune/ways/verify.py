@@ -118,6 +118,8 @@ def verify(
     if open_model is None and gpu.slug == "cpu":
         raise ValueError(f"model {profile.workload.model}: no adapter yet, so it cannot be run; its shapes can still be tuned by "
                          "prediction")  # fmt: skip
+    keeps = store.user_folder() / gpu.slug / store.name_of(profile) if write else None
+    store.require_writable(overlay.file(gpu.slug, path.name), *([keeps] if keeps else []))
     if open_model is None:
         found = time_rows(profile, gpu, write, begun + budget_s, say, status)
     else:

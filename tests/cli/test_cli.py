@@ -28,6 +28,7 @@ from sparvar_tune.profile import misses, overlay, schema, store
 from sparvar_tune.ways import predict, search_here
 from sparvar_tune.ways.subject import Subject
 
+POCKETVAR = ROOT / "profiles" / "cpu" / "pocketvar.json"
 TUNE = ["--gpu", "cpu", "--model", "pocketvar", "--budget", "1h", "--pairs", "12"]
 
 
@@ -240,6 +241,12 @@ def test_places_that_cannot_be_written(tiny_model, capsys, tmp_path, monkeypatch
         capsys, "trace", "--model", "pocketvar", "--gpu", "cpu", "--out", str(tmp_path / "file")
     )
     assert "want a Markdown file" in refused(capsys, "compare", "--model", "pocketvar", "--gpu", "cpu", "--out", "table.json")
+    with monkeypatch.context() as patch:
+        patch.setenv("SPARVAR_TUNE_HOME", str(tmp_path / "file"))
+        patch.setattr(tiny.adapter.PocketAdapter, "start", lambda *_args, **_kw: pytest.fail("drew before it was known"))
+        for more in ([], ["--write"]):
+            said = refused(capsys, "verify", "--model", "pocketvar", "--gpu", "cpu", "--profile", str(POCKETVAR), *more)
+            assert "set SPARVAR_TUNE_HOME" in said and "--out" not in said
 
     def full(*_args):
         raise OSError(28, "No space left on device")
