@@ -68,7 +68,7 @@ def gather(request: ReportRequest, status: Callable[[str], None] = lambda text: 
     gpu, model = own.silicon.gpu, own.workload.model
     return Facts(
         own, f"{path.parent.name}/{path.name}", demoted, request.load, here, others, trials, trials_from, measurements,
-        sources.read_traces(request.traces),
+        sources.read_traces(request.traces, {gpu, subject.gpu.slug if subject else gpu}, model),
         tuple(sources.read_comparison(request.compared, gpu, model)) if request.compared else (), drawn, why,
     )  # fmt: skip
 

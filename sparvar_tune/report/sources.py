@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,17 +96,35 @@ def read_measurements(path: Path) -> Measurements:
     )  # fmt: skip
 
 
-def read_traces(paths: Sequence[Path]) -> tuple[Trace, ...]:
-    """Tables of `sparvar-tune trace`, named by what of their files' names they do not share ("dense", "tuned")."""
+def read_traces(paths: Sequence[Path], gpus: Collection[str], model: str) -> tuple[Trace, ...]:
+    """Tables of `sparvar-tune trace`, named by what of their files' names they do not share ("dense", "tuned").
+
+    gpus: of which one is as good as the other: the profile's, and the one that it is lent to. Raises ValueError: no such
+    table, another model's or GPU's, a whole picture beside one layer.
+    """
     words = [path.stem.split("-") for path in paths]
     while len(words) > 1 and min(map(len, words)) > 1 and len({w[0] for w in words}) == 1:
         words = [w[1:] for w in words]
-    return tuple(_read_trace(path, one_line("-".join(w))) for path, w in zip(paths, words, strict=True))
+    tables = [_read_csv(path) for path in paths]
+    seen = dict[str, Path]()
+    for path, table in zip(paths, tables, strict=True):
+        for column, want in (("model", {model}), ("gpu", gpus)):
+            if column in table.columns and len(table) and (other := str(table[column].iloc[0])) not in want:
+                raise ValueError(f"{path}: a trace of {one_line(other)}, not of {' or '.join(sorted(want))}; trace that {column}")
+        if "layer" in table.columns and len(table):
+            layer = table["layer"].iloc[0]
+            layer = int(layer) if isinstance(layer, float) and layer.is_integer() else layer
+            seen.setdefault("a whole picture" if layer != layer else f"layer {one_line(str(layer))}'s attention", path)
+    if len(seen) > 1:
+        (first, one), (second, other_path) = list(seen.items())[:2]
+        raise ValueError(f"{one}: of {first}, but {other_path} is of {second}; trace both with the same --layer, or without")
+    return tuple(
+        _read_trace(path, table, one_line("-".join(w))) for path, table, w in zip(paths, tables, words, strict=True)
+    )  # fmt: skip
 
 
-def _read_trace(path: Path, name: str) -> Trace:
+def _read_trace(path: Path, table: pandas.DataFrame, name: str) -> Trace:
     """A table of `sparvar-tune trace`: columns scale (empty: of no one scale), step and ms."""
-    table = _read_csv(path)
     if not {"scale", "step", "ms"} <= set(table.columns) or not len(table):
         raise ValueError(f"{path}: no table of a trace (want columns scale, step, ms); sparvar-tune trace writes one")
     found: dict[tuple[int | None, str], float] = {}

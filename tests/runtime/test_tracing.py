@@ -343,6 +343,8 @@ def test_a_model_of_a_file_draws_its_picture_and_dense_is_called_dense(quick_lim
     said = json.loads(out)
     assert code == 0 and said["what"] == "one picture (shade 0, seed 7)" and said["way"] == "dense", err
     assert err.count("\n") == 1 and err.startswith("no profile: "), err  # and the profiler tells nothing of its own
+    first = (tmp_path / "mine-cpu-dense.csv").read_text().splitlines()
+    assert first[0].endswith(",model,gpu,layer") and first[1].endswith(",mine,cpu,")
     assert said["files"][0] == str(tmp_path / "mine-cpu-dense.csv") and "products" in {row["step"] for row in said["rows"]}
     assert "one image at a time" in refused(capfd, "trace", *model, "--images", "2")
     _, options = parser.read_options(["trace", *model, "--with", "nsys"])

@@ -45,7 +45,8 @@ def run(options: TraceOptions) -> int:
     limits = limits.best(machine_limits(subject.gpu.device, dtype))
     found = table.frame(spans, limits)
     files = [stem.with_name(f"{stem.name}.csv")]
-    write_atomic(files[0], found.to_csv(index=False, float_format="%.6g").encode())
+    of = found.assign(model=subject.model.slug, gpu=subject.gpu.slug, layer=None if options.is_picture else options.layer or 0)
+    write_atomic(files[0], of.to_csv(index=False, float_format="%.6g").encode())  # so that a report knows whose it is
     told = runs.tell(traced, options.tell, stem, options.graph)
     files += told
     launched = chrome.kernels(chrome.read_trace(told[0])) if options.tell == "torch" else None
