@@ -211,8 +211,8 @@ class TimeOnly(Way):
 
     def announce(self, say: Say) -> None:
         self._unused(say, "there is no search here", "storage", "bounds")
-        say(f"{self.subject.model.slug} has no adapter yet, so its pictures cannot be compared: the paper's fixed setting, "
-            f"marked unverified, is timed on {silicon(self.subject.gpu, True).name}")  # fmt: skip
+        say(f"{self.subject.model.slug} cannot be opened without --source and --weights, so its pictures cannot be compared: "
+            f"the paper's fixed setting, marked unverified, is timed on {silicon(self.subject.gpu, True).name}")  # fmt: skip
 
     def plan(self, say: Say) -> None:
         self.announce(say)
@@ -256,8 +256,8 @@ class Predict(Way):
         self._unused(say, "there is no search here", "storage", "bounds")
         self._unused(say, "no GPU is timed here", "workers", "merge", "log")
         assert self.profile  # what cannot be predicted is refused before anything is said
-        say(f"{gpu.slug} is {'' if self.subject.is_here else 'not '}in this machine and {model.slug} "
-            f"{'has no adapter yet' if self.subject.open is None else 'can be run'}: nothing can be measured, so")  # fmt: skip
+        closed = f", and {model.slug} cannot be opened without --source and --weights" if self.subject.open is None else ""
+        say(f"{gpu.slug} is not in this machine{closed}: nothing can be measured, so")
         whose = f"that of {self.source[1]}" if self.source else "the fixed setting of the paper, marked unverified"
         say(f"  policy:   {whose}")
         say("  schedule: predicted from compiled binaries and the GPU table, marked predicted")
@@ -275,7 +275,8 @@ class Predict(Way):
         gpu, model, images = self.subject.gpu.slug, self.subject.model, self.subject.images
         say("to make it real:")
         if self.subject.open is None:
-            say(f"  the policy: once {model.slug} has an adapter, sparvar-tune --gpu {gpu} --model {model.slug}")
+            say(f"  the policy: sparvar-tune --model {model.slug} --source CHECKOUT --weights FOLDER, on a machine with a GPU "
+                "(docs/your-model.md)")  # fmt: skip
         elif self.source is None:
             say(f"  the policy: sparvar-tune --gpu cpu --model {model.slug} (fidelity does not depend on the GPU)")
         many = f" --images {images}" if images != 1 else ""

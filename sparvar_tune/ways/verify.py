@@ -116,8 +116,8 @@ def verify(
     assert profile is not None and path is not None and sha256 is not None
     written = None
     if open_model is None and gpu.slug == "cpu":
-        raise ValueError(f"model {profile.workload.model}: no adapter yet, so it cannot be run; its shapes can still be tuned by "
-                         "prediction")  # fmt: skip
+        raise ValueError(f"model {profile.workload.model}: it cannot be opened by its name alone, and a CPU times nothing else; "
+                         "give --source CHECKOUT --weights FOLDER")  # fmt: skip
     keeps = store.user_folder() / gpu.slug / store.name_of(profile) if write else None
     store.require_writable(overlay.file(gpu.slug, path.name), *([keeps] if keeps else []))
     if open_model is None:

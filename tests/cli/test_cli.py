@@ -210,6 +210,7 @@ def test_bad_files_are_one_line(tiny_model, capsys, tmp_path, content, said):
 def test_prediction_is_marked(tiny_model, capsys, tmp_path):
     code, out, _ = run(capsys, "--gpu", "a100", "--model", "hart", "--out", str(tmp_path))
     assert code == 0 and "unverified" in out and "predicted" in out and "to make it real" in out
+    assert "--source CHECKOUT --weights FOLDER" in out  # the way there is
     profile = store.load(tmp_path / "a100-80" / "hart.json")
     assert (profile.state, profile.policy_state, profile.evidence, profile.generation) == ("predicted", "unverified", None, None)
     assert [r.scale_index for r in profile.rows] == [10, 11, 12] and profile.workload.prefix == 300
@@ -241,6 +242,7 @@ def test_places_that_cannot_be_written(tiny_model, capsys, tmp_path, monkeypatch
         capsys, "trace", "--model", "pocketvar", "--gpu", "cpu", "--out", str(tmp_path / "file")
     )
     assert "want a Markdown file" in refused(capsys, "compare", "--model", "pocketvar", "--gpu", "cpu", "--out", "table.json")
+    assert "nothing to seal" in refused(capsys, "show", "--seal", "--profile", str(POCKETVAR))
     with monkeypatch.context() as patch:
         patch.setenv("SPARVAR_TUNE_HOME", str(tmp_path / "file"))
         patch.setattr(tiny.adapter.PocketAdapter, "start", lambda *_args, **_kw: pytest.fail("drew before it was known"))

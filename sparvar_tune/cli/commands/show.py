@@ -13,7 +13,7 @@ from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.json_answer import print_answer
 from sparvar_tune.cli.options import ShowOptions
 from sparvar_tune.profile import store
-from sparvar_tune.profile.schema import Profile, plain
+from sparvar_tune.profile.schema import Profile, ProfileError, plain
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class ModelRow:
 
     @property
     def words(self) -> str:
-        sizes = ", ".join(f"{resolution} ({len(names)} aspects)" for resolution, names in self.aspects)
-        return f"{self.slug:14} {self.layers} layers, {self.heads} x {self.head_dim} heads, {self.dtype}; {sizes}"
+        sizes = ", ".join(r if len(names) == 1 else f"{r} ({len(names)} aspects)" for r, names in self.aspects)
+        return f"{self.slug:15} {self.layers} layers, {self.heads} x {self.head_dim} heads, {self.dtype}; {sizes}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def run(options: ShowOptions) -> ExitCode:
 def _profile_of(options: ShowOptions) -> tuple[Profile, Path]:
     if options.profile:
         if options.seal:
-            store.seal(options.profile)
+            _seal(options.profile)
             text = f"{options.profile}: sealed: it has the checksum of what it now says, for which nobody measured anything"
             (note if options.json else say)(text)
         return store.load(options.profile), options.profile
@@ -92,6 +92,16 @@ def _profile_of(options: ShowOptions) -> tuple[Profile, Path]:
         todo = f"run sparvar-tune --gpu {subject.gpu.slug} --model {subject.model.slug}"
         raise ValueError(f"nothing to show: {'; '.join(tuned.reasons)}; {todo}")
     return tuned.profile, tuned.path
+
+
+def _seal(path: Path) -> None:
+    """Seals an edited file. Raises ValueError for one that nobody edited: what was measured is not called unmeasured."""
+    try:
+        store.load(path)
+    except ProfileError:
+        store.seal(path)
+    else:
+        raise ValueError(f"{path}: nothing to seal: its checksum is that of its values")
 
 
 def _show_trials(options: ShowOptions) -> None:
