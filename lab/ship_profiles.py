@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     paths = sorted((store.shipped_folder() / (args.like or gpu.slug)).glob("*.json"), key=lambda p: ("--" in p.stem, p.stem))
     there = {p.name for p in (store.shipped_folder() / gpu.slug).glob("*.json")} if args.missing else set()
     wanted = [p for p in paths if args.only in p.name and p.name not in there and store.load(p).policy_state == "unverified"]
+    if not wanted:
+        parser.error(f"nothing to time: {args.like or gpu.slug} has no shipped profile left whose policy nobody searched")
     for i, path in enumerate(wanted):
         if time.monotonic() - begun > 60 * args.minutes:
             print(f"left out for time: {', '.join(p.stem for p in wanted[i:])}", flush=True)

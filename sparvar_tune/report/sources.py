@@ -127,6 +127,8 @@ def _read_trace(path: Path, table: pandas.DataFrame, name: str) -> Trace:
     """A table of `sparvar-tune trace`: columns scale (empty: of no one scale), step and ms."""
     if not {"scale", "step", "ms"} <= set(table.columns) or not len(table):
         raise ValueError(f"{path}: no table of a trace (want columns scale, step, ms); sparvar-tune trace writes one")
+    if "share" in table.columns and not 0.99 < table["share"].sum() < 1.01:
+        raise ValueError(f"{path}: cut short, its shares add up to {table['share'].sum():.0%}; trace again")
     found: dict[tuple[int | None, str], float] = {}
     for scale, step, ms in zip(table["scale"], table["step"], table["ms"], strict=True):
         number = None if scale != scale else scale

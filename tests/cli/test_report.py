@@ -249,6 +249,8 @@ def test_refusals_are_one_line(tmp_path, capsys, home, monkeypatch):
     traces = [tmp_path / f"{name}.csv" for name in ("hart", "h100", "layer", "whole")]
     for path, of in zip(traces, ("hart,cpu,", "pocketvar,h100-sxm,", "pocketvar,cpu,0", "pocketvar,cpu,"), strict=True):
         path.write_text(f"scale,step,ms,model,gpu,layer\n12,dense,3.5,{of}\n")
+    cut = tmp_path / "cut.csv"
+    cut.write_text("scale,step,ms,share\n12,dense,3.5,0.6\n11,den")
     infinite = tmp_path / "inf.csv"
     infinite.write_text(CSV.replace("0.5,", "inf,"))
     cases = [
@@ -262,6 +264,7 @@ def test_refusals_are_one_line(tmp_path, capsys, home, monkeypatch):
         ([*here, "--trials", str(tmp_path / "none")], "no such file"),
         ([*here, "--log", str(POCKETVAR)], "no measurement"),
         ([*here, "--trace", str(tmp_path / "file")], "no table"),
+        ([*here, "--trace", str(cut)], "cut short, its shares add up to 60%"),
         ([*here, "--trace", str(traces[0])], "a trace of hart, not of pocketvar"),
         ([*here, "--trace", str(traces[1])], "a trace of h100-sxm, not of cpu"),
         ([*here, "--trace", str(traces[2]), str(traces[3])], "of layer 0's attention, but"),
