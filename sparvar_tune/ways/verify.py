@@ -118,8 +118,7 @@ def verify(
     if open_model is None and gpu.slug == "cpu":
         raise ValueError(f"model {profile.workload.model}: it cannot be opened by its name alone, and a CPU times nothing else; "
                          "give --source CHECKOUT --weights FOLDER")  # fmt: skip
-    keeps = store.user_folder() / gpu.slug / store.name_of(profile) if write else None
-    store.require_writable(overlay.file(gpu.slug, path.name), *([keeps] if keeps else []))
+    store.require_writable(overlay.file(gpu.slug, path.name))  # a profile that `write` keeps goes into the same folder
     if open_model is None:
         found = time_rows(profile, gpu, write, begun + budget_s, say, status)
     else:
