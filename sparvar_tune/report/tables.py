@@ -143,8 +143,8 @@ def speedups(facts: Facts) -> Table:
         dense, tuned = times_of(row)
         s, config = row.speedup, ", ".join(f"{k}={v}" for k, v in row.config)
         runs = "dense" if row.scale_index in facts.demoted else "sparse"
-        if runs == "sparse" and s and s.low <= 1:  # whoever reads "0.87x" asks why it does
-            runs = "sparse, ranks keys for later scales"
+        if runs == "sparse" and s and s.low <= 1:  # for later scales: whoever reads "0.87x" asks why it does
+            runs = "sparse; ranks keys"
         gain = (f"{s.median:.2f}x", _interval(s), str(s.n)) if s else (f"{dense / tuned:.2f}x", "predicted", "")
         launch = f"{row.kernel}, {row.mode}: {config}"
         rows.append((facts.scale_name(row.scale_index), f"{dense:.4g}", f"{tuned:.4g}", *gain, runs, launch))

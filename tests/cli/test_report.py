@@ -445,5 +445,5 @@ def test_a_scale_that_is_slower_and_runs_sparse_says_why():
     p = store.load(POCKETVAR)
     slower = dataclasses.replace(p.rows[0], speedup=schema.Speedup(0.87, 0.85, 0.9, 32))
     found = dataclasses.replace(gathered(POCKETVAR), profile=dataclasses.replace(p, rows=(slower, *p.rows[1:])), demoted={})
-    assert [row[6] for row in tables.speedups(found).rows] == ["sparse, ranks keys for later scales", "sparse", "sparse", ""]
+    assert [row[6] for row in tables.speedups(found).rows] == ["sparse; ranks keys", "sparse", "sparse", ""]
     assert dict(tables.environment(found).rows)["silicon"].endswith(" threads)")
