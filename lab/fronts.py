@@ -32,7 +32,7 @@ from sparvar_tune.generation import CacheBudget, PruneTokens, SkipScales
 from sparvar_tune.measure.pairs import MOST_PAIRS, search_pairs
 from sparvar_tune.policy_search.certify import run_pairs
 from sparvar_tune.policy_search.judge import make_attention
-from sparvar_tune.policy_search.menu import Table, assign
+from sparvar_tune.policy_search.menu import OptionTable, assign
 from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
 from sparvar_tune.profile.machine import silicon, versions
 from sparvar_tune.profile.store import write_atomic
@@ -54,7 +54,7 @@ class Way:
     policy: Policy
 
 
-def ways(adapter: Adapter, table: Table) -> list[Way]:
+def ways(adapter: Adapter, table: OptionTable) -> list[Way]:
     """Everything that is drawn."""
     schedule, layers, heads = adapter.schedule, adapter.model.layers, adapter.model.heads
     last = len(schedule) - 1

@@ -29,7 +29,7 @@ KINDS = (  # the first whose mark a kernel's name has; what has none is the deco
 
 
 @dataclass
-class Way:
+class Rung:
     """on, off: put the way on and take it off; a picture in between is this way's.
 
     warm: pictures after which it is as it stays.
@@ -42,7 +42,7 @@ class Way:
 
 
 @contextlib.contextmanager
-def using(way: Way) -> Iterator[None]:
+def using(way: Rung) -> Iterator[None]:
     way.on()
     try:
         yield
@@ -51,7 +51,7 @@ def using(way: Way) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def warmed(way: Way, draw: Callable[[], object]) -> Iterator[None]:
+def warmed(way: Rung, draw: Callable[[], object]) -> Iterator[None]:
     with using(way):
         for _ in range(way.warm):
             draw()
@@ -110,7 +110,7 @@ def kernels(draw: Callable[[], object]) -> dict[str, Any]:
 
 def climb(
     draw: Callable[[], object],
-    ways: Mapping[str, Way],
+    ways: Mapping[str, Rung],
     rounds: int,
     profiled: int,
     decoding: Decoding,

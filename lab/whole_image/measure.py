@@ -12,7 +12,7 @@ import torch
 
 from lab.whole_image.hart import PublicHart
 from lab.whole_image.infinity import PublicInfinity
-from lab.whole_image.ladder import Way, climb, cudnn, flash, peak_bytes, using, wall_ms
+from lab.whole_image.ladder import Rung, climb, cudnn, flash, peak_bytes, using, wall_ms
 from lab.whole_image.layers import compare
 from lab.whole_image.var import PublicVar
 from sparvar_kernels.attention import Launch, SparseAttention
@@ -61,14 +61,14 @@ class Ways:
         self.paths: list[fused.FusedPath] = []
         self.held: list[Any] = []
 
-    def public(self, name: str, backend: Callable[[], Any]) -> Way:
+    def public(self, name: str, backend: Callable[[], Any]) -> Rung:
         return self._way(name, lambda: backend())
 
-    def attention(self, name: str, which: str) -> Way:
+    def attention(self, name: str, which: str) -> Rung:
         attend = attention_of(self.parts, self.driven, which)
         return self._way(name, lambda: adapters.apply(self.driven.model, attend))
 
-    def fused(self, name: str, which: str | None, graphs: bool = True, drop: bool = False) -> Way:
+    def fused(self, name: str, which: str | None, graphs: bool = True, drop: bool = False) -> Rung:
         """drop: the unconditional half at the last scales. Its path is put on beneath the hook that drops."""
         attend = None if which is None else attention_of(self.parts, self.driven, which)
         path = fused.attach(self.parts, fused.stack_of(self.parts), attend, graphs)
@@ -82,7 +82,7 @@ class Ways:
 
         return self._way(name, on, warm=2 if graphs else 0)  # switched on, its decoder is put on and captured again
 
-    def _way(self, name: str, begin: Callable[[], Any], warm: int = 0) -> Way:
+    def _way(self, name: str, begin: Callable[[], Any], warm: int = 0) -> Rung:
         def on() -> None:
             held = begin()
             if hasattr(held, "__enter__"):
@@ -96,7 +96,7 @@ class Ways:
             for path in self.paths:
                 path.enabled = False
 
-        return Way(name, on, off, warm)
+        return Rung(name, on, off, warm)
 
 
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:

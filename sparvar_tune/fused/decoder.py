@@ -143,7 +143,7 @@ class FusedDecoder(Undos):
         dtype: what convolutions make, autocast's where it is on. Every upsampling is taken to double both sides, and pictures to
         be channels_last; what is foreseen wrongly costs its compilation, what is missed is compiled when it is needed.
         """
-        from sparvar_kernels.path.triton.group_norm import Shape, group_norm_builds
+        from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
         decoder, (batch, _, height, width) = self.decoder, latent
         plain = {id(norm_of(m.norm)) for m in decoder.modules() if is_attention(m)}
@@ -156,7 +156,7 @@ class FusedDecoder(Undos):
         found: dict[Any, None] = {}
         for i, parts in enumerate(sides):
             for norm in (m for part in parts for m in part.modules() if isinstance(m, nn.GroupNorm)):
-                shape = Shape(batch, norm.num_channels, height * width * 4**i, last=True)
+                shape = Cut(batch, norm.num_channels, height * width * 4**i, last=True)
                 weight, bias = (None if t is None else t.dtype for t in (norm.weight, norm.bias))
                 silu = id(norm) not in plain
                 made = group_norm_builds(shape, norm.num_groups, dtype, dtype, weight, bias, silu, shape.aligned)

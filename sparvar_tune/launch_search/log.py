@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparvar_kernels.policy import Policy
 from sparvar_tune.launch_search.compiling import Binary, Compiled, compile_all, compilers
-from sparvar_tune.launch_search.process_pool import Job, Outcome, Pool
+from sparvar_tune.launch_search.process_pool import Finished, Job, Pool
 from sparvar_tune.launch_search.timing_task import Task, Times, exact, payload_of
 from sparvar_tune.profile.files import append_line, read_lines
 from sparvar_tune.profile.reader import Reader, ReadError, to_plain
@@ -205,7 +205,7 @@ class Workshop:
         return {"workload": shape, "policy": exact(Policy((policy.heads[layer],), policy.rules, ()))}
 
 
-def _line(outcome: Outcome, task: Task) -> Line:
+def _line(outcome: Finished, task: Task) -> Line:
     what = f"scale {task.scale_index}, layer {task.layer}: " + "; ".join(_words(asdict(c)) for c in task.configs)
     what += ", with dense" if task.dense else ""
     if outcome.failure is None:

@@ -39,7 +39,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Finished:
     """What became of a job. failure: None, "raised", "died" or "timed out". detail: one line. seconds: spent in the target."""
 
     key: str
@@ -76,7 +76,7 @@ class Pool:
         for worker in self._workers:
             worker.start()
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+    def run(self, jobs: Iterable[Job]) -> Iterator[Finished]:
         """Outcomes as they finish. A job is pulled when a worker is free and every outcome before has been handed out.
 
         Raises RuntimeError once no worker can be started any more. Left early, it ends the jobs under way.
@@ -110,7 +110,7 @@ class Pool:
             worker.lost = worker.lost or "the pool is closed"
 
 
-def _step(busy: list[_Worker]) -> list[Outcome]:
+def _step(busy: list[_Worker]) -> list[Finished]:
     """Waits for something to happen. Collected before they are handed out: the caller may take long over each."""
     left = min(worker.deadline for worker in busy) - time.monotonic()
     heard = wait([worker.wire for worker in busy], min(max(left, 0.0), TICK_S))
@@ -144,7 +144,7 @@ class _Worker:
         elif self.ready:
             self._ask()  # else it is starting, and asked once it is ready
 
-    def look(self, heard: bool) -> Outcome | None:
+    def look(self, heard: bool) -> Finished | None:
         """The outcome of the job, if it is known by now. An answer counts even when it is read after the deadline."""
         assert self.process
         self.spent = time.monotonic() - self.begun
@@ -216,7 +216,7 @@ class _Worker:
         with suppress(OSError):  # a worker that does not take its job is dead or late, as `look` will find
             self.wire.sendall(self.request)
 
-    def _hear(self) -> Outcome | None:
+    def _hear(self) -> Finished | None:
         """Reads on, and acts on a whole message. EOFError or OSError: it is gone. Any other error: it sends garbage."""
         if not (chunk := self.wire.recv(1 << 20)):
             raise EOFError
@@ -236,7 +236,7 @@ class _Worker:
                 return self._outcome("raised" if error is not None else None, error or "", seconds, value)
         raise ValueError
 
-    def _fail(self, failure: str, detail: str) -> Outcome | None:
+    def _fail(self, failure: str, detail: str) -> Finished | None:
         if self.ready:
             return self._outcome(failure, detail, self.spent)
         self.failed_starts += 1
@@ -246,7 +246,7 @@ class _Worker:
         self.lost = f"cannot start: {detail}"
         return self._outcome("died", self.lost, 0.0)
 
-    def _outcome(self, failure: str | None, detail: str, seconds: float, value: object = None) -> Outcome:
+    def _outcome(self, failure: str | None, detail: str, seconds: float, value: object = None) -> Finished:
         assert self.job
         job, self.job = self.job, None
-        return Outcome(job.key, value, failure, detail, seconds)
+        return Finished(job.key, value, failure, detail, seconds)

@@ -33,7 +33,7 @@ from sparvar_tune.measure.fidelity import (
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, timing
 from sparvar_tune.policy_search.judge import first_touched, make_attention, prompt_of
 from sparvar_tune.profile.identity import meaning_of
-from sparvar_tune.profile.schema import Evidence, Generation, Measured, Row, Yardstick
+from sparvar_tune.profile.schema import Evidence, Measured, Row, WholePicture, Yardstick
 
 SHARES = (0.7, 0.2, 0.1)  # of the error probability, by attempt: together all of it
 
@@ -165,8 +165,8 @@ def evidence(
     return made, constraint.shortfall(reached)
 
 
-def generation(seen: Comparison, adapter: Adapter) -> Generation:
-    return Generation(
+def generation(seen: Comparison, adapter: Adapter) -> WholePicture:
+    return WholePicture(
         adapter.dense_name,
         timing(seen.dense_ms),
         timing(seen.tuned_ms),

@@ -22,7 +22,7 @@ from sparvar_tune.catalog.metrics import LEAD, always, find_metric
 from sparvar_tune.generation import why_not_steps
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
-from sparvar_tune.policy_search.menu import StepOption, Table, assign, decision_scale, fixed_points, step_menu
+from sparvar_tune.policy_search.menu import OptionTable, StepOption, assign, decision_scale, fixed_points, step_menu
 from sparvar_tune.policy_search.study import Knobs, Verdict
 
 MARGIN_DB = 0.25  # predictions from 8 pairs that were also searched on are optimistic: two of three runs missed with 0.05
@@ -40,7 +40,7 @@ class Reference:
     dense_ms: float
 
 
-def build_policy(knobs: Knobs, adapter: Adapter, table: Table, points: Mapping[str, Policy] | None = None) -> Policy:
+def build_policy(knobs: Knobs, adapter: Adapter, table: OptionTable, points: Mapping[str, Policy] | None = None) -> Policy:
     """The policy some knobs stand for. points: as of `Judge`."""
     schedule = adapter.schedule
     if knobs.form != "priced":
@@ -92,7 +92,7 @@ class Judge:
     points: the fixed ones by form, `menu.fixed_points` of the model by default.
     """
 
-    def __init__(self, adapter: Adapter, pairs: Sequence[Pair], constraint: Constraint, held_out: int, table: Table,
+    def __init__(self, adapter: Adapter, pairs: Sequence[Pair], constraint: Constraint, held_out: int, table: OptionTable,
                  say: Callable[[str], None], clock: Clock = CLOCK,
                  points: Mapping[str, Policy] | None = None) -> None:  # fmt: skip
         self.adapter, self.pairs, self.constraint = adapter, pairs, constraint

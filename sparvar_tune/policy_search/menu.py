@@ -1,7 +1,7 @@
 """From options to policies: the paper's fixed setting, the menu a search chooses from, and how a budget is spent.
 
 Each (layer, head, scale) may take any option of the menu. What an option costs in time and error is measured once, on
-a capture, into a `Table`; a policy then falls out of prices: every head takes the choice (an option at each scale) with the
+a capture, into a `OptionTable`; a policy then falls out of prices: every head takes the choice (an option at each scale) with the
 least time + price[scale] * error. The search only turns the prices and a few structural knobs.
 """
 
@@ -169,7 +169,7 @@ def menu(schedule: ScaleSchedule, scale_index: int) -> dict[str, Variant]:
 
 
 @dataclass(frozen=True)
-class Table:
+class OptionTable:
     """What each option of the menu costs, measured on a capture.
 
     error[scale][option][layer][head]: squared error of the head's output over the layer's squared output.
@@ -192,7 +192,7 @@ class Table:
                 out[choice] = sum(times) + sum(self.decision_ms[o] for o in deciding)
         return out
 
-    def under(self, steps: tuple[Step, ...]) -> Table:
+    def under(self, steps: tuple[Step, ...]) -> OptionTable:
         """The table of a generation with these steps: at a scale that is left out nothing is to be chosen or gained, where tokens
         are left out heads are dense, and where the unconditional half is dropped a head takes half the time.
         """
@@ -207,7 +207,7 @@ class Table:
         time_ms = {s: {o: ms / 2 if s >= halved else ms for o, ms in options.items()} for s, options in ruled.items()}
         first = next(iter(self.time_ms))
         decision_ms = {o: ms / 2 if first >= halved else ms for o, ms in self.decision_ms.items()}
-        return Table(error, time_ms, decision_ms)
+        return OptionTable(error, time_ms, decision_ms)
 
     def most_saved(self, steps: tuple[Step, ...], layers: int, heads: int) -> float:
         """The milliseconds of a picture that attention can save at most on top of these steps, whatever the error."""
@@ -220,7 +220,7 @@ class Table:
 
 
 def assign(
-    table: Table, schedule: ScaleSchedule, prices: Mapping[int, float], tilt: float, steps: tuple[Step, ...] = ()
+    table: OptionTable, schedule: ScaleSchedule, prices: Mapping[int, float], tilt: float, steps: tuple[Step, ...] = ()
 ) -> Policy:  # fmt: skip
     """The policy in which every head takes the choice of least time + price * error (the Lagrangian of a budget).
 

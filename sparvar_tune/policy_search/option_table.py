@@ -1,4 +1,4 @@
-"""Measures the `Table`: every option of the menu on every head, on captured Q, K, V."""
+"""Measures the `OptionTable`: every option of the menu on every head, on captured Q, K, V."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
-from sparvar_tune.policy_search.menu import Table, menu
+from sparvar_tune.policy_search.menu import OptionTable, menu
 
 
 def measure_table(
     capture: Recorder, dense_outputs: dict[tuple[int, int], torch.Tensor], dense_ms: dict[int, float],
     schedule: ScaleSchedule, *, device: str, softmax_scale: float, logit_bound: float | None,
     progress: Callable[[str], None], clock: Clock = CLOCK,
-) -> Table:  # fmt: skip
+) -> OptionTable:  # fmt: skip
     """Errors and times of all options.
 
     dense_outputs[layer, scale] [B, H, Nq, D] and dense_ms[scale] (one layer, all heads) come from `dense_pass`. Each option
@@ -53,7 +53,7 @@ def measure_table(
         if any(variant.decision_scale is not None for variant in rules.values()):
             decision_ms[name] = max(0.0, spent[scales[0]] - dense_ms[scales[0]]) / heads
         progress(name)
-    return Table(error, time_ms, decision_ms)
+    return OptionTable(error, time_ms, decision_ms)
 
 
 def head_errors(sparse: torch.Tensor, dense: torch.Tensor) -> tuple[float, ...]:

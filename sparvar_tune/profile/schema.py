@@ -220,7 +220,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Generation:
+class WholePicture:
     """One whole picture, dense and tuned in alternation: everything from class to pixels."""
 
     dense_name: str
@@ -340,7 +340,7 @@ class Profile:
     versions: Versions
     meaning: tuple[tuple[str, int], ...]
     kernel_hash: str
-    generation: Generation | None
+    generation: WholePicture | None
     rows: tuple[Row, ...]
     seed: int
     trials: int

@@ -38,7 +38,7 @@ from sparvar_tune.policy_search.certify import (
     measured_rows,
 )
 from sparvar_tune.policy_search.judge import Judge, build_policy, first_touched, make_attention, points_of, steps_of
-from sparvar_tune.policy_search.menu import Table, menu
+from sparvar_tune.policy_search.menu import OptionTable, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
 from sparvar_tune.policy_search.storage import one_line, open_shared
 from sparvar_tune.policy_search.study import (
@@ -252,7 +252,7 @@ def knobs_line(k: Knobs) -> str:
     return f"prices {' '.join(f'{p:.3g}' for p in k.prices)}, tilt {k.tilt:+.1f}" + (f", {k.steps}" if k.steps else "")
 
 
-def measure_options(adapter: Adapter, status: Callable[[str], None], clock: Clock = CLOCK) -> Table:
+def measure_options(adapter: Adapter, status: Callable[[str], None], clock: Clock = CLOCK) -> OptionTable:
     """The table of every option, on one captured generation."""
     scales = range(first_touched(adapter), len(adapter.schedule))
     capture = Recorder(adapter.dense, tuple(scales))

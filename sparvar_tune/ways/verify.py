@@ -31,7 +31,7 @@ from sparvar_tune.profile import overlay, store
 from sparvar_tune.profile.identity import meaning_of, stamp
 from sparvar_tune.profile.machine import device_name, silicon, versions
 from sparvar_tune.profile.overlay import DEMOTED, LEAST, OK, Overlay, Verified
-from sparvar_tune.profile.schema import Generation, MachineCode, Profile, Row, Speedup, Workload, one_line
+from sparvar_tune.profile.schema import MachineCode, Profile, Row, Speedup, WholePicture, Workload, one_line
 from sparvar_tune.runtime import tuned as runtime
 from sparvar_tune.runtime.demote import deciding
 from sparvar_tune.ways import time_only
@@ -79,7 +79,7 @@ class Finding:
     renewed: Profile | None
     pairs: int = 0
     looks: tuple[Look, ...] = ()
-    picture: Generation | None = None
+    picture: WholePicture | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Verification:
     left: tuple[int, ...]
     pairs: int
     looks: tuple[Look, ...]
-    picture: Generation | None
+    picture: WholePicture | None
     overlay: str
     written: str | None
     seconds: float

@@ -32,8 +32,8 @@ ENVELOPE = {"answer", "version", "exit_code"}
 ASKED = json_answer.Asked
 # command -> the dataclasses whose fields stand in its object
 PARTS = {
-    "show": (show.Answer,), "explain": (ASKED, Explained), "verify": (ASKED, verifying.Verification),
-    "compare": (ASKED, compare.Answer), "check": (check.Answer,),
+    "show": (show.ShowAnswer,), "explain": (ASKED, Explained), "verify": (ASKED, verifying.Verification),
+    "compare": (ASKED, compare.CompareAnswer), "check": (check.CheckAnswer,),
 }  # fmt: skip
 
 

@@ -75,13 +75,13 @@ def test_draws_what_the_untouched_decoder_draws_and_undoes_exactly(kind, shortcu
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("kind", [Plain, Held])
 def test_foresees_what_a_picture_launches(kind, monkeypatch):
-    from sparvar_kernels.path.triton.group_norm import Shape, group_norm_builds
+    from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
     launched = set()
 
     def recorded(x, groups, weight, bias, eps, *, silu, out_dtype):
         assert x.is_contiguous(memory_format=torch.channels_last)
-        shape = Shape(len(x), x.shape[1], x.shape[2] * x.shape[3], last=True)
+        shape = Cut(len(x), x.shape[1], x.shape[2] * x.shape[3], last=True)
         launched.update(group_norm_builds(shape, groups, x.dtype, out_dtype, weight.dtype, bias.dtype, silu, shape.aligned))
         return x.to(out_dtype)
 

@@ -136,10 +136,10 @@ def test_real_sizes_compile_without_a_spill_and_with_wide_accesses():
 def compile_all(shapes=REAL, capabilities=None) -> None:  # type: ignore[no-untyped-def]
     """capabilities: of each shape; None for one, another for each."""
     from sparvar_kernels.backends.triton.binary import compile_for, machine_code
-    from sparvar_kernels.path.triton.group_norm import Shape, group_norm_builds
+    from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
     for i, (channels, side, last, x, out) in enumerate(shapes):
-        builds = group_norm_builds(Shape(1, channels, side * side, last), 32, x, out, FP32, FP32)
+        builds = group_norm_builds(Cut(1, channels, side * side, last), 32, x, out, FP32, FP32)
         for build, capability in product(builds, capabilities or [CAPABILITIES[(i + 2) % 5]]):
             text = machine_code(compile_for(build, capability))
             takes = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}

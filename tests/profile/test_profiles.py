@@ -281,7 +281,7 @@ def sound_profiles(draw):
         example(), policy=policy, workload=workload, rows=tuple(rows), notes=tuple(draw(st.lists(names, max_size=3))),
         state="measured" if measured else "predicted", policy_state="measured" if verified else "unverified",
         evidence=example().evidence if verified else None, kernel_hash=draw(hashes), seed=draw(st.integers(0, 1 << 62)),
-        generation=schema.Generation(draw(names), draw(timings), draw(timings), draw(speedups))
+        generation=schema.WholePicture(draw(names), draw(timings), draw(timings), draw(speedups))
         if measured and verified else None,
         silicon=schema.Silicon("own", "own", draw(names), draw(capability), *(draw(optional) for _ in range(3))),
     )  # fmt: skip

@@ -39,7 +39,7 @@ def example() -> schema.Profile:
         workload=schema.Workload("pocketvar", "256", "1.000", grids, 0, 2, 3, 64, "fp32", 1, 1.0, 20.0, "cd" * 32),
         silicon=schema.Silicon("cpu", "cpu", "A Processor", None, None, None, 2),
         versions=schema.Versions("0.1.0", "3.11.7", "2.13.0", None), meaning=MEANING, kernel_hash="ef" * 32,
-        generation=schema.Generation("sdpa", timing(3000.0), timing(1500.0), schema.Speedup(2.0, 1.9, 2.1, 32)),
+        generation=schema.WholePicture("sdpa", timing(3000.0), timing(1500.0), schema.Speedup(2.0, 1.9, 2.1, 32)),
         rows=(row, dataclasses.replace(row, scale_index=6)), seed=0, trials=12, notes=("a note",),
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Dense, Variant
 from sparvar_tune.catalog import models
 from sparvar_tune.policy_search import certify, judge, study
-from sparvar_tune.policy_search.menu import Table, menu, paper_policy
+from sparvar_tune.policy_search.menu import OptionTable, menu, paper_policy
 from sparvar_tune.policy_search.study import SCALE_WEIGHTS
 from sparvar_tune.profile import machine, store
 from sparvar_tune.ways import search_here
@@ -55,10 +55,10 @@ def recording() -> dict[str, Any]:
     return json.loads(FILE.read_text("utf-8"))
 
 
-def recorded_table() -> Table:
+def recorded_table() -> OptionTable:
     raw = recording()
     rows = {int(s): {o: tuple(map(tuple, e)) for o, e in options.items()} for s, options in raw["error"].items()}
-    return Table(rows, {int(s): times for s, times in raw["time_ms"].items()}, raw["decision_ms"])
+    return OptionTable(rows, {int(s): times for s, times in raw["time_ms"].items()}, raw["decision_ms"])
 
 
 class Attention:

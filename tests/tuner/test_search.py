@@ -10,7 +10,7 @@ import pytest
 from sparvar_kernels import Dense, Policy
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.policy_search import study as s
-from sparvar_tune.policy_search.menu import Table, assign, decision_scale, menu, paper_policy
+from sparvar_tune.policy_search.menu import OptionTable, assign, decision_scale, menu, paper_policy
 from sparvar_tune.profile.describe import describe
 
 LATENCY = {"paper": 60.0, "drop last scale": 40.0}
@@ -120,7 +120,7 @@ def test_other_spaces_do_not_mix(tmp_path):
 SCHEDULE = ScaleSchedule.square((1, 2, 4, 6, 8, 12, 16))
 
 
-def table() -> Table:
+def table() -> OptionTable:
     menus = {s: list(menu(SCHEDULE, s)) for s in (4, 5, 6)}
     time = {
         s: {n: 1.0 if n == "dense" else 0.1 * (i + 1) / len(names) for i, n in enumerate(names)} for s, names in menus.items()
@@ -132,7 +132,7 @@ def table() -> Table:
         for s, names in menus.items()
     }
     deciding = {n for n, variant in menu(SCHEDULE, 6).items() if variant.decision_scale is not None}
-    return Table(error, time, dict.fromkeys(deciding, 0.01))
+    return OptionTable(error, time, dict.fromkeys(deciding, 0.01))
 
 
 def same(price: float) -> dict[int, float]:
@@ -165,7 +165,7 @@ def test_more_choices_than_letters_keep_the_commonest():
     def errors(s, n):
         return tuple(0.0 if n == (pair[s - 5] if s > 4 else "dense") else 1.0 for pair in heads)
 
-    made = Table({s: {n: (errors(s, n),) for n in names[s]} for s in names}, table().time_ms, table().decision_ms)
+    made = OptionTable({s: {n: (errors(s, n),) for n in names[s]} for s in names}, table().time_ms, table().decision_ms)
     policy = assign(made, SCHEDULE, same(1e3), 0.0)
     assert len(set(policy.heads[0])) == 52 < len(heads) and policy.why_not(SCHEDULE, 1, len(heads)) is None
 

@@ -18,7 +18,7 @@ from leftovers import gone, marked, running, wait_for
 from places import PYTHONPATH
 
 from sparvar_tune.launch_search import process_pool
-from sparvar_tune.launch_search.process_pool import Job, Outcome, Pool
+from sparvar_tune.launch_search.process_pool import Finished, Job, Pool
 
 LONG = 1500.0  # seconds; a limit that no job of these tests is meant to reach
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -54,7 +54,7 @@ def job(mode: str, timeout_s: float = LONG, key: str = "", **payload: object) ->
     return Job(key or mode, {"mode": mode, **payload}, timeout_s)
 
 
-def ask(p: Pool, *args: object, **payload: object) -> Outcome:
+def ask(p: Pool, *args: object, **payload: object) -> Finished:
     (outcome,) = p.run([job(*args, **payload)])
     return outcome
 

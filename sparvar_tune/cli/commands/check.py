@@ -27,7 +27,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CheckAnswer:
     """What is here, and what agreed with the oracle. device: where it ran, "cpu" or "cuda"."""
 
     versions: Versions
@@ -60,7 +60,7 @@ def run(options: CheckOptions) -> ExitCode:
             say(f"{word} {name:18} relative error {error:.1e} against the fp64 oracle ({device}, fp32)")
     code = ExitCode.DONE if all(one.good for one in found) else ExitCode.FAILED
     if options.json:
-        print_answer("check", code, Answer(v, here, device, tuple(found)))
+        print_answer("check", code, CheckAnswer(v, here, device, tuple(found)))
     return code
 
 

@@ -31,7 +31,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CompareAnswer:
     """pairs: how many held-out (class, seed) pairs. ways: in the table's order. written: the files of `--out`."""
 
     machine: Silicon
@@ -78,7 +78,7 @@ def run(options: CompareOptions) -> ExitCode:
     if written:
         speak(f"wrote {written[0]} and {written[1]}")
     if options.json:
-        print_answer("compare", ExitCode.DONE, Asked.of(subject), Answer(
+        print_answer("compare", ExitCode.DONE, Asked.of(subject), CompareAnswer(
             machine, now, adapter.dense_name, len(pairs), results(outcomes, pairs, adapter, more), tuple(left_out),
             tuple(Yardstick(*row) for row in adapter.yardsticks()), tuple(map(str, written)),
         ))  # fmt: skip

@@ -54,7 +54,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShowAnswer:
     """One of the four, the others None: a profile's file and what it holds, the tables, the trials (their columns by name)."""
 
     path: str | None = None
@@ -72,7 +72,7 @@ def run(options: ShowOptions) -> ExitCode:
     else:
         profile, path = _profile_of(options)
         if options.json:
-            print_answer("show", ExitCode.DONE, Answer(str(path)), {"profile": plain(profile)})  # every digit of the file
+            print_answer("show", ExitCode.DONE, ShowAnswer(str(path)), {"profile": plain(profile)})  # every digit of the file
         else:
             print_profile(profile, path)
     return ExitCode.DONE
@@ -110,7 +110,7 @@ def _show_trials(options: ShowOptions) -> None:
     assert options.subject
     frame = trials_of(options.subject, options.storage)
     if options.json:
-        print_answer("show", ExitCode.DONE, Answer(trials=tuple(json.loads(frame.to_json(orient="records")))))
+        print_answer("show", ExitCode.DONE, ShowAnswer(trials=tuple(json.loads(frame.to_json(orient="records")))))
     else:
         say(frame.to_csv(index=False, float_format="%.5g").rstrip())
 
@@ -124,7 +124,7 @@ def _show_tables(options: ShowOptions) -> None:
         for m in models.MODELS.values()
     ) if options.models else None  # fmt: skip
     if options.json:
-        print_answer("show", ExitCode.DONE, Answer(gpus=silicon, models=known))
+        print_answer("show", ExitCode.DONE, ShowAnswer(gpus=silicon, models=known))
         return
     for line in (*(row.words for row in silicon or ()), *(row.words for row in known or ())):
         say(line)

@@ -145,7 +145,7 @@ SIZES = {"stride_b": "i64", "stride_line": "i32", "size": "i32", "many": "i32", 
 
 
 @dataclass(frozen=True)
-class Shape:
+class Cut:
     """How a picture [B, C, size pixels] is cut: tiles of span pixels and `wide` channels, parts of `length` pixels.
 
     Only what a tile is like is in the binaries, so that one decoder needs few of them.
@@ -194,7 +194,7 @@ class Shape:
 
 
 def group_norm_builds(
-    shape: Shape, groups: int, x: torch.dtype, out: torch.dtype, weight: torch.dtype | None, bias: torch.dtype | None,
+    shape: Cut, groups: int, x: torch.dtype, out: torch.dtype, weight: torch.dtype | None, bias: torch.dtype | None,
     silu: bool = True, aligned: bool = True,
 ) -> tuple[PathBuild, PathBuild, PathBuild]:  # fmt: skip
     """What a call launches, in order."""
@@ -224,7 +224,7 @@ def group_norm_builds(
 class GroupNormLaunch:
     """The three binaries for tensors of one form. parts: shape of the first pass's output; sizes: arguments all three take."""
 
-    def __init__(self, shape: Shape, groups: int, builds: tuple[PathBuild, PathBuild, PathBuild], device: torch.device) -> None:
+    def __init__(self, shape: Cut, groups: int, builds: tuple[PathBuild, PathBuild, PathBuild], device: torch.device) -> None:
         across, many = -(-shape.channels // shape.wide), shape.many
         self.parts = 2, shape.batch, shape.channels, many
         self.sizes = shape.channels * shape.size, shape.line, shape.size, many, shape.length
@@ -246,7 +246,7 @@ def group_norm_launch(
     """The binaries for tensors of this form and what they are launched with."""
     assert x is not None
     batch, channels, height, width = x[0]
-    shape = Shape(batch, channels, height * width, last)
+    shape = Cut(batch, channels, height * width, last)
     aligned = shape.aligned and not any(t[3] for t in (x, weight, bias) if t is not None)
     scale, shift = (None if t is None else t[2] for t in (weight, bias))
     return GroupNormLaunch(shape, groups, group_norm_builds(shape, groups, x[2], out, scale, shift, silu, aligned), device)
