@@ -44,6 +44,8 @@ def main() -> None:
         runs = [run for path in args.raw for run in json.loads(path.read_text())]
         write_atomic(args.out, render(runs).encode())
         return
+    if not Path(args.checkout).is_dir():
+        parser.error(f"{args.checkout}: no folder; want a checkout of the public code of {args.command}")
     from lab.whole_image.measure import measure
 
     begun = time.monotonic()
