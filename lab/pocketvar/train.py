@@ -9,110 +9,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from lab.pocketvar.photos import Crops, load_photos
+from lab.training import (
+    BlockCausal,
+    Phase,
+    adamw,
+    autocast,
+    psnr,
+    save_png,
+    scale_weights,
+    set_rate,
+    train_tokenizer,
+)  # fmt: skip
+from sparvar_tune.pocketvar.coder import Encoder
 from sparvar_tune.pocketvar.model import CLASSES, Generation, PocketConfig, PocketVAR, draw_noise, save_weights
-from sparvar_tune.pocketvar.tokenizer import Encoder
 
 MASKED_SCALES = 7  # scales 1..16 are so small that one masked call over their 521 tokens beats seven calls
 
 
-class Progress:
-    """One line every few seconds: phase, step, loss, time per step, time left."""
-
-    def __init__(self, phase: str, steps: int, every_s: float = 10.0) -> None:
-        self.phase, self.steps, self.every_s = phase, steps, every_s
-        self.begun = self.shown = time.monotonic()
-        self.rows: list[dict[str, float | str]] = []
-
-    def __call__(self, step: int, **values: Tensor) -> None:
-        now = time.monotonic()
-        if now - self.shown < self.every_s and step not in (1, self.steps):
-            return
-        self.shown = now
-        numbers = {name: round(float(v.detach()), 4) for name, v in values.items()}  # the only host sync
-        each = (time.monotonic() - self.begun) / step
-        self.rows.append({"phase": self.phase, "step": step, "seconds": round(now - self.begun, 1), **numbers})
-        shown = "  ".join(f"{k} {v}" for k, v in numbers.items())
-        left = each * (self.steps - step)
-        print(f"{self.phase} {step}/{self.steps}  {shown}  {each * 1e3:.0f} ms/step  {left:.0f} s left", flush=True)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int) -> None:
-    """Linear warm-up, then cosine down to 2 % of `peak`."""
-    share = min(1.0, step / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    for group in optimizer.param_groups:
-        group["lr"] = peak * share
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """[B] dB between pictures [B, 3, H, W] in 0..1."""
-    return -10 * torch.log10((a - b).square().mean((1, 2, 3)))
-
-
-def train_tokenizer(model: PocketVAR, encoder: Encoder, crops: Crops, steps: int, batch: int, progress: Progress) -> None:
-    """Loss L1 + 2 MSE + 0.5 L1 of gradients. A quarter of each batch has flipped bits, a quarter stops early."""
-    quantiser, decoder = model.quantiser, model.decoder
-    parameters = [*encoder.parameters(), *decoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    quarter = max(1, batch // 4)
-    device = model.start.device
-    for step in range(1, steps + 1):
-        set_rate(optimizer, 2e-3, step, steps, 200)
-        pictures, _ = crops.batch(batch)
-        with torch.autocast(device.type, torch.bfloat16):
-            z = encoder(pictures.contiguous(memory_format=torch.channels_last))
-        with torch.no_grad():
-            flip = torch.zeros(batch, device=device)
-            flip[:quarter] = torch.rand(quarter, device=device) * 0.15
-            _, states, sizes = quantiser(z.detach(), flip)
-            quantiser.amplitude.lerp_(sizes, 0.02 if step > 100 else 0.2)
-            early = int(torch.randint(5, len(states), ()))
-            fhat = states[-1].clone()
-            fhat[quarter : 2 * quarter] = states[early][quarter : 2 * quarter]
-        passed = z + (fhat - z).detach()  # straight through
-        with torch.autocast(device.type, torch.bfloat16):
-            output = decoder(passed).float()
-        error = output - pictures
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        commit = (z[2 * quarter :] - fhat[2 * quarter :]).square().mean()
-        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 0.1 * commit
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        progress(step, loss=loss, psnr=psnr(output[2 * quarter :] / 2 + 0.5, pictures[2 * quarter :] / 2 + 0.5).mean())
-
-
 class TeacherForcing:
-    """All scales at once: block-causal attention as one masked call for the small scales, one call per larger scale."""
+    """All scales at once: the logits that sampling sees scale by scale."""
 
     def __init__(self, model: PocketVAR, compiled: bool) -> None:
         self.model = model
-        starts = model.schedule.starts
-        self.masked_scales = min(MASKED_SCALES, len(model.schedule))
-        scale_of = torch.repeat_interleave(torch.arange(len(model.schedule)), torch.tensor(starts).diff())
-        small = scale_of[: starts[self.masked_scales]].to(model.start.device)
-        self.mask = small[:, None] >= small[None, :]
+        self.attention = BlockCausal(model.schedule, MASKED_SCALES, 1.0, model.start.device)
         self.before = torch.compile(model.before_attention) if compiled else model.before_attention
         self.after = torch.compile(model.after_attention) if compiled else model.after_attention
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        starts, first = self.model.schedule.starts, self.masked_scales
-        n = starts[first]
-        out = [F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], attn_mask=self.mask, scale=1.0)]
-        for begin, end in zip(starts[first:-1], starts[first + 1 :], strict=True):
-            out.append(F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], scale=1.0))
-        return torch.cat(out, 2)
 
     def __call__(self, states: list[Tensor], labels: Tensor) -> Tensor:
         """Logits [B, tokens, bits] from fhat after each scale (the last one is not used) and classes [B]."""
@@ -120,43 +49,29 @@ class TeacherForcing:
         x = model.inputs([None, *states[:-1]], range(len(states)))
         mod, head_mod = model.modulations(labels)
         for block in model.blocks:
-            q, k, v = self.before(block, x, mod, model.rotations)
+            q, k, v = self.before(block, x, model.rotations, mod)
             x = self.after(block, x, self.attention(q, k, v), mod)
         return model.logits(x, head_mod)
 
 
 def train_transformer(
-    model: PocketVAR,
-    encoder: Encoder,
-    crops: Crops,
-    steps: int,
-    batch: int,
-    progress: Progress,
-    compiled: bool,
-    save: Callable[[], None],
+    model: PocketVAR, encoder: Encoder, crops: Crops, batch: int, phase: Phase, compiled: bool, save: Callable[[], None]
 ) -> None:
-    """Weighted bitwise cross-entropy; scale weights grow with the grid's side (the square root of its tokens)."""
+    """Weighted bitwise cross-entropy."""
     device = model.start.device
-    frozen = {id(p) for p in model.decoder.parameters()}
-    parameters = [p for p in model.parameters() if id(p) not in frozen]
-    matrices, rest = ([p for p in parameters if (p.ndim > 1) == flag] for flag in (True, False))
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}],
-        lr=1.5e-3, betas=(0.9, 0.97), fused=device.type == "cuda",
-    )  # fmt: skip
+    optimizer = adamw(model, 1.5e-3, (0.9, 0.97))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     forward = TeacherForcing(model, compiled)
-    counts = torch.tensor(model.schedule.starts).diff()
-    side = counts.double().sqrt()
-    weight = torch.repeat_interleave(side / side.sum() / counts, counts).float().to(device)  # [tokens]
+    weight = scale_weights(model.schedule).to(device)
     last = model.schedule.starts[-2]
-    for step in range(1, steps + 1):
-        set_rate(optimizer, 1.5e-3, step, steps, 150)
+    for step in phase:
+        set_rate(optimizer, 1.5e-3, phase, 150)
         pictures, labels = crops.batch(batch)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), autocast(pictures):
             z = encoder(pictures.contiguous(memory_format=torch.channels_last))
             bits, states, _ = model.quantiser(z, torch.rand(batch, device=device) * 0.2)
             target = torch.cat([b.flatten(2).transpose(1, 2) for b in bits], 1).float()
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(pictures):
             logits = forward(states, labels)
         each = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean((0, 2))  # [tokens]
         loss = (each * weight).sum()
@@ -164,7 +79,7 @@ def train_transformer(
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        progress(step, loss=loss, last_scale=each[last:].mean(), norm=norm)
+        phase.tell(loss=loss, last_scale=each[last:].mean(), norm=norm)
         if step % 1000 == 0:
             save()
 
@@ -176,7 +91,7 @@ def reconstruct(model: PocketVAR, encoder: Encoder, crops: Crops) -> tuple[Tenso
     rows: dict[str, list[float]] = {}
     while len(rows) < len(CLASSES) or min(len(r) for r in rows.values()) < 20:
         pictures, labels = crops.batch(16)
-        with torch.autocast(pictures.device.type, torch.bfloat16):
+        with autocast(pictures):
             z = encoder(pictures)
         _, states, _ = model.quantiser(z)
         output = (model.decoder(states[-1]) / 2 + 0.5).clamp(0, 1)
@@ -197,12 +112,6 @@ def sample_sheet(model: PocketVAR, temperatures: tuple[float, ...] = (1.0, 0.7, 
         run = Generation(model, list(range(len(CLASSES))), noise, temperature).run()
         rows.append(torch.cat(list(run.pictures()), 2))
     return torch.cat(rows, 1)
-
-
-def save_png(picture: Tensor, path: Path) -> None:
-    """picture [3, H, W] in 0..1."""
-    array = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(array).save(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -237,20 +146,18 @@ def main(argv: list[str] | None = None) -> None:
         partial.replace(args.out / "pocketvar.safetensors")
 
     photos = load_photos()
-    progress = Progress("tokenizer", args.tokenizer_steps)
-    train_tokenizer(model, encoder, Crops(photos, 8, device, args.seed), args.tokenizer_steps, args.tokenizer_batch, progress)
+    phase, crops = Phase("tokenizer", args.tokenizer_steps), Crops(photos, 8, device, args.seed)
+    train_tokenizer(model, encoder, lambda n: crops.batch(n)[0], args.tokenizer_batch, 5, phase)
     crops = Crops(photos, 16, device, args.seed + 1)
     encoder.eval()
     sheet, means = reconstruct(model, encoder, crops)
     save_png(sheet, args.out / "reconstructions.png")
     print("tokenizer PSNR dB on its own crops:", means, flush=True)
-    log["tokenizer"], log["tokenizer_psnr"] = progress.rows, means
+    log["tokenizer"], log["tokenizer_psnr"] = phase.rows, means
 
-    progress = Progress("transformer", args.steps)
-    train_transformer(
-        model, encoder, crops, args.steps, args.batch, progress, not args.no_compile and device.type == "cuda", save
-    )
-    log["transformer"] = progress.rows
+    phase = Phase("transformer", args.steps)
+    train_transformer(model, encoder, crops, args.batch, phase, not args.no_compile and device.type == "cuda", save)
+    log["transformer"] = phase.rows
     save()
     model.eval()
     save_png(sample_sheet(model), args.out / "samples.png")

@@ -26,7 +26,8 @@ from sparvar_tune.tracing import work
 from sparvar_tune.tracing.ranges import OUTER, Tracer
 
 CPU, TRITON, VARIANTS = "sparvar_kernels.backends.cpu.layer", "sparvar_kernels.backends.triton.layer", "sparvar_kernels.variants"
-ATTENTION, POCKETVAR, FUSED = "sparvar_kernels.attention", "sparvar_tune.pocketvar.model", "sparvar_tune.fused.engine"
+ATTENTION, SAMPLING, FUSED = "sparvar_kernels.attention", "sparvar_tune.bitwise.sampling", "sparvar_tune.fused.engine"
+BOXED = {"PocketVAR": "sparvar_tune.pocketvar.model", "EmojiVAR": "sparvar_tune.emojivar.model"}  # models in the box
 
 Call = Callable[..., Any]
 Around = Callable[[Tracer, Call, tuple[Any, ...], dict[str, Any]], Any]
@@ -73,7 +74,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 
 
 def _block(step: str) -> Around:
-    """A step of pocketvar's block: method(self, block, ...)."""
+    """A step of a boxed model's block: method(self, block, ...)."""
 
     def around(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = next((i for i, block in enumerate(args[0].blocks) if block is args[1]), None)
@@ -145,6 +146,15 @@ _STACKS = tuple(
     )
 )  # fmt: skip
 
+_BOXED = tuple(
+    Seam(module, name, around)
+    for model, module in BOXED.items()
+    for name, around in (
+        (f"{model}.before_attention", _block("qk path")), (f"{model}.after_attention", _block("rest")),
+        ("Generation.step", _generation),
+    )
+)  # fmt: skip
+
 SEAMS = (
     Seam(ATTENTION, "SparseAttention.__call__", _attend),
     Seam(ATTENTION, "SparseAttention._prepare", _step("plan")),
@@ -167,11 +177,9 @@ SEAMS = (
     Seam(TRITON, "select", _step("decide")),
     Seam(TRITON, "build_stage", _step("plan")),
     Seam(TRITON, "shared_stage", _step("plan")),
-    Seam(POCKETVAR, "DenseAttention.__call__", _dense),
-    Seam(POCKETVAR, "PocketVAR.before_attention", _block("qk path")),
-    Seam(POCKETVAR, "PocketVAR.after_attention", _block("rest")),
-    Seam(POCKETVAR, "Generation.step", _generation),
-    Seam(POCKETVAR, "Generation.pictures", _step("decoder")),
+    Seam(SAMPLING, "DenseAttention.__call__", _dense),
+    Seam(SAMPLING, "Generating.pictures", _step("decoder")),
+    *_BOXED,
     Seam("torch.nn", "Linear.forward", _step("products", work.linear)),
     Seam(FUSED, "FusedPath._run", _stack),
     Seam(FUSED, "OnePass.attend", _pass),

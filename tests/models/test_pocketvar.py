@@ -8,9 +8,9 @@ from tiny import make_model
 
 from lab.pocketvar.train import TeacherForcing
 from sparvar_tune.adapters.pocketvar import PocketAdapter
+from sparvar_tune.bitwise.tokenizer import Quantiser, grow, pool
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.pocketvar.model import CLASSES, WEIGHTS, Generation, PocketConfig, draw_noise, load_pocketvar
-from sparvar_tune.pocketvar.tokenizer import Quantiser, grow, pool
 
 
 def picture(model, label=3, seed=1, temperature=0.7, **options):

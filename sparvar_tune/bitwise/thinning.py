@@ -1,4 +1,4 @@
-"""What the steps that leave out tokens do in pocketvar's sampling: FastVAR's pruning and ScaleKV's budgets.
+"""What the steps that leave out tokens do in sampling: FastVAR's pruning and ScaleKV's budgets.
 
 `generation/prune_tokens.py` and `generation/cache_budget.py` say which tokens and keys stay; the order of the work is here.
 """

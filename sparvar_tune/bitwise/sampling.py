@@ -1,0 +1,243 @@
+"""Sampling scale by scale, for models that give a logit for each bit of a token.
+
+A picture is a pure function of (what is drawn, seed, temperature): all noise is drawn up front on the CPU, so dense and sparse
+attention get the same noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.bitwise.thinning import Given, Thinning
+
+CPU_PORTION = 512  # tokens; of 256, 512, 1024, 2048 and all at once the fastest on 2 cores
+
+
+class Attend(Protocol):
+    """(q [B, H, Nq, D], k, v [B, H, Nk, D], layer, scale_index) -> [B, H, Nq, D]."""
+
+    @property
+    def skip_scales(self) -> tuple[int, ...]:
+        """Trailing scales the generation leaves out."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor: ...
+
+
+class DenseAttention:
+    """PyTorch's scaled_dot_product_attention: the dense baseline everywhere in this project."""
+
+    skip_scales: tuple[int, ...] = ()
+
+    def __init__(self, softmax_scale: float) -> None:
+        self.softmax_scale = softmax_scale
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
+
+
+def rope_angles(schedule: ScaleSchedule, head_dim: int) -> Tensor:
+    """[tokens, head_dim / 2] angles over coordinates stretched to the last grid, as in Infinity; none for the prefix.
+
+    The first half of the pairs turns with y, the second with x.
+    """
+    full = schedule.grids[-1]
+    freqs = 1.5 * 100.0 ** (-torch.arange(head_dim // 4) / (head_dim // 4))
+    angles = [torch.zeros(schedule.prefix, head_dim // 2)]
+    for h, w in schedule.grids:
+        y = (torch.arange(h) + 0.5) / h * full[0]
+        x = (torch.arange(w) + 0.5) / w * full[1]
+        yx = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2, 1)
+        angles.append((yx * freqs).flatten(1))
+    return torch.cat(angles)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x [..., N, D] with its neighbouring pairs turned by angles [N, D / 2]."""
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def draw_noise(schedule: ScaleSchedule, bits: int, seed: int) -> Tensor:
+    """[tokens, bits] logistic noise, float32 on the CPU: the whole randomness of one picture."""
+    u = torch.rand(schedule.num_tokens, bits, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.logit(u.clamp(1e-9, 1 - 1e-9)).float()
+
+
+def portions(x: Tensor) -> list[slice]:
+    """Everything but attention works on the tokens of x [B, N, C] one by one; on a CPU in portions that stay in cache."""
+    tokens = x.shape[1]
+    portion = CPU_PORTION if x.device.type == "cpu" else tokens
+    return [slice(a, min(a + portion, tokens)) for a in range(0, tokens, portion)]
+
+
+class Sampled(Protocol):
+    """What sampling asks of a model. Its methods get a block first, and last what blocks are told of the picture (`told`).
+
+    before_attention(block, x [B, N, width], angles [(B, 1,) N, D / 2]) -> q, k, v [B, H, N, D]. attention_part(block, attended
+    [B, H, N, D]) and mlp_part(block, x) -> what they add to x; after_attention(block, x, attended) -> x after both.
+    raw_queries(block, x) -> [B, H, N, D] without bias, norm, rotation or learned factor.
+    """
+
+    config: Any  # depth, heads, head_dim, bits
+    schedule: ScaleSchedule
+    blocks: Sequence[Any]
+    rotations: Tensor  # [tokens, D / 2] angles
+    softmax_scale: float
+    quantiser: Any
+    decoder: Any
+    head: Any
+
+    def before_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]: ...
+
+    def attention_part(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+    def mlp_part(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+    def after_attention(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+    def raw_queries(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
+Twin = TypeVar("Twin", bound="Generating")
+
+
+class Generating(ABC):
+    """One batch of pictures on its way from coarse to fine; `step` draws the next scale.
+
+    noise [tokens, bits] or [pictures, tokens, bits] from `draw_noise`. Temperature 0 is greedy. rows: of the batch that the
+    blocks run, one a picture or two with guidance. `attend` may be changed between steps; `fork` copies the state, so that
+    several ways to do the last scales can start from the same coarse picture.
+    """
+
+    told: tuple[Tensor, ...] = ()
+
+    def __init__(self, model: Sampled, pictures: int, rows: int, noise: Tensor, temperature: float, attend: Attend) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature}: want >= 0")
+        self.model, self.temperature, self.attend = model, temperature, attend
+        c, device = model.config, model.head.weight.device
+        self.noise = noise.to(device).expand(pictures, -1, -1)
+        self.scale = 0
+        self.fhat = torch.zeros(pictures, c.bits, *model.schedule.grids[-1], device=device)
+        shape = (c.depth, 2, rows, c.heads, model.schedule.num_tokens, c.head_dim)
+        self.cache = torch.empty(shape, dtype=model.head.weight.dtype, device=device)  # k and v of every layer
+        self.filled = [0] * c.depth  # tokens in each layer's cache
+        self.given: Given = {}
+
+    @abstractmethod
+    def step(self) -> None:
+        """Draws the next scale."""
+
+    def parked(self: Twin) -> Twin:
+        """The same state holding only the part of the cache that is filled; `fork` it to go on."""
+        self.cache = self.cache[..., : max(self.filled), :].clone()
+        return self
+
+    def fork(self: Twin, attend: Attend | None = None, noise: Tensor | None = None) -> Twin:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        done, room = max(self.filled), self.model.schedule.num_tokens
+        twin.filled, twin.given = list(self.filled), dict(self.given)
+        twin.cache = self.cache.new_empty(*self.cache.shape[:-2], room, self.cache.shape[-1])
+        twin.cache[..., :done, :] = self.cache[..., :done, :]
+        if attend is not None:
+            twin.attend = attend
+        if noise is not None:
+            twin.noise = noise.to(self.noise.device).expand_as(self.noise)
+        return twin
+
+    def run(self: Twin, until: int | None = None) -> Twin:
+        """Draws every scale before index `until` (default: all that `attend` does not skip)."""
+        end = len(self.model.schedule) - len(self.attend.skip_scales)
+        while self.scale < (end if until is None else min(until, end)):
+            self.step()
+        return self
+
+    @torch.inference_mode()
+    def pictures(self) -> Tensor:
+        """[B, 3, height, width] float32 in 0..1, from the scales drawn so far."""
+        decoded = self.model.decoder(self.fhat.to(self.model.head.weight.dtype))
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    # What a model's `step` is made of
+
+    def through_blocks(self, x: Tensor) -> Tensor:
+        """x [B, N, width], all tokens of the scale, after all blocks; their keys and values are in the cache then."""
+        x, thinning = x.clone(), Thinning.of(self.attend, self.model.schedule)
+        for layer in range(self.model.config.depth):
+            budget = thinning.budget_after(self.scale, layer)
+            window = None if budget is None else thinning.window_of(x, self.scale)
+            if thinning.by_parts(self.scale, layer):
+                x = self._by_parts(x, layer, thinning)
+            else:
+                self._whole(x, layer, self._span)
+            if budget is not None and window is not None:
+                self._cut(layer, budget, window, thinning)
+        return x
+
+    def take(self, logits: Tensor) -> None:
+        """Draws the bits of the scale from its logits [pictures, N, bits] and adds them to what is drawn so far."""
+        bits = logits + self.temperature * self.noise[:, self._span] > 0
+        grid = self.model.schedule.grids[self.scale]
+        self.fhat = self.model.quantiser.add(self.fhat, bits.transpose(1, 2).unflatten(2, grid), self.scale)
+        self.scale += 1
+
+    @property
+    def _span(self) -> slice:
+        """The scale's tokens among all."""
+        return slice(*self.model.schedule.starts[self.scale : self.scale + 2])
+
+    def _whole(self, x: Tensor, layer: int, tokens: slice) -> None:
+        """One block on x [B, N, width] of such tokens, which change in place."""
+        attended, block = self._attend(x, layer, self.model.rotations[tokens]), self.model.blocks[layer]
+        for part in portions(x):
+            x[:, part] = self.model.after_attention(block, x[:, part], attended[:, :, part], *self.told)
+
+    def _attend(self, x: Tensor, layer: int, angles: Tensor) -> Tensor:
+        """Attention of rows x [B, n, width] turned by angles [(B, 1,) n, D / 2], which are appended to the layer's cache."""
+        model, c, begin = self.model, self.model.config, self.filled[layer]
+        end = self.filled[layer] = begin + x.shape[1]
+        q = x.new_empty(x.shape[0], c.heads, x.shape[1], c.head_dim)  # fresh: it may be captured
+        keys, values = (cache[:, :, :end] for cache in self.cache[layer])
+        new_keys, new_values = keys[:, :, begin:], values[:, :, begin:]
+        for part in portions(x):
+            q[:, :, part], new_keys[:, :, part], new_values[:, :, part] = model.before_attention(
+                model.blocks[layer], x[:, part], angles[..., part, :], *self.told
+            )
+        if slice(begin, end) == self._span:
+            return self.attend(q, keys, values, layer, self.scale)
+        # no call of the schedule, so no rule may stand there: a prefix, or what is left of the tokens
+        return DenseAttention(model.softmax_scale)(q, keys, values, layer, self.scale)
+
+    def _by_parts(self, x: Tensor, layer: int, thinning: Thinning) -> Tensor:
+        """The same block, each of its parts on the tokens that it chooses, or on all where later scales need what it gives."""
+        model, block, angles = self.model, self.model.blocks[layer], self.model.rotations[self._span]
+
+        def attend(rows: Tensor, places: Tensor | None) -> Tensor:
+            attended = self._attend(rows, layer, angles if places is None else angles[places][:, None])
+            return model.attention_part(block, attended, *self.told)
+
+        def mlp(rows: Tensor, _places: Tensor | None) -> Tensor:
+            return torch.cat([model.mlp_part(block, rows[:, part], *self.told) for part in portions(rows)], 1)
+
+        x = x + thinning.part(self.given, (layer, "attention"), self.scale, x, attend)
+        return x + thinning.part(self.given, (layer, "mlp"), self.scale, x, mlp)
+
+    def _cut(self, layer: int, keep: int, window: Tensor, thinning: Thinning) -> None:
+        """Leaves `keep` keys of the layer's cache, as window [B, w, width], tokens of x before the block, asks for."""
+        filled = self.filled[layer]
+        if filled <= keep:
+            return
+        q = self.model.raw_queries(self.model.blocks[layer], window, *self.told)
+        rows = thinning.kept(q, self.cache[layer, 0][:, :, :filled], keep, self.scale)[..., None]
+        for cache in self.cache[layer]:
+            cache[:, :, :keep] = cache[:, :, :filled].gather(2, rows.expand(-1, -1, -1, cache.shape[-1]))
+        self.filled[layer] = keep

@@ -1,0 +1,215 @@
+"""The emojivar transformer and its sampling.
+
+Attention is plain: softmax of q @ k^T / sqrt(head_dim), nothing normalised, with 2-D RoPE. A caption stands before the first
+scale as `prefix` tokens, which see one another and are seen by every scale; nothing else tells the model what to draw. Guidance
+runs the pictures twice, once with a caption that says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.bitwise import weights
+from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise, rope_angles, rotate
+from sparvar_tune.bitwise.tokenizer import Quantiser, pool
+from sparvar_tune.emojivar.caption import CLASSES, SLOTS, Caption, caption
+from sparvar_tune.emojivar.coder import Decoder
+from sparvar_tune.generation import drop_from
+
+__all__ = [
+    "CLASSES", "DENSE", "GRIDS", "WEIGHTS", "Block", "EmojiConfig", "EmojiVAR", "Generation", "caption", "draw_noise",
+    "load_emojivar", "save_weights",
+]  # fmt: skip
+
+WEIGHTS = Path(__file__).with_name("emojivar.safetensors")
+GRIDS = ((1, 1), (2, 2), (3, 4), (6, 8), (9, 12), (12, 16), (15, 20), (18, 24), (24, 32))
+DENSE = DenseAttention(64**-0.5)
+
+
+@dataclass(frozen=True)
+class EmojiConfig:
+    slots: tuple[int, ...] = tuple(SLOTS.values())
+    bits: int = 24
+    depth: int = 8
+    heads: int = 5
+    head_dim: int = 64
+    mlp: int = 896
+    grids: tuple[tuple[int, int], ...] = GRIDS
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of a caption: one that begins it, and a word a slot."""
+        return 1 + len(self.slots)
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule(self.grids, self.prefix)
+
+
+class Block(nn.Module):
+    def __init__(self, config: EmojiConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, config.mlp), nn.Linear(config.mlp, width)
+        for last in (self.proj, self.fc2):
+            nn.init.normal_(last.weight, std=0.02 / (2 * config.depth) ** 0.5)
+            nn.init.zeros_(last.bias)
+
+
+class EmojiVAR(nn.Module):
+    """Decoder-only VAR over the bits of `Quantiser`; see the module docstring."""
+
+    rotations: Tensor
+    offsets: Tensor
+    logit_bound: None = None  # nothing bounds plain attention
+    attend: Attend  # what sampling uses unless told otherwise; `sparvar_tune.apply` replaces it
+
+    def __init__(self, config: EmojiConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or EmojiConfig()
+        c, width = self.config, self.config.width
+        self.schedule = c.schedule
+        self.softmax_scale = c.head_dim**-0.5
+        self.attend = DenseAttention(self.softmax_scale)
+        self.quantiser = Quantiser(self.schedule.grids, c.bits)
+        self.decoder = Decoder(c.bits)
+        # word 0 begins a caption; each slot then has "unsaid" and its own words
+        self.words = nn.Embedding(1 + sum(1 + n for n in c.slots), width)
+        self.levels = nn.Embedding(len(c.grids), width)
+        self.start = nn.Parameter(torch.randn(width) * 0.02)
+        self.embed = nn.Linear(c.bits, width)
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(c) for _ in range(c.depth))  # type: ignore[assignment]
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, c.bits)
+        self.register_buffer("rotations", rope_angles(self.schedule, c.head_dim), persistent=False)
+        firsts = torch.tensor([1, *(1 + n for n in c.slots[:-1])]).cumsum(0)
+        self.register_buffer("offsets", firsts, persistent=False)
+        nn.init.normal_(self.words.weight, std=0.3)
+        nn.init.normal_(self.levels.weight, std=0.1)
+
+    # The steps around attention are pure functions of tensors, shared by training and sampling.
+
+    def prefix(self, captions: Tensor) -> Tensor:
+        """[B, prefix, width] of captions [B, slots]; -1 leaves a word unsaid."""
+        return self.words(F.pad(self.offsets + captions + 1, (1, 0)))
+
+    def inputs(self, states: Sequence[Tensor | None], scales: range) -> Tensor:
+        """[B, tokens of `scales`, width] from fhat [B, C, H, W] *before* each scale (None: nothing drawn yet)."""
+        out = []
+        for i, fhat in zip(scales, states, strict=True):
+            level = self.levels.weight[i]
+            if fhat is None:
+                out.append((self.start + level).expand(1, self.schedule.num_queries(i), -1))
+            else:
+                out.append(self.embed(pool(fhat, self.schedule.grids[i]).flatten(2).transpose(1, 2)) + level)
+        batch = max(x.shape[0] for x in out)
+        return torch.cat([x.expand(batch, -1, -1) for x in out], 1)
+
+    def before_attention(self, block: Block, x: Tensor, angles: Tensor) -> tuple[Tensor, ...]:
+        """x [B, N, width] -> q, k, v [B, H, N, D]."""
+        q, k, v = block.qkv(block.norm1(x)).unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+        return rotate(q.float(), angles).to(v), rotate(k.float(), angles).to(v), v
+
+    def after_attention(self, block: Block, x: Tensor, attended: Tensor) -> Tensor:
+        """x [B, N, width] after the attention output [B, H, N, D] and the MLP."""
+        x = x + self.attention_part(block, attended)
+        return x + self.mlp_part(block, x)
+
+    def attention_part(self, block: Block, attended: Tensor) -> Tensor:
+        """[B, N, width]: what the attention output [B, H, N, D] adds."""
+        return block.proj(attended.transpose(1, 2).flatten(2))
+
+    def mlp_part(self, block: Block, x: Tensor) -> Tensor:
+        """[B, N, width]: what the MLP adds to x [B, N, width]."""
+        return block.fc2(F.gelu(block.fc1(block.norm2(x))))
+
+    def raw_queries(self, block: Block, x: Tensor) -> Tensor:
+        """[B, H, N, D] of x [B, N, width]: no bias or rotation."""
+        raw = F.linear(block.norm1(x), block.qkv.weight[: self.config.width])
+        return raw.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, N, bits] from the last block's x [B, N, width]."""
+        return self.head(self.norm(x))
+
+
+class Generation(Generating):
+    """One batch of pictures on its way from coarse to fine; see `Generating`.
+
+    captions: one per picture, such as `caption(thing, seed)`. guidance t >= 0: logits are (1 + t) of the captioned row less t of
+    the uncaptioned one; at 0, and where a policy's steps drop the unconditional half, that row is not run.
+    """
+
+    model: EmojiVAR
+
+    def __init__(
+        self,
+        model: EmojiVAR,
+        captions: Sequence[Caption],
+        noise: Tensor,
+        temperature: float,
+        guidance: float,
+        attend: Attend | None = None,
+    ) -> None:
+        slots, n = model.config.slots, len(captions)
+        for words in captions:
+            if len(words) != len(slots) or not all(-1 <= w < most for w, most in zip(words, slots, strict=True)):
+                raise ValueError(f"caption {words}: want {len(slots)} words, each 0 up to and without {slots}, -1 for unsaid")
+        if not captions:
+            raise ValueError("captions: got none, want at least one")
+        if guidance < 0:
+            raise ValueError(f"guidance={guidance}: want >= 0")
+        super().__init__(model, n, n if guidance == 0 else 2 * n, noise, temperature, attend or model.attend)
+        self.guidance = guidance
+        said = torch.tensor(captions, device=model.start.device)
+        self._read(said if guidance == 0 else torch.cat((said, torch.full_like(said, -1))))
+
+    @torch.inference_mode()
+    def _read(self, captions: Tensor) -> None:
+        """The prefix through all blocks, into the cache."""
+        x = self.model.prefix(captions).clone()
+        for layer in range(self.model.config.depth):
+            self._whole(x, layer, slice(0, self.model.config.prefix))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        model, i, n = self.model, self.scale, self.fhat.shape[0]
+        policy = getattr(self.attend, "policy", None)
+        dropped = None if policy is None else drop_from(policy)
+        if dropped is not None and i >= dropped:
+            self.cache = self.cache[:, :, :n]
+        halves = self.cache.shape[2] // n
+        x = model.inputs([self.fhat.to(model.head.weight.dtype) if i else None], range(i, i + 1))
+        logits = model.logits(self.through_blocks(x.expand(n, -1, -1).repeat(halves, 1, 1)))
+        if halves == 2:
+            with_caption, without = logits.float().chunk(2)
+            logits = (1 + self.guidance) * with_caption - self.guidance * without
+        self.take(logits.float())
+
+
+def save_weights(model: EmojiVAR, path: Path, note: dict[str, str]) -> None:
+    """Writes everything as fp16, but amplitudes as fp32: they are few."""
+    weights.save(model, path, lambda name: torch.float32 if name.startswith("quantiser") else torch.float16, note)
+
+
+def load_emojivar(path: Path = WEIGHTS, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EmojiVAR:
+    """The trained model, in eval mode. Raises FileNotFoundError or ValueError (damaged file) with what to do."""
+    fields, tensors = weights.load(path, "emojivar", "reinstall the package or run python -m lab.emojivar.train")
+    grids = tuple((int(h), int(w)) for h, w in fields["grids"])
+    model = EmojiVAR(EmojiConfig(**{**fields, "grids": grids, "slots": tuple(fields["slots"])}))
+    model.load_state_dict(tensors)
+    return model.to(device=device, dtype=dtype).eval()
