@@ -28,7 +28,8 @@ __all__ = [
     "weights_sha256",
 ]  # fmt: skip
 
-ADAPTERS = {"pocketvar": "sparvar_tune.adapters.pocketvar"}  # models that can be opened with nothing else given
+# models that can be opened with nothing else given
+ADAPTERS = {name: f"sparvar_tune.adapters.{name}" for name in ("pocketvar", "emojivar")}
 
 
 def load_adapter(model: Model, device: str) -> Adapter:

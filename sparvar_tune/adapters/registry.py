@@ -17,6 +17,7 @@ from sparvar_tune.adapters.protocol import Family, Parts
 GROUP = "sparvar_tune.adapters"
 FAMILIES = {
     "pocketvar": "sparvar_tune.adapters.pocketvar",
+    "emojivar": "sparvar_tune.adapters.emojivar",
     "infinity": "sparvar_tune.adapters.infinity",
     "hart": "sparvar_tune.adapters.hart",
     "var": "sparvar_tune.adapters.var",

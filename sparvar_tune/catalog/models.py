@@ -103,6 +103,8 @@ _INFINITY = _infinity_schedules()
 _VAR_256 = _square("256", "1 2 3 4 5 6 8 10 13 16")
 _VAR_512 = _square("512", "1 2 3 4 6 9 13 18 24 32")
 
+_EMOJI_GRIDS = ((1, 1), (2, 2), (3, 4), (6, 8), (9, 12), (12, 16), (15, 20), (18, 24), (24, 32))
+
 
 def _infinity(size: str, layers: int, heads: int, resolutions: Schedules = _INFINITY) -> Model:
     return Model(
@@ -201,6 +203,27 @@ _ROWS = (
         adapter="pocketvar",
         family="pocketvar",
         source="sparvar_tune/pocketvar",
+    ),
+    Model(
+        slug="emojivar",
+        title="emojivar",
+        layers=8,
+        heads=5,
+        head_dim=64,
+        width=320,
+        attention="plain",
+        softmax_scale=64**-0.5,
+        logit_bound=None,
+        dtype="fp32",
+        guidance_batch=2,
+        layout="BHND",
+        # a caption of eight tokens stands before the 1x1 scale
+        resolutions={"192x256": {"0.750": ScaleSchedule(_EMOJI_GRIDS, prefix=8)}},
+        default_resolution="192x256",
+        default_aspect="0.750",
+        adapter="emojivar",
+        family="emojivar",
+        source="sparvar_tune/emojivar",
     ),
 )
 

@@ -1,0 +1,188 @@
+"""The second model in the box: its generation against a straightforward fp64 one, captions, guidance, steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sparvar_kernels.attention import SparseAttention
+from sparvar_kernels.policy import Policy
+from sparvar_tune.adapters import apply, load_adapter
+from sparvar_tune.adapters import emojivar as adapter
+from sparvar_tune.catalog.models import find_model
+from sparvar_tune.emojivar.caption import CLASSES, COLOURS, HEIGHT, LATTICE, LAYOUTS, SLOTS, THINGS, WIDTH, caption, say
+from sparvar_tune.emojivar.model import EmojiConfig, EmojiVAR, Generation, draw_noise
+from sparvar_tune.generation import DropUnconditional, SkipScales
+
+GRIDS = ((1, 1), (2, 2), (3, 4), (6, 8))
+WORDS = (3, 2, 1, 2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = EmojiVAR(EmojiConfig(depth=2, heads=3, head_dim=16, mlp=40, bits=5, grids=GRIDS)).eval()
+    model.decoder = torch.nn.Sequential(torch.nn.Conv2d(5, 48, 1), torch.nn.PixelShuffle(4))  # the real one takes all the time
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=0.3) if "decoder" not in name and "norm" not in name else None
+    return model
+
+
+def generation(model, words=WORDS, seed=1, guidance=1.5, attend=None):
+    return Generation(model, [words], draw_noise(model.schedule, 5, seed), 0.7, guidance, attend)
+
+
+def sparse(model, *steps):
+    c = model.config
+    policy = Policy(("A" * c.heads,) * c.depth, (), tuple(steps))
+    return SparseAttention(policy, model.schedule, softmax_scale=c.head_dim**-0.5, logit_bound=None)
+
+
+class Oracle:
+    """The whole model again in fp64: every token a row, no cache, a loop over heads, sums for pooling and enlarging."""
+
+    def __init__(self, model):
+        self.t = {name: t.double() for name, t in model.state_dict().items()}
+        self.c, self.grids = model.config, model.config.grids
+
+    def linear(self, name, x):
+        return x @ self.t[f"{name}.weight"].T + self.t[f"{name}.bias"]
+
+    def norm(self, name, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.t[f"{name}.weight"] + self.t[f"{name}.bias"]
+
+    def rope(self, x, places):
+        """x [N, D]; places: (y, x) on the last grid, or None for the prefix."""
+        quarter, out = x.shape[1] // 4, x.clone()
+        for n, place in enumerate(places):
+            for j in range(2 * quarter if place else 0):
+                angle = place[j // quarter] * 1.5 * 100 ** (-(j % quarter) / quarter)
+                a, b = x[n, 2 * j], x[n, 2 * j + 1]
+                out[n, 2 * j] = a * math.cos(angle) - b * math.sin(angle)
+                out[n, 2 * j + 1] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    def logits(self, words, fhats):
+        """Of every token of the scales before which `fhats` stood."""
+        first, rows, places, block = 1, [self.t["words.weight"][0]], [None], [-1]
+        for word, count in zip(words, self.c.slots, strict=True):
+            rows.append(self.t["words.weight"][first + 1 + word])
+            first += 1 + count
+            places.append(None)
+            block.append(-1)
+        full = self.grids[-1]
+        for s, (h, w) in enumerate(self.grids[: len(fhats)]):
+            for y in range(h):
+                for x in range(w):
+                    cells = fhats[s][:, y * full[0] // h : (y + 1) * full[0] // h, x * full[1] // w : (x + 1) * full[1] // w]
+                    drawn = self.linear("embed", cells.mean((1, 2))) if s else self.t["start"]
+                    rows.append(drawn + self.t["levels.weight"][s])
+                    places.append(((y + 0.5) / h * full[0], (x + 0.5) / w * full[1]))
+                    block.append(s)
+        x, block = torch.stack(rows), torch.tensor(block)
+        hidden = (block[:, None] < block[None, :]).double() * -1e30
+        for layer in range(self.c.depth):
+            name, d, out = f"blocks.{layer}", self.c.head_dim, []
+            qkv = self.linear(f"{name}.qkv", self.norm(f"{name}.norm1", x))
+            for head in range(self.c.heads):
+                q, k, v = (qkv[:, i * self.c.width + head * d :][:, :d] for i in range(3))
+                weights = torch.softmax(self.rope(q, places) @ self.rope(k, places).T / math.sqrt(d) + hidden, -1)
+                out.append(weights @ v)
+            x = x + self.linear(f"{name}.proj", torch.cat(out, 1))
+            y = self.linear(f"{name}.fc1", self.norm(f"{name}.norm2", x))
+            x = x + self.linear(f"{name}.fc2", y * 0.5 * (1 + torch.erf(y / math.sqrt(2))))
+        return self.linear("head", self.norm("norm", x))[block >= 0]
+
+    def draw(self, words, noise, temperature, guidance, drop=99):
+        """fhat [bits, H, W] in the end, and the mixed logits of every token."""
+        full, first, told = self.grids[-1], 0, []
+        fhats = [torch.zeros(self.c.bits, *full, dtype=torch.float64)]
+        for s, (h, w) in enumerate(self.grids):
+            mixed = self.logits(words, fhats)[first:]
+            if s < drop:
+                mixed = (1 + guidance) * mixed - guidance * self.logits((-1,) * len(words), fhats)[first:]
+            bits = mixed + temperature * noise[self.c.prefix + first :][: h * w].double() > 0
+            step = (2.0 * bits - 1).T.unflatten(1, (h, w)) * self.t["quantiser.amplitude"][s][:, None, None]
+            grown = torch.nn.functional.interpolate(step[None], full, mode="bilinear", align_corners=False)[0]
+            fhats.append(fhats[-1] + grown)
+            told.append(mixed)
+            first += h * w
+        return fhats[-1], torch.cat(told)
+
+
+@pytest.mark.parametrize(("guidance", "drop"), [(0.0, None), (1.5, None), (1.5, 2)])
+def test_generation_is_the_oracle(model, guidance, drop, monkeypatch):
+    attend, seen, take = sparse(model, *([] if drop is None else [DropUnconditional(drop)])), [], Generation.take
+    monkeypatch.setattr(Generation, "take", lambda self, logits: (seen.append(logits[0]), take(self, logits)))
+    run = generation(model, guidance=guidance, attend=attend).run()
+    want, logits = Oracle(model).draw(WORDS, run.noise[0], 0.7, guidance, len(GRIDS) if drop is None else drop)
+    assert torch.allclose(torch.cat(seen).double(), logits, atol=1e-4)
+    assert torch.allclose(run.fhat[0].double(), want, atol=1e-5)
+
+
+def test_dropping_the_half_runs_half_of_the_rows(model):
+    rows = []
+
+    class Seen:
+        skip_scales = ()
+        policy = sparse(model, DropUnconditional(2)).policy
+
+        def __call__(self, q, k, v, layer, scale_index):
+            rows.append((scale_index, q.shape[0], k.shape[2]))
+            return model.attend(q, k, v, layer, scale_index)
+
+    generation(model, attend=Seen()).run()
+    assert rows[::2] == [(0, 2, 9), (1, 2, 13), (2, 1, 25), (3, 1, 73)]
+
+
+def test_a_parked_state_goes_on_alike(model):
+    parked = generation(model).run(2).parked()
+    whole = generation(model, attend=sparse(model, DropUnconditional(2))).run().pictures()
+    for _ in range(2):
+        assert torch.equal(parked.fork(sparse(model, DropUnconditional(2))).run().pictures(), whole)
+    assert not torch.equal(parked.fork().run().pictures(), whole)
+
+
+def test_a_live_model_does_the_steps(model):
+    dense = generation(model).run().pictures()
+    undo = apply(model, sparse(model, SkipScales((3,)), DropUnconditional(2)))
+    changed = generation(model).run()
+    undo.undo()
+    assert changed.scale == 3 and changed.cache.shape[2] == 1
+    assert torch.equal(generation(model).run().pictures(), dense)
+
+
+def test_captions():
+    drawn = [caption(thing, seed) for thing in range(len(CLASSES)) for seed in range(50)]
+    assert drawn[0] == caption(0, 0) and len(set(drawn)) > 1100
+    for words in drawn:
+        thing, which, layout, row, column, *_ = words
+        size, rows, columns = list(LAYOUTS.values())[layout]
+        assert which < len(THINGS[CLASSES[thing]]) and row < rows and column < columns
+        assert LATTICE * row + size <= HEIGHT and LATTICE * column + size <= WIDTH
+        assert all(w < most for w, most in zip(words, SLOTS.values(), strict=True))
+    assert len(COLOURS) == 8 and say((0, 0, 0, 1, 2, 3, 4)) == "😺 large, row 1, column 2, green over sand"
+
+
+def test_wrong_requests_are_refused(model):
+    with pytest.raises(ValueError, match=r"caption \(99, .*want 7 words"):
+        generation(model, words=(99, *WORDS[1:]))
+    with pytest.raises(ValueError, match="guidance=-1"):
+        generation(model, guidance=-1.0)
+
+
+def test_the_row_is_the_model():
+    row, c = find_model("emojivar"), EmojiConfig()
+    assert (row.layers, row.heads, row.head_dim, row.width) == (c.depth, c.heads, c.head_dim, c.width)
+    assert row.schedule() == c.schedule and row.softmax_scale == c.head_dim**-0.5
+
+
+@pytest.mark.skipif(not adapter.WEIGHTS.is_file(), reason="not trained yet")
+def test_shipped_weights():
+    assert adapter.WEIGHTS.stat().st_size <= 20 * 2**20
+    found = load_adapter(find_model("emojivar"), "cpu")
+    assert found.live.config == EmojiConfig()
