@@ -21,7 +21,7 @@ from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, dr
 from sparvar_tune.bitwise.tokenizer import Quantiser, pool
 from sparvar_tune.emojivar.caption import CLASSES, SLOTS, Caption, caption
 from sparvar_tune.emojivar.coder import Decoder
-from sparvar_tune.generation import drop_from
+from sparvar_tune.generation import drop_from, halves_apart
 
 __all__ = [
     "CLASSES", "DENSE", "GRIDS", "WEIGHTS", "Block", "EmojiConfig", "EmojiVAR", "Generation", "caption", "draw_noise",
@@ -151,7 +151,8 @@ class Generation(Generating):
     """One batch of pictures on its way from coarse to fine; see `Generating`.
 
     captions: one per picture, such as `caption(thing, seed)`. guidance t >= 0: logits are (1 + t) of the captioned row less t of
-    the uncaptioned one; at 0, and where a policy's steps drop the unconditional half, that row is not run.
+    the uncaptioned one; at 0, and where a policy's steps drop the unconditional half, that row is not run. An attention that
+    `fork` is given is one that begins with the next scale.
     """
 
     model: EmojiVAR
@@ -173,7 +174,8 @@ class Generation(Generating):
             raise ValueError("captions: got none, want at least one")
         if guidance < 0:
             raise ValueError(f"guidance={guidance}: want >= 0")
-        super().__init__(model, n, n if guidance == 0 else 2 * n, noise, temperature, attend or model.attend)
+        rows = n if guidance == 0 else 2 * n
+        super().__init__(model, n, rows, noise, temperature, halves_apart(attend or model.attend, 2 * n))
         self.guidance = guidance
         said = torch.tensor(captions, device=model.start.device)
         self._read(said if guidance == 0 else torch.cat((said, torch.full_like(said, -1))))
@@ -184,6 +186,9 @@ class Generation(Generating):
         x = self.model.prefix(captions).clone()
         for layer in range(self.model.config.depth):
             self._whole(x, layer, slice(0, self.model.config.prefix))
+
+    def fork(self, attend: Attend | None = None, noise: Tensor | None = None) -> Generation:
+        return super().fork(None if attend is None else halves_apart(attend, 2 * self.fhat.shape[0]), noise)
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 
-from sparvar_kernels.attention import SparseAttention
-from sparvar_kernels.policy import Policy
+from sparvar_kernels import Cs4a, Policy, Rule, SparseAttention, Tile
 from sparvar_tune.adapters import apply, load_adapter
 from sparvar_tune.adapters import emojivar as adapter
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.emojivar.caption import CLASSES, COLOURS, HEIGHT, LATTICE, LAYOUTS, SLOTS, THINGS, WIDTH, caption, say
 from sparvar_tune.emojivar.model import EmojiConfig, EmojiVAR, Generation, draw_noise
-from sparvar_tune.generation import DropUnconditional, SkipScales
+from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
+from sparvar_tune.measure.timing import Stopwatch
+from sparvar_tune.policy_search.certify import TimedByScale
 
 GRIDS = ((1, 1), (2, 2), (3, 4), (6, 8))
 WORDS = (3, 2, 1, 2, 3, 4, 5)
@@ -23,11 +24,10 @@ WORDS = (3, 2, 1, 2, 3, 4, 5)
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = EmojiVAR(EmojiConfig(depth=2, heads=3, head_dim=16, mlp=40, bits=5, grids=GRIDS)).eval()
+    model = EmojiVAR(EmojiConfig(depth=2, heads=3, head_dim=16, mlp=40, bits=5, grids=GRIDS)).eval().requires_grad_(False)
     model.decoder = torch.nn.Sequential(torch.nn.Conv2d(5, 48, 1), torch.nn.PixelShuffle(4))  # the real one takes all the time
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(std=0.3) if "decoder" not in name and "norm" not in name else None
+    for name, p in model.named_parameters():
+        p.normal_(std=0.3) if "decoder" not in name and "norm" not in name else None
     return model
 
 
@@ -35,9 +35,9 @@ def generation(model, words=WORDS, seed=1, guidance=1.5, attend=None):
     return Generation(model, [words], draw_noise(model.schedule, 5, seed), 0.7, guidance, attend)
 
 
-def sparse(model, *steps):
+def sparse(model, *steps, rules=()):
     c = model.config
-    policy = Policy(("A" * c.heads,) * c.depth, (), tuple(steps))
+    policy = Policy(("A" * c.heads,) * c.depth, tuple(rules), tuple(steps))
     return SparseAttention(policy, model.schedule, softmax_scale=c.head_dim**-0.5, logit_bound=None)
 
 
@@ -139,6 +139,26 @@ def test_dropping_the_half_runs_half_of_the_rows(model):
     assert rows[::2] == [(0, 2, 9), (1, 2, 13), (2, 1, 25), (3, 1, 73)]
 
 
+@pytest.mark.parametrize("wrap", [lambda attend: attend, lambda attend: TimedByScale(attend, Stopwatch("cpu"))])
+def test_what_lives_on_a_decision_goes_on_with_one_half(model, wrap):
+    """The oracle: the same attention on both halves to the end, mixed with guidance 0 from there on."""
+    rules, words = [Rule(3, "A", Cs4a(1, 0.3, Tile(0, 8)))], [WORDS, (1, *WORDS[1:])]
+    noise = draw_noise(model.schedule, 5, 3)
+    whole = Generation(model, words, noise, 0.7, 1.5, sparse(model, rules=rules)).run(2)
+    whole.guidance = 0.0
+    want = whole.run().fhat
+    attend = sparse(model, DropUnconditional(2), rules=rules)
+    for _ in range(2):  # a second picture with the same object
+        assert torch.allclose(Generation(model, words, noise, 0.7, 1.5, wrap(attend)).run().fhat, want, atol=1e-5)
+    parked = Generation(model, words, noise, 0.7, 1.5).run(1).parked()
+    for _ in range(2):
+        attend.reset()
+        timed = wrap(attend)
+        assert torch.allclose(parked.fork(timed).run().fhat, want, atol=1e-5)
+        assert timed is attend or set(timed.spent_ms) == {1, 2, 3}
+    assert not torch.allclose(Generation(model, words, noise, 0.7, 1.5, sparse(model, DropUnconditional(2))).run().fhat, want)
+
+
 def test_a_parked_state_goes_on_alike(model):
     parked = generation(model).run(2).parked()
     whole = generation(model, attend=sparse(model, DropUnconditional(2))).run().pictures()
@@ -154,6 +174,45 @@ def test_a_live_model_does_the_steps(model):
     undo.undo()
     assert changed.scale == 3 and changed.cache.shape[2] == 1
     assert torch.equal(generation(model).run().pictures(), dense)
+
+
+def test_pruned_tokens(model):
+    """Every token kept draws the plain picture; of fewer, those appended are the farthest of the scale's input."""
+    plain = generation(model)
+    every = sparse(model, PruneTokens(2, (12, 48), 1, 0, 1))
+    assert torch.allclose(generation(model, attend=every).run().fhat, plain.run().fhat, atol=1e-5)
+    run, dense = generation(model, attend=sparse(model, PruneTokens(3, (10,), 2, 0, 0))).run(), plain
+    x = model.inputs([generation(model).run(3).fhat], range(3, 4))[0]
+    far = sorted(range(48), key=lambda i: -float((x[i] - x.mean(0)).square().sum()))[:10]
+    start = model.schedule.starts[3]
+    assert run.filled == [start + 10, start + 48]
+    assert torch.allclose(run.cache[0, :, :, :, start : start + 10], dense.cache[0, :, :, :, [start + i for i in far]])
+
+
+def test_cut_caches(model):
+    """What each half and head of a layer keeps, key by key; the caption's tokens compete like all others."""
+    step, (h, w), c = CacheBudget(3, ((14, 17),), window=4, pool=3), GRIDS[2], model.config
+    cut, dense = generation(model, attend=sparse(model, step)).run(3), generation(model).run(3)
+    assert cut.filled == [14, 17]
+    first = model.schedule.starts[2]
+    window = [y * w + x for y in (0, 1) for x in (0, 2)]  # middles of halves of 3 rows and 4 columns
+    x = model.inputs([generation(model).run(2).fhat], range(2, 3)).expand(2, -1, -1)
+    block = model.blocks[0]
+    queries = (block.norm1(x)[:, window] @ block.qkv.weight[: c.width].T).unflatten(-1, (c.heads, -1))
+    own, keys = [first + i for i in window], dense.cache[0, 0]
+    for half in range(2):
+        for head in range(c.heads):
+            score = [float((queries[half, :, head] @ keys[half, head, n]).sum()) for n in range(first + h * w)]
+            score = [-math.inf if n in own else s for n, s in enumerate(score)]
+            pooled = [max(score[max(0, n - 1) : n + 2]) for n in range(len(score))]
+            others = sorted((n for n in range(len(score)) if n not in own), key=lambda n: -pooled[n])
+            best = pooled[others[9]]
+            kept = [n for n in range(len(score)) if n in own or pooled[n] > best]
+            got = cut.cache[0, 0, half, head, :14]
+            found = [n for n in range(len(score)) if (got == keys[half, head, n]).all(1).any()]
+            assert set(kept) <= set(found) and len(found) == 14 and all(n in own or pooled[n] >= best for n in found)
+    whole = sparse(model, CacheBudget(3, ((25, 25),), window=4, pool=3))
+    assert torch.equal(generation(model, attend=whole).run().fhat, generation(model).run().fhat)
 
 
 def test_captions():
