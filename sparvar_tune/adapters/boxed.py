@@ -37,14 +37,14 @@ class BoxedAdapter(Adapter):
     yardsticks_file: Path
     classes_by_index: tuple[str, ...]
 
-    def __init__(self, model: Model, device: str, live: Any, dense: DenseAttention, weights: Path, temperature: float) -> None:
+    def __init__(self, model: Model, device: str, live: Any, weights: Path, temperature: float) -> None:
         self.model, self.device, self.live = model, device, live
         self.schedule = live.schedule
-        self.softmax_scale, self.logit_bound = dense.softmax_scale, live.logit_bound
+        self.softmax_scale, self.logit_bound = live.softmax_scale, live.logit_bound
         self.weights_sha256 = file_hash(weights)
         self.temperature = temperature
         self.num_classes = len(self.classes_by_index)
-        self.dense, self.dense_name = dense, "torch scaled_dot_product_attention"
+        self.dense, self.dense_name = DenseAttention(live.softmax_scale), "torch scaled_dot_product_attention"
 
     @abstractmethod
     def begin(self, pair: tuple[int, int], noise: Tensor) -> Generating:
@@ -103,9 +103,9 @@ def why_not_a(kind: type[Any]) -> Callable[[Any], str | None]:
 
 def weights_sha256(model: Any, path: Path) -> str:
     """The hash of the shipped weights where the model has them, else one of what it has."""
-    shipped = load_file(path)
+    shipped = load_file(path) if path.is_file() else {}
     own = {name: t for name, t in model.state_dict().items() if name in shipped}
-    if own.keys() == shipped.keys() and all(torch.equal(t.cpu(), shipped[name]) for name, t in own.items()):
+    if own and own.keys() == shipped.keys() and all(torch.equal(t.cpu(), shipped[name]) for name, t in own.items()):
         return file_hash(path)
     digest = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
 from sparvar_tune.adapters import boxed
@@ -11,12 +9,12 @@ from sparvar_tune.adapters.boxed import BoxedAdapter, attach
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.catalog.models import Model
-from sparvar_tune.emojivar.model import CLASSES, DENSE, WEIGHTS, EmojiVAR, Generation, caption, load_emojivar
+from sparvar_tune.emojivar.installed import place
+from sparvar_tune.emojivar.model import CLASSES, EmojiVAR, Generation, caption, load_emojivar
 from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
 
-__all__ = ["STEPS", "YARDSTICKS", "EmojiAdapter", "attach", "open_model", "parts", "weights_sha256", "why_not"]
+__all__ = ["STEPS", "EmojiAdapter", "attach", "open_model", "parts", "weights_sha256", "why_not"]
 
-YARDSTICKS = Path(__file__).parents[1] / "emojivar" / "yardsticks.json"
 # its sampling reads them off the attention
 STEPS = {step.kind: lambda found, step: Undos() for step in (SkipScales, DropUnconditional, PruneTokens, CacheBudget)}
 GUIDANCE = 1.0
@@ -26,13 +24,14 @@ class EmojiAdapter(BoxedAdapter):
     """emojivar, driven. A pair's class is the thing that is drawn; its seed says the rest of the caption, and the noise."""
 
     steps = tuple(STEPS)
-    yardsticks_file, classes_by_index = YARDSTICKS, CLASSES
+    classes_by_index = CLASSES
 
     def __init__(self, model: Model, device: str) -> None:
-        super().__init__(model, device, load_emojivar(device=device), DENSE, WEIGHTS, temperature=0.7)
+        self.yardsticks_file = place("yardsticks.json")
+        super().__init__(model, device, load_emojivar(device=device), place("emojivar.safetensors"), temperature=0.7)
 
     def begin(self, pair: tuple[int, int], noise: Tensor) -> Generation:
-        return Generation(self.live, [caption(*pair)], noise, self.temperature, GUIDANCE, DENSE)
+        return Generation(self.live, [caption(*pair)], noise, self.temperature, GUIDANCE, self.dense)
 
 
 def open_model(model: Model, device: str) -> EmojiAdapter:
@@ -50,4 +49,4 @@ def parts(model: EmojiVAR) -> Parts:
 
 def weights_sha256(model: EmojiVAR) -> str:
     """The hash of the shipped weights where the model has them, else one of what it has."""
-    return boxed.weights_sha256(model, WEIGHTS)
+    return boxed.weights_sha256(model, place("emojivar.safetensors"))

@@ -12,7 +12,7 @@ from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.generation import CacheBudget, PruneTokens, SkipScales
-from sparvar_tune.pocketvar.model import CLASSES, DENSE, WEIGHTS, Generation, PocketVAR, load_pocketvar
+from sparvar_tune.pocketvar.model import CLASSES, WEIGHTS, Generation, PocketVAR, load_pocketvar
 
 __all__ = ["DROP", "REDRAW", "YARDSTICKS", "PocketAdapter", "attach", "open_model", "parts", "weights_sha256", "why_not"]
 
@@ -28,10 +28,10 @@ class PocketAdapter(BoxedAdapter):
     yardsticks_file, classes_by_index = YARDSTICKS, CLASSES
 
     def __init__(self, model: Model, device: str) -> None:
-        super().__init__(model, device, load_pocketvar(device=device), DENSE, WEIGHTS, temperature=0.7)
+        super().__init__(model, device, load_pocketvar(device=device), WEIGHTS, temperature=0.7)
 
     def begin(self, pair: tuple[int, int], noise: Tensor) -> Generation:
-        return Generation(self.live, [pair[0]], noise, self.temperature, DENSE)
+        return Generation(self.live, [pair[0]], noise, self.temperature, self.dense)
 
 
 def open_model(model: Model, device: str) -> PocketAdapter:

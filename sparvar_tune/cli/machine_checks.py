@@ -31,6 +31,7 @@ EXTRAS = {
     "report": (("matplotlib", "jinja2", "scipy"), "sparvar-tune report, and the sampler study"),
     "storage": (("psycopg", "pymysql", "sqlalchemy"), "trials that machines share through PostgreSQL or MySQL"),
     "preference": (("transformers",), "HPSv2 among the metrics, by weights of yours"),
+    "emojivar": (("sparvar-tune-emojivar",), "the weights of emojivar, which a checkout has"),
     "completion": (("argcomplete",), "Tab completes commands, options, models and GPUs"),
 }
 

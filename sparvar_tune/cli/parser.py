@@ -259,7 +259,11 @@ def build_parser() -> argparse.ArgumentParser:
     text = "try every promise of a model of your own that is to be tuned, a line each (docs/your-model.md)"
     own = commands.add_parser("check-adapter", help=text, description=text, epilog=EPILOG,
                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    own.add_argument("model", metavar="FILE.py:FUNCTION", help="FUNCTION(device) returns the adapter; or an entry point's name")
+    own.add_argument(
+        "model",
+        metavar="FILE.py:FUNCTION",
+        help="FUNCTION(device) returns the adapter; or the name of an entry point, pocketvar or emojivar",
+    )
     own.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     bench = command("bench", "hold a profile's counts, binaries and speed-ups against a baseline file: what became worse")
     images(bench)

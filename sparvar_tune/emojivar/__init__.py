@@ -1,1 +1,1 @@
-"""emojivar: a second trained VAR, unlike pocketvar where it can be (see MODEL_CARD.md)."""
+"""emojivar: a second trained VAR, unlike pocketvar where it can be (weights/emojivar has its weights and its card)."""

@@ -21,16 +21,15 @@ from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, dr
 from sparvar_tune.bitwise.tokenizer import Quantiser, pool
 from sparvar_tune.emojivar.caption import CLASSES, SLOTS, Caption, caption
 from sparvar_tune.emojivar.coder import Decoder
+from sparvar_tune.emojivar.installed import HOW, place
 from sparvar_tune.generation import drop_from, halves_apart
 
 __all__ = [
-    "CLASSES", "DENSE", "GRIDS", "WEIGHTS", "Block", "EmojiConfig", "EmojiVAR", "Generation", "caption", "draw_noise",
+    "CLASSES", "GRIDS", "Block", "EmojiConfig", "EmojiVAR", "Generation", "caption", "draw_noise",
     "load_emojivar", "save_weights",
 ]  # fmt: skip
 
-WEIGHTS = Path(__file__).with_name("emojivar.safetensors")
 GRIDS = ((1, 1), (2, 2), (3, 4), (6, 8), (9, 12), (12, 16), (15, 20), (18, 24), (24, 32))
-DENSE = DenseAttention(64**-0.5)
 
 
 @dataclass(frozen=True)
@@ -211,9 +210,9 @@ def save_weights(model: EmojiVAR, path: Path, note: dict[str, str]) -> None:
     weights.save(model, path, lambda name: torch.float32 if name.startswith("quantiser") else torch.float16, note)
 
 
-def load_emojivar(path: Path = WEIGHTS, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EmojiVAR:
+def load_emojivar(path: Path | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> EmojiVAR:
     """The trained model, in eval mode. Raises FileNotFoundError or ValueError (damaged file) with what to do."""
-    fields, tensors = weights.load(path, "emojivar", "reinstall the package or run python -m lab.emojivar.train")
+    fields, tensors = weights.load(path or place("emojivar.safetensors"), "emojivar", HOW)
     grids = tuple((int(h), int(w)) for h, w in fields["grids"])
     model = EmojiVAR(EmojiConfig(**{**fields, "grids": grids, "slots": tuple(fields["slots"])}))
     model.load_state_dict(tensors)

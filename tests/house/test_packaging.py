@@ -61,6 +61,25 @@ def test_metadata(built):
     assert any(r.startswith("torch") for r in needed) and not any(r.startswith(("triton", "pytest")) for r in needed)
 
 
+def test_emojivars_weights_are_a_wheel_of_their_own(built, tmp_path):
+    """It holds them, what is measured of them and their card; beside the wheel without them they are found."""
+    _, installed = built
+    _, wheel = build(tmp_path / "dist", ROOT / "weights" / "emojivar")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "weights")
+    names = {name for name in files(tmp_path / "weights") if ".dist-info/" not in name}
+    inside = ("__init__.py", "MODEL_CARD.md", "emojivar.safetensors", "yardsticks.json")
+    assert names == {f"sparvar_tune_emojivar/{name}" for name in inside} and wheel.stat().st_size <= 20 * 2**20
+    told = email.message_from_string(next((tmp_path / "weights").glob("*.dist-info/METADATA")).read_text("utf-8"))
+    assert (told["Name"], told["License-Expression"]) == ("sparvar-tune-emojivar", "CC-BY-4.0")
+    main = email.message_from_string((installed / f"sparvar_tune-{__version__}.dist-info" / "METADATA").read_text())
+    assert "sparvar-tune-emojivar; extra == 'emojivar'" in main.get_all("Requires-Dist")
+    code = "from sparvar_tune.emojivar.installed import place; print(place('emojivar.safetensors'))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(tmp_path / "weights")])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == tmp_path / "weights" / "sparvar_tune_emojivar" / "emojivar.safetensors"
+
+
 def test_an_installed_wheel_finds_its_profiles(built, tmp_path):
     """Unpacked beside torch, with nothing of the checkout in reach."""
     _, installed = built

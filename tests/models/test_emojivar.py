@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 
 import pytest
+import tiny_emojivar
 import torch
 
+from lab.emojivar.train import TeacherForcing
 from sparvar_kernels import Cs4a, Policy, Rule, SparseAttention, Tile
 from sparvar_tune.adapters import apply, load_adapter
 from sparvar_tune.adapters import emojivar as adapter
 from sparvar_tune.catalog.models import find_model
+from sparvar_tune.cli.parser import main
+from sparvar_tune.emojivar import installed
 from sparvar_tune.emojivar.caption import CLASSES, COLOURS, HEIGHT, LATTICE, LAYOUTS, SLOTS, THINGS, WIDTH, caption, say
-from sparvar_tune.emojivar.model import EmojiConfig, EmojiVAR, Generation, draw_noise
+from sparvar_tune.emojivar.model import EmojiConfig, Generation, draw_noise, load_emojivar
 from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
 from sparvar_tune.measure.timing import Stopwatch
 from sparvar_tune.policy_search.certify import TimedByScale
+from sparvar_tune.policy_search.judge import first_touched, make_attention
+from sparvar_tune.policy_search.menu import paper_policy, step_menu
 
 GRIDS = ((1, 1), (2, 2), (3, 4), (6, 8))
 WORDS = (3, 2, 1, 2, 3, 4, 5)
@@ -23,12 +29,7 @@ WORDS = (3, 2, 1, 2, 3, 4, 5)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = EmojiVAR(EmojiConfig(depth=2, heads=3, head_dim=16, mlp=40, bits=5, grids=GRIDS)).eval().requires_grad_(False)
-    model.decoder = torch.nn.Sequential(torch.nn.Conv2d(5, 48, 1), torch.nn.PixelShuffle(4))  # the real one takes all the time
-    for name, p in model.named_parameters():
-        p.normal_(std=0.3) if "decoder" not in name and "norm" not in name else None
-    return model
+    return tiny_emojivar.make_model(GRIDS, heads=3, head_dim=16, mlp=40, bits=5)
 
 
 def generation(model, words=WORDS, seed=1, guidance=1.5, attend=None):
@@ -215,6 +216,18 @@ def test_cut_caches(model):
     assert torch.equal(generation(model, attend=whole).run().fhat, generation(model).run().fhat)
 
 
+def test_teacher_forcing_equals_sampling(model, monkeypatch):
+    """One pass over the caption and all scales gives the logits that sampling saw scale by scale."""
+    seen, states, take = [], [], Generation.take
+    monkeypatch.setattr(Generation, "take", lambda self, logits: (seen.append(logits), take(self, logits)))
+    run = generation(model, guidance=0.0)
+    while run.scale < len(GRIDS):
+        run.step()
+        states.append(run.fhat)
+    forced = TeacherForcing(model, False)(states, torch.tensor([WORDS]))
+    assert torch.allclose(torch.cat(seen, 1), forced, atol=2e-5)
+
+
 def test_captions():
     drawn = [caption(thing, seed) for thing in range(len(CLASSES)) for seed in range(50)]
     assert drawn[0] == caption(0, 0) and len(set(drawn)) > 1100
@@ -240,8 +253,46 @@ def test_the_row_is_the_model():
     assert row.schedule() == c.schedule and row.softmax_scale == c.head_dim**-0.5
 
 
-@pytest.mark.skipif(not adapter.WEIGHTS.is_file(), reason="not trained yet")
+@pytest.fixture
+def driven(monkeypatch):
+    tiny_emojivar.install(monkeypatch.setattr)
+    return load_adapter(find_model("emojivar"), "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("driven")
+def test_the_adapter_keeps_every_promise(capsys):
+    assert main(["check-adapter", "emojivar"]) == 0
+    assert "all 18 checks hold: sparvar-tune --model emojivar" in capsys.readouterr().out
+
+
+def test_a_policy_may_take_every_step(driven):
+    """Also half dropped in the midst of scales that live on a decision: what the search is offered, it can draw."""
+    state, rules = driven.start((3, 1), first_touched(driven)), paper_policy(driven.schedule, 2, 2).rules
+    offered = step_menu(driven.schedule, driven.steps, 2)
+    assert {step.kind for option in offered.values() for step in option.steps} == set(driven.steps) == set(adapter.STEPS)
+    dense = driven.finish(state, driven.dense)
+    for name, option in offered.items():
+        skipped = {s for step in option.steps for s in step.skips}
+        kept = tuple(r for r in rules if r.scale_index not in skipped and not option.steps[0].thins)
+        attend = make_attention(driven, Policy(("AA", "BB"), kept, option.steps))
+        first, again = (driven.finish(state, attend) for _ in range(2))
+        assert torch.equal(first, again) and not torch.equal(first, dense), name
+
+
+def test_without_the_weights_one_line_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(installed, "__file__", str(tmp_path / "site" / "sparvar_tune" / "emojivar" / "installed.py"))
+    monkeypatch.setattr(installed, "PACKAGE", "sparvar_tune_not_here")
+    with pytest.raises(FileNotFoundError, match=r"no weights; pip install 'sparvar-tune\[emojivar\]'"):
+        load_emojivar()
+    assert main(["generate", "--gpu", "cpu", "--model", "emojivar", "--out", str(tmp_path / "a.png")]) != 0
+    said = capsys.readouterr().err.strip()
+    assert "pip install 'sparvar-tune[emojivar]'" in said and "\n" not in said
+
+
 def test_shipped_weights():
-    assert adapter.WEIGHTS.stat().st_size <= 20 * 2**20
+    assert installed.place("emojivar.safetensors").stat().st_size <= 20 * 2**20
     found = load_adapter(find_model("emojivar"), "cpu")
     assert found.live.config == EmojiConfig()
+    assert len(found.yardsticks()) == 2, "yardsticks.json must be of the shipped weights"
+    assert adapter.weights_sha256(found.live) == found.weights_sha256

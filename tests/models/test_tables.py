@@ -180,7 +180,7 @@ def test_detect_gpu_says_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_model_slugs() -> None:
     assert list(MODELS) == [
         "infinity-2b", "infinity-8b", "infinity-8b-512", "hart",
-        "var-d16", "var-d20", "var-d24", "var-d30", "var-d36", "pocketvar",
+        "var-d16", "var-d20", "var-d24", "var-d30", "var-d36", "pocketvar", "emojivar",
     ]  # fmt: skip
 
 
