@@ -1,6 +1,6 @@
-"""Time of a whole picture against PSNR on pocketvar's CPU path: every saving alone, and attention on top of the others.
+"""Time of a whole picture against PSNR on a CPU, of a model in the box: every saving alone, and attention on top of the others.
 
-    python -m lab.fronts --pairs 10
+    python -m lab.fronts pocketvar --pairs 10
 
 All ways of a pair are drawn one after the other in rotating order with dense among them, so that a busy machine ranks them as an
 idle one does. Points are means over the pairs and no certificates. The raw numbers go beside the report and the plot; with
@@ -23,12 +23,11 @@ from statistics import fmean, median
 from typing import Any
 
 from sparvar_kernels.policy import Policy, Step
-from sparvar_tune.adapters import Adapter
-from sparvar_tune.adapters.pocketvar import open_model
+from sparvar_tune.adapters import ADAPTERS, Adapter, load_adapter
 from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.generation import CacheBudget, PruneTokens, SkipScales
+from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
 from sparvar_tune.measure.pairs import MOST_PAIRS, search_pairs
 from sparvar_tune.policy_search.certify import run_pairs
 from sparvar_tune.policy_search.judge import make_attention
@@ -39,15 +38,17 @@ from sparvar_tune.profile.store import write_atomic
 from sparvar_tune.ways.search_here import measure_options
 
 ATTENTION, SKIP, TOKENS, KEYS = "sparse attention", "last scale left out", "tokens pruned", "cached keys cut"
-ALONE = (ATTENTION, SKIP, TOKENS, KEYS)
+HALF = "half of guidance dropped"
+ALONE = (ATTENTION, SKIP, TOKENS, KEYS, HALF)
 PRICES, SKIP_PRICES, THIN_PRICE = (100.0, 25.0, 8.0, 2.5, 0.8, 0.25), (25.0, 6.0, 1.5), 25.0
+HALF_PRICES = (100.0, 25.0, 8.0, 2.5)
 SHARES, THIN_SHARE = (0.9, 0.5), 0.9
 PRESETS = ("near-lossless", "paper")
 
 
 @dataclass(frozen=True)
 class Way:
-    """method: one of ALONE, or two joined by " + ". setting: the price of an error or the share kept, in words."""
+    """method: one of ALONE, or some joined by " + ". setting: the price of an error or the share kept, in words."""
 
     method: str
     setting: str
@@ -81,13 +82,19 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Way]:
     out += [Way(f"{SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip)) for price in SKIP_PRICES]
     out.append(Way(f"{TOKENS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, pruned(THIN_SHARE))))
     out.append(Way(f"{KEYS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, cut(THIN_SHARE))))
+    if DropUnconditional.kind not in adapter.steps:
+        return out
+    out += [Way(HALF, f"from scale {s}", dense(DropUnconditional(s))) for s in range(last, last - 3, -1)]
+    half = DropUnconditional(last - 2)
+    out += [Way(f"{HALF} + {ATTENTION}", f"price {price:g}", priced(price, half)) for price in HALF_PRICES]
+    out += [Way(f"{HALF} + {SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip, half)) for price in SKIP_PRICES]
     return out
 
 
-def measure(pairs: int) -> dict[str, Any]:
+def measure(model: str, pairs: int) -> dict[str, Any]:
     """The raw numbers, as the JSON file has them; nothing is rounded."""
 
-    adapter = open_model(find_model("pocketvar"), "cpu")
+    adapter = load_adapter(find_model(model), "cpu")
 
     def say(text: str) -> None:
         print(f"\r{text[:150]:150}", end="", file=sys.stderr, flush=True)
@@ -221,19 +228,22 @@ def draw(raw: Mapping[str, Any]) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.fronts", description="time against PSNR, each saving alone and together")
+    parser.add_argument("model", choices=list(ADAPTERS), nargs="?", default="pocketvar")
     parser.add_argument("--pairs", type=int, default=10, help="(class, seed) pairs, drawn every way")
     parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="raw numbers of an earlier run: measure nothing")
-    parser.add_argument("--out", type=Path, default=Path("reports/fronts-cpu.md"), help="the report; the rest goes beside it")
+    parser.add_argument("--out", type=Path, help="the report, reports/fronts-cpu.md or -MODEL.md; the rest goes beside it")
     given = parser.parse_args(arguments)
     if not 1 <= given.pairs <= MOST_PAIRS:
         print(f"fronts: --pairs: got {given.pairs}, want 1..{MOST_PAIRS}", file=sys.stderr)
         return 2
-    raw = json.loads(given.source.read_text("utf-8")) if given.source else measure(given.pairs)
-    plot = given.out.with_suffix(".svg")
+    raw = json.loads(given.source.read_text("utf-8")) if given.source else measure(given.model, given.pairs)
+    own = "" if raw["model"] == "pocketvar" else f"-{raw['model']}"
+    out: Path = given.out or Path(f"reports/fronts-cpu{own}.md")
+    plot = out.with_suffix(".svg")
     if not given.source:
-        write_atomic(given.out.with_suffix(".json"), (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode())
+        write_atomic(out.with_suffix(".json"), (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode())
     write_atomic(plot, draw(raw))
-    write_atomic(given.out, markdown(raw, plot.name).encode())
+    write_atomic(out, markdown(raw, plot.name).encode())
     return 0
 
 
