@@ -46,14 +46,14 @@ def run(words: Sequence[str | Path], environment: Mapping[str, str] | None = Non
     return subprocess.run(words, capture_output=True, text=True, cwd=tempfile.gettempdir(), env=env, timeout=TIMEOUT_S)
 
 
-def build(folder: Path, tree: Path = ROOT) -> tuple[Path, Path]:
-    """(sdist, wheel made of that sdist) of the distribution in a folder of the checkout."""
+def build(folder: Path) -> tuple[Path, Path]:
+    """(sdist, wheel made of that sdist)."""
 
     def hatch(target: str, tree: Path) -> None:
         words = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
         subprocess.run(words, cwd=tree, check=True, capture_output=True)
 
-    hatch("sdist", tree)
+    hatch("sdist", ROOT)
     sdist = next(folder.glob("*.tar.gz"))
     shutil.unpack_archive(sdist, folder / "unpacked")
     hatch("wheel", next((folder / "unpacked").iterdir()))
