@@ -47,7 +47,7 @@ PRESETS = ("near-lossless", "paper")
 
 
 @dataclass(frozen=True)
-class Way:
+class Candidate:
     """method: one of ALONE, or some joined by " + ". setting: the price of an error or the share kept, in words."""
 
     method: str
@@ -55,7 +55,7 @@ class Way:
     policy: Policy
 
 
-def ways(adapter: Adapter, table: OptionTable) -> list[Way]:
+def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
     """Everything that is drawn."""
     schedule, layers, heads = adapter.schedule, adapter.model.layers, adapter.model.heads
     last = len(schedule) - 1
@@ -75,19 +75,22 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Way]:
     def dense(*steps: Step) -> Policy:
         return Policy(("A" * heads,) * layers, (), steps)
 
-    out = [Way(ATTENTION, f"price {price:g}", priced(price)) for price in PRICES]
-    out.append(Way(SKIP, f"scale {last}", dense(skip)))
+    out = [Candidate(ATTENTION, f"price {price:g}", priced(price)) for price in PRICES]
+    out.append(Candidate(SKIP, f"scale {last}", dense(skip)))
     for share in SHARES:
-        out += [Way(TOKENS, f"{share:.0%} kept", dense(pruned(share))), Way(KEYS, f"{share:.0%} kept", dense(cut(share)))]
-    out += [Way(f"{SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip)) for price in SKIP_PRICES]
-    out.append(Way(f"{TOKENS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, pruned(THIN_SHARE))))
-    out.append(Way(f"{KEYS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, cut(THIN_SHARE))))
+        out += [
+            Candidate(TOKENS, f"{share:.0%} kept", dense(pruned(share))),
+            Candidate(KEYS, f"{share:.0%} kept", dense(cut(share))),
+        ]
+    out += [Candidate(f"{SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip)) for price in SKIP_PRICES]
+    out.append(Candidate(f"{TOKENS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, pruned(THIN_SHARE))))
+    out.append(Candidate(f"{KEYS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, cut(THIN_SHARE))))
     if DropUnconditional.kind not in adapter.steps:
         return out
-    out += [Way(HALF, f"from scale {s}", dense(DropUnconditional(s))) for s in range(last, last - 3, -1)]
+    out += [Candidate(HALF, f"from scale {s}", dense(DropUnconditional(s))) for s in range(last, last - 3, -1)]
     half = DropUnconditional(last - 2)
-    out += [Way(f"{HALF} + {ATTENTION}", f"price {price:g}", priced(price, half)) for price in HALF_PRICES]
-    out += [Way(f"{HALF} + {SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip, half)) for price in SKIP_PRICES]
+    out += [Candidate(f"{HALF} + {ATTENTION}", f"price {price:g}", priced(price, half)) for price in HALF_PRICES]
+    out += [Candidate(f"{HALF} + {SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip, half)) for price in SKIP_PRICES]
     return out
 
 
@@ -119,7 +122,7 @@ def measure(model: str, pairs: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Point:
+class Reached:
     """speedup: median over pairs of dense over this. psnr: dB, of all classes: what a way is above the known levels of those that
     were drawn, on top of the mean level.
     """
@@ -130,10 +133,10 @@ class Point:
     psnr: float
 
 
-def points(raw: Mapping[str, Any]) -> list[Point]:
+def points(raw: Mapping[str, Any]) -> list[Reached]:
     levels, labels = raw["class_levels"], [label for label, _ in raw["pairs"]]
     return [
-        Point(
+        Reached(
             way["method"], way["setting"],
             median(dense / ms for dense, ms in zip(raw["dense_ms"], way["ms"], strict=True)),
             fmean(levels) + fmean(db - levels[label] for db, label in zip(way[LEAD.name], labels, strict=True)),
@@ -142,7 +145,7 @@ def points(raw: Mapping[str, Any]) -> list[Point]:
     ]  # fmt: skip
 
 
-def reached(found: Sequence[Point], method: str, wanted: float) -> float | None:
+def reached(found: Sequence[Reached], method: str, wanted: float) -> float | None:
     """The speed-up of a method at a PSNR: between its two points around it, on a line; None where it never is so close."""
     line = sorted((p for p in found if p.method == method), key=lambda p: p.psnr)
     above = [p for p in line if p.psnr >= wanted]
@@ -155,7 +158,7 @@ def reached(found: Sequence[Point], method: str, wanted: float) -> float | None:
     return max(best.speedup, above[0].speedup + share * (below[-1].speedup - above[0].speedup))
 
 
-def is_open(found: Sequence[Point], method: str, wanted: float) -> bool:
+def is_open(found: Sequence[Reached], method: str, wanted: float) -> bool:
     """Whether every setting of a method is closer than `wanted`, so that a bolder one might reach more there."""
     line = [p for p in found if p.method == method]
     return len(line) > 1 and all(p.psnr >= wanted for p in line)

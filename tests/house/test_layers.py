@@ -40,6 +40,19 @@ def test_imports_point_one_way(path):
                 assert rank(name) <= rank(module_of(path)), f"{module_of(path)} imports {name}, whose room comes after its own"
 
 
+# Names that say the same of several things: a family's, a backend's or a model's own kind of it.
+EACH_HAS_ONE = {"Block", "Layer", "Generation", "Decoder", "Encoder", "TeacherForcing"}
+
+
+def test_a_class_name_has_one_meaning():
+    found: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module_of(path))
+    assert {name: where for name, where in found.items() if len(where) > 1 and name not in EACH_HAS_ONE} == {}
+
+
 def test_few_import_optuna():
     users = [module_of(p) for p in SOURCES if "import optuna" in p.read_text() or "from optuna" in p.read_text()]
     assert sorted(users) == ["lab.sampler_study", "sparvar_tune.policy_search.storage", "sparvar_tune.policy_search.study"]
