@@ -7,7 +7,7 @@ attention get the same noise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.bitwise.thinning import Given, Thinning
+from sparvar_tune.bitwise.tokenizer import pool
 
 CPU_PORTION = 512  # tokens; of 256, 512, 1024, 2048 and all at once the fastest on 2 cores
 
@@ -69,6 +70,24 @@ def draw_noise(schedule: ScaleSchedule, bits: int, seed: int) -> Tensor:
     """[tokens, bits] logistic noise, float32 on the CPU: the whole randomness of one picture."""
     u = torch.rand(schedule.num_tokens, bits, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.logit(u.clamp(1e-9, 1 - 1e-9)).float()
+
+
+def grid_inputs(
+    schedule: ScaleSchedule, start: Tensor, levels: Tensor, embed: Callable[[Tensor], Tensor],
+    states: Sequence[Tensor | None], scales: range,
+) -> Tensor:  # fmt: skip
+    """[B, tokens of `scales`, width] from fhat [B, C, H, W] *before* each scale (None: nothing drawn yet).
+
+    start [width] stands for nothing drawn; levels [scales, width] are added; embed: [B, N, C] -> [B, N, width].
+    """
+    out = []
+    for i, fhat in zip(scales, states, strict=True):
+        if fhat is None:
+            out.append((start + levels[i]).expand(1, schedule.num_queries(i), -1))
+        else:
+            out.append(embed(pool(fhat, schedule.grids[i]).flatten(2).transpose(1, 2)) + levels[i])
+    batch = max(x.shape[0] for x in out)
+    return torch.cat([x.expand(batch, -1, -1) for x in out], 1)
 
 
 def portions(x: Tensor) -> list[slice]:

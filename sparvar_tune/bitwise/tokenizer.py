@@ -64,6 +64,18 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(y)))
 
 
+class FeatureEncoder(nn.Module):
+    """Pictures -> features [B, bits, h, w] by such layers, brought to unit RMS over channels at each place."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x).float()
+        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-6)
+
+
 class Quantiser(nn.Module):
     """Residual bits over the grids of a schedule. `amplitude` [scales, bits] is the mean |residual|, an EMA."""
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from sparvar_tune.bitwise.tokenizer import ResBlock
+from sparvar_tune.bitwise.tokenizer import FeatureEncoder, ResBlock
 
 
-class Encoder(nn.Module):
+class Encoder(FeatureEncoder):
     """[B, 3, 8h, 8w] in -1..1 -> [B, bits, h, w], unit RMS over channels at each place. Only training uses it."""
 
     def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
+        super().__init__(
             nn.PixelUnshuffle(2), nn.Conv2d(12, 48, 3, padding=1), ResBlock(48),
             nn.Conv2d(48, 96, 3, stride=2, padding=1), ResBlock(96), ResBlock(96),
             nn.Conv2d(96, 160, 3, stride=2, padding=1), ResBlock(160), ResBlock(160), ResBlock(160),
             nn.GroupNorm(8, 160), nn.SiLU(), nn.Conv2d(160, bits, 1),
         )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.net(x).float()
-        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-6)
 
 
 class Decoder(nn.Module):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.bitwise import weights
-from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise, rope_angles, rotate
-from sparvar_tune.bitwise.tokenizer import Quantiser, pool
+from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise, grid_inputs, rope_angles, rotate
+from sparvar_tune.bitwise.tokenizer import Quantiser
 from sparvar_tune.emojivar.caption import CLASSES, SLOTS, Caption, caption
 from sparvar_tune.emojivar.coder import Decoder
 from sparvar_tune.emojivar.installed import HOW, place
@@ -108,15 +108,7 @@ class EmojiVAR(nn.Module):
 
     def inputs(self, states: Sequence[Tensor | None], scales: range) -> Tensor:
         """[B, tokens of `scales`, width] from fhat [B, C, H, W] *before* each scale (None: nothing drawn yet)."""
-        out = []
-        for i, fhat in zip(scales, states, strict=True):
-            level = self.levels.weight[i]
-            if fhat is None:
-                out.append((self.start + level).expand(1, self.schedule.num_queries(i), -1))
-            else:
-                out.append(self.embed(pool(fhat, self.schedule.grids[i]).flatten(2).transpose(1, 2)) + level)
-        batch = max(x.shape[0] for x in out)
-        return torch.cat([x.expand(batch, -1, -1) for x in out], 1)
+        return grid_inputs(self.schedule, self.start, self.levels.weight, self.embed, states, scales)
 
     def before_attention(self, block: Block, x: Tensor, angles: Tensor) -> tuple[Tensor, ...]:
         """x [B, N, width] -> q, k, v [B, H, N, D]."""

@@ -8,29 +8,14 @@ models by its `STEPS`, an adapter that tuning drives by its `steps`.
 
 from __future__ import annotations
 
-from sparvar_kernels.policy import Policy
 from sparvar_tune.generation.cache_budget import CacheBudget
 from sparvar_tune.generation.drop_unconditional import DropUnconditional
 from sparvar_tune.generation.halves import halves_apart
 from sparvar_tune.generation.prune_tokens import PruneTokens
-from sparvar_tune.generation.registry import STEPS, why_not_steps
+from sparvar_tune.generation.registry import STEPS, drop_from, skip_from, why_not_steps
 from sparvar_tune.generation.skip_scales import SkipScales
 
 __all__ = [
     "STEPS", "CacheBudget", "DropUnconditional", "PruneTokens", "SkipScales", "drop_from", "halves_apart", "skip_from",
     "why_not_steps",
 ]  # fmt: skip
-
-
-def drop_from(policy: Policy) -> int | None:
-    """The scale from which on the policy runs the conditional half alone, or None."""
-    return _from_scale(policy, DropUnconditional.kind)
-
-
-def skip_from(policy: Policy) -> int | None:
-    """The first scale that the policy does not draw, or None."""
-    return _from_scale(policy, SkipScales.kind)
-
-
-def _from_scale(policy: Policy, kind: str) -> int | None:
-    return next((step.from_scale for step in policy.steps if step.kind == kind), None)

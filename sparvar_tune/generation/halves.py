@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_tune.generation.drop_unconditional import DropUnconditional
+from sparvar_tune.generation.registry import drop_from
 
 # an attention and the one that is built like it; what it planned serves every picture
 _SECONDS: WeakKeyDictionary[SparseAttention, SparseAttention] = WeakKeyDictionary()
@@ -55,7 +55,7 @@ def halves_apart(attend: Any, rows: int) -> Any:
 
 
 def _parts(attend: SparseAttention) -> bool:
-    dropped = next((step.from_scale for step in attend.policy.steps if isinstance(step, DropUnconditional)), None)
+    dropped = drop_from(attend.policy)
     if dropped is None:
         return False
     decisions = (v.decision_scale for plans in attend.plans for plan in plans[dropped:] for v, _ in plan.groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sparvar_kernels.policy import Step
+from sparvar_kernels.policy import Policy, Step
 from sparvar_tune.generation.cache_budget import CacheBudget
 from sparvar_tune.generation.drop_unconditional import DropUnconditional
 from sparvar_tune.generation.prune_tokens import PruneTokens
@@ -21,3 +21,17 @@ def why_not_steps(steps: Sequence[Step], can: Collection[str], who: str) -> str 
     if len(thin := [step.kind for step in steps if step.thins]) > 1:  # which window would be kept of a scale that was pruned?
         return f"{thin[1]}: it and {thin[0]} both leave out tokens; want one of them"
     return None
+
+
+def drop_from(policy: Policy) -> int | None:
+    """The scale from which on the policy runs the conditional half alone, or None."""
+    return _from_scale(policy, DropUnconditional.kind)
+
+
+def skip_from(policy: Policy) -> int | None:
+    """The first scale that the policy does not draw, or None."""
+    return _from_scale(policy, SkipScales.kind)
+
+
+def _from_scale(policy: Policy, kind: str) -> int | None:
+    return next((step.from_scale for step in policy.steps if step.kind == kind), None)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.bitwise import weights
-from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise, rope_angles, rotate
-from sparvar_tune.bitwise.tokenizer import Quantiser, pool
+from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise, grid_inputs, rope_angles, rotate
+from sparvar_tune.bitwise.tokenizer import Quantiser
 from sparvar_tune.pocketvar.coder import Decoder
 
 __all__ = [
@@ -113,15 +113,7 @@ class PocketVAR(nn.Module):
 
     def inputs(self, states: Sequence[Tensor | None], scales: range) -> Tensor:
         """[B, tokens of `scales`, width] from fhat [B, C, H, W] *before* each scale (None: nothing drawn yet)."""
-        out = []
-        for i, fhat in zip(scales, states, strict=True):
-            level = self.level_embedding.weight[i]
-            if fhat is None:
-                out.append((self.start + level).expand(1, self.schedule.num_queries(i), -1))
-            else:
-                out.append(self.embed(pool(fhat, self.schedule.grids[i]).flatten(2).transpose(1, 2)) + level)
-        batch = max(x.shape[0] for x in out)
-        return torch.cat([x.expand(batch, -1, -1) for x in out], 1)
+        return grid_inputs(self.schedule, self.start, self.level_embedding.weight, self.embed, states, scales)
 
     def modulations(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Shared block modulation [B, 6, width] and head modulation [B, 2, width] of the classes [B]."""

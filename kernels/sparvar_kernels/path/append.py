@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device, why_not_like
 
 Pairs = Literal["interleaved", "halves", "rotate_half"]
 PAIRS = ("interleaved", "halves", "rotate_half")
@@ -47,10 +47,7 @@ def append_qkv(
             raise ValueError(f"qkv: got {tuple(qkv.shape)}, want five axes [B, L, 3, H, D]")
         query = torch.empty(qkv.shape[0], qkv.shape[1], *qkv.shape[3:], dtype=qkv.dtype, device=device)
     tensors = {"qkv": qkv, "cache_k": cache_k, "cache_v": cache_v, "query": query, "q_scale": q_scale, "rotation": rotation}
-    for name, t in tensors.items():
-        reason = None if t is None else why_not_plain(name, t, device)
-        if reason:
-            raise ValueError(reason)
+    check_plain(tensors, device)
     forms = form(qkv), form(cache_k), form(cache_v), form(query), form(q_scale), form(rotation)
     reason = why_not_append(*forms, pairs) or _why_not_place(cache_k.shape[2], start, qkv.shape[1])
     if reason:

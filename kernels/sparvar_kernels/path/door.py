@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,25 @@ def why_not_plain(name: str, t: Tensor, device: torch.device) -> str | None:
         return f"{name}: got a view that is negated when read, want resolve_neg() of it"
     if t.requires_grad and torch.is_grad_enabled():
         return f"{name}: got a tensor that requires grad, {NO_GRAD}"
+    return None
+
+
+def check_plain(tensors: Mapping[str, Tensor | None], device: torch.device) -> None:
+    """Raises ValueError for the first of a pass's tensors, by its name, that it cannot read or write at all."""
+    for name, t in tensors.items():
+        reason = None if t is None else why_not_plain(name, t, device)
+        if reason:
+            raise ValueError(reason)
+
+
+def why_not_contiguous(name: str, t: Form) -> str | None:
+    """Why a tensor's numbers do not lie one behind the other, or None."""
+    dense = 1
+    for n, stride in zip(reversed(t[0]), reversed(t[1]), strict=True) if t is not None else ():
+        if n > 1 and stride != dense:
+            assert t is not None
+            return f"{name}: got strides {t[1]}, want it contiguous"
+        dense *= n
     return None
 
 

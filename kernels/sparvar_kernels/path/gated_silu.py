@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device, why_not_contiguous, why_not_like
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -20,7 +20,8 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """
     device = gate.device
     forms = form(gate), form(up)
-    reason = why_not_plain("gate", gate, device) or why_not_plain("up", up, device) or why_not_gated_silu(*forms)
+    check_plain({"gate": gate, "up": up}, device)
+    reason = why_not_gated_silu(*forms)
     if reason:
         raise ValueError(reason)
     if gate.numel() == 0:
@@ -45,10 +46,4 @@ def why_not_gated_silu(gate: Form, up: Form) -> str | None:
     reason = why_not_like("gate", gate, FLOATS, shape) or why_not_like("up", up, (gate[2],), shape)
     if reason:
         return reason
-    for name, t in (("gate", gate), ("up", up)):
-        dense = 1
-        for n, stride in zip(reversed(t[0]), reversed(t[1]), strict=True):
-            if n > 1 and stride != dense:
-                return f"{name}: got strides {t[1]}, want it contiguous"
-            dense *= n
-    return None
+    return why_not_contiguous("gate", gate) or why_not_contiguous("up", up)

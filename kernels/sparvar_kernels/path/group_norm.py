@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device, why_not_like
 
 
 def group_norm_silu(
@@ -28,10 +28,7 @@ def group_norm_silu(
     Raises ValueError, in one line, for anything else than the above.
     """
     device = x.device
-    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
-        reason = None if t is None else why_not_plain(name, t, device)
-        if reason:
-            raise ValueError(reason)
+    check_plain({"x": x, "weight": weight, "bias": bias}, device)
     forms = form(x), form(weight), form(bias)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     reason = why_not_group_norm(*forms, groups, out_dtype)

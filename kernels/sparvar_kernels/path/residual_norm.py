@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device, why_not_like
 
 Norm = Literal["layer", "rms", "none"]
 MOST_CHANNELS = 1 << 14
@@ -36,10 +36,7 @@ def residual_norm(
     """
     device = x.device
     tensors = {"x": x, "update": update, "gate": gate, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    for name, t in tensors.items():
-        reason = None if t is None else why_not_plain(name, t, device)
-        if reason:
-            raise ValueError(reason)
+    check_plain(tensors, device)
     forms = tuple(form(t) for t in tensors.values())
     reason = why_not_residual_norm(*forms, norm, out_dtype)
     if reason:

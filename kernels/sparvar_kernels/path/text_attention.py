@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device, why_not_like
 
 MOST_HEAD_DIM = 128
 
@@ -26,11 +26,7 @@ def text_attention(q: Tensor, kv: Tensor, starts: Tensor, softmax_scale: float, 
     Raises ValueError, in one line, for anything else than the above.
     """
     device, out = q.device, torch.empty_like(q) if out is None else out
-    tensors = {"q": q, "kv": kv, "starts": starts, "out": out}
-    for name, t in tensors.items():
-        reason = why_not_plain(name, t, device)
-        if reason:
-            raise ValueError(reason)
+    check_plain({"q": q, "kv": kv, "starts": starts, "out": out}, device)
     forms = form(q), form(kv), form(starts), form(out)
     reason = why_not_text_attention(*forms)
     if reason:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, form, on_device, why_not_like, why_not_plain
+from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device, why_not_contiguous, why_not_like
 
 MOST_ROOM = 1024
 
@@ -26,10 +26,7 @@ def text_softmax(
     Raises ValueError, in one line, for anything else than the above.
     """
     device = scores.device
-    for name, t in (("scores", scores), ("starts", starts), ("bias", bias)):
-        reason = None if t is None else why_not_plain(name, t, device)
-        if reason:
-            raise ValueError(reason)
+    check_plain({"scores": scores, "starts": starts, "bias": bias}, device)
     forms = form(scores), form(starts), form(bias)
     reason = why_not_text_softmax(*forms, out_dtype)
     if reason:
@@ -61,20 +58,14 @@ def why_not_text_softmax(scores: Form, starts: Form, bias: Form, out_dtype: torc
         ("scores", scores, torch.float32, tuple(scores[0])), ("starts", starts, torch.int32, (batch + 1,)),
         ("bias", bias, torch.float32, (batch, heads, room)),
     ):  # fmt: skip
-        reason = why_not_like(name, t, (dtype,), shape)
+        reason = why_not_like(name, t, (dtype,), shape) or why_not_contiguous(name, t)
         if reason:
             return reason
-        dense = 1
-        for n, stride in zip(reversed(t[0]), reversed(t[1]), strict=True) if t is not None else ():
-            if n > 1 and stride != dense:
-                return f"{name}: got strides {t[1] if t else ()}, want it contiguous"
-            dense *= n
     return None
 
 
 def _whole(scores: Tensor, starts: Tensor, softmax_scale: float, bias: Tensor | None, out: Tensor) -> Tensor:
     """The same on a CPU."""
-    here = torch.arange(scores.shape[3]) < starts.diff()[:, None]  # [B, T]
+    behind = (torch.arange(scores.shape[3]) >= starts.diff()[:, None])[:, None, None]  # [B, 1, 1, T]
     logits = (scores if bias is None else scores + bias[:, None]) * softmax_scale
-    weights = logits.masked_fill(~here[:, None, None], float("-inf")).softmax(-1)
-    return out.copy_(weights.nan_to_num_(0.0) if bool((starts.diff() == 0).any()) else weights)
+    return out.copy_(logits.masked_fill(behind, float("-inf")).softmax(-1).masked_fill_(behind, 0.0))

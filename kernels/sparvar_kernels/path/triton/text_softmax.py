@@ -42,9 +42,7 @@ def text_softmax_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + at, weights.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def text_softmax_build(
-    out: torch.dtype, heads: int, room: int, bias: bool = True, aligned: bool = True
-) -> PathBuild:  # fmt: skip
+def text_softmax_build(out: torch.dtype, heads: int, room: int, bias: bool = True, aligned: bool = True) -> PathBuild:
     """What a call launches."""
     types = {"scores_ptr": "*fp32", "bias_ptr": "*fp32", "starts_ptr": "*i32", "out_ptr": f"*{TYPES[out]}"}
     types |= {"many": "i32", "scale_log2e": "fp32"}
