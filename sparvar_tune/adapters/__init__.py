@@ -13,7 +13,6 @@ from typing import Any
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters.cross_attention import flash_attn_stand_in
 from sparvar_tune.adapters.instance_forward import Undos
-from sparvar_tune.adapters.live_model import LiveModel
 from sparvar_tune.adapters.protocol import Adapter, Family, Pair, Parts, Undoable
 from sparvar_tune.adapters.registry import FAMILIES, families, recognise
 from sparvar_tune.adapters.steps import attach
@@ -23,7 +22,7 @@ from sparvar_tune.catalog.gpus import check_device
 from sparvar_tune.catalog.models import Model, own_model
 
 __all__ = [
-    "ADAPTERS", "FAMILIES", "Adapter", "Family", "LiveModel", "Pair", "Parts", "Undoable", "WholeImages", "apply", "attach",
+    "ADAPTERS", "FAMILIES", "Adapter", "Family", "Pair", "Parts", "Undoable", "WholeImages", "apply", "attach",
     "drop_unconditional", "families", "flash_attn_stand_in", "load_adapter", "own_model", "recognise", "skip_scales",
     "weights_sha256",
 ]  # fmt: skip

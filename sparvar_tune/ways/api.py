@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparvar_tune.adapters import Adapter, LiveModel, Pair
+from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.adapters.protocol import lacks
 from sparvar_tune.catalog.gpus import check_device
 from sparvar_tune.catalog.inputs import path_of, paths_of, whole
 from sparvar_tune.catalog.names import DEFAULT_PRESET, shown
+from sparvar_tune.live import LiveModel
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.measure.capture_file import CaptureFile, CaptureWriter
 from sparvar_tune.profile.schema import Profile
@@ -39,7 +40,7 @@ def tune(
     """Tunes as `sparvar-tune` does, by the same code, and returns the profile that is then in its file.
 
     model: a name as the command takes it, an adapter (of a model of one's own), or a live Infinity, HART or VAR with
-    generate(prompt, seed) -> picture, which draws with it, and the prompts to tune on (`sparvar_tune.adapters.LiveModel`). name:
+    generate(prompt, seed) -> picture, which draws with it, and the prompts to tune on (`sparvar_tune.live.LiveModel`). name:
     of a live model that is in no table. source, weights: a checkout of the authors' code and a folder of weights, or "random",
     to open a model of the table from; prompts is then a text file, a line each, or a list.
     quality: "near-lossless", "paper" or "fast"; bounds: such as {"psnr": 34.5, "psnr_worst_class": 33}, what the confidence bound

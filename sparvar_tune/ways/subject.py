@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparvar_tune.adapters import Adapter, load_adapter
-from sparvar_tune.adapters.checkouts import Place, open_checkout
 from sparvar_tune.adapters.opening import entry_point, is_file, open_own
 from sparvar_tune.adapters.protocol import why_not_adapter
 from sparvar_tune.catalog import models
@@ -16,6 +15,7 @@ from sparvar_tune.catalog.gpus import GPUS, Gpu, device_row, find_gpu
 from sparvar_tune.catalog.inputs import whole
 from sparvar_tune.catalog.models import MAX_IMAGES, Model
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, unknown_name
+from sparvar_tune.live.checkouts import Place, open_checkout
 from sparvar_tune.profile import store
 from sparvar_tune.profile.machine import choose_gpu, is_here
 from sparvar_tune.runtime import Tuned, load_profile

@@ -16,7 +16,7 @@ ROOMS = (
     "sparvar_kernels.path",
     "sparvar_kernels.oracle", "sparvar_kernels.attention", "sparvar_kernels", "sparvar_tune.catalog", "sparvar_tune.generation",
     "sparvar_tune.bitwise", "sparvar_tune.pocketvar", "sparvar_tune.emojivar", "sparvar_tune.profile", "sparvar_tune.measure",
-    "sparvar_tune.adapters", "sparvar_tune.fused", "sparvar_tune.runtime", "sparvar_tune.policy_search",
+    "sparvar_tune.adapters", "sparvar_tune.fused", "sparvar_tune.live", "sparvar_tune.runtime", "sparvar_tune.policy_search",
     "sparvar_tune.launch_search", "sparvar_tune.tracing", "sparvar_tune.monitoring", "sparvar_tune.regression",
     "sparvar_tune.ways", "sparvar_tune.report", "sparvar_tune", "sparvar_tune.cli", "sparvar_tune.__main__", "lab",
 )  # fmt: skip

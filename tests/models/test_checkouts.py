@@ -14,11 +14,11 @@ import lookalikes
 import pytest
 import torch
 
-from sparvar_tune.adapters.checkouts import Place, prompts_of
-from sparvar_tune.adapters.checkouts.importing import checkout, stand_ins
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.models import MODELS, ScaleSchedule
 from sparvar_tune.cli import parser
+from sparvar_tune.live.checkouts import Place, prompts_of
+from sparvar_tune.live.checkouts.importing import checkout, stand_ins
 from sparvar_tune.ways.subject import Subject, place_of
 
 FAKE = """
@@ -129,7 +129,7 @@ def test_prompts_are_lines_each_once(tmp_path):
 
 
 def test_the_authors_loaders_need_their_gpu(tmp_path):
-    from sparvar_tune.adapters.checkouts import hart, infinity
+    from sparvar_tune.live.checkouts import hart, infinity
 
     place = Place(tmp_path, tmp_path, ("x",))
     with pytest.raises(ValueError, match="--weights random runs on a CPU"):

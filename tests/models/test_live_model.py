@@ -16,9 +16,9 @@ from PIL import Image
 
 import sparvar_tune
 from sparvar_tune import adapters
-from sparvar_tune.adapters import LiveModel
 from sparvar_tune.adapters.whole_images import as_picture
 from sparvar_tune.catalog import models
+from sparvar_tune.live import LiveModel
 from sparvar_tune.measure.capture import Recorder
 from sparvar_tune.policy_search.certify import TimedByScale
 from sparvar_tune.policy_search.judge import make_attention

@@ -14,9 +14,10 @@ from live_images import generate_of
 from safetensors.torch import load_file
 
 import sparvar_tune
-from sparvar_tune.adapters import LiveModel, load_adapter
+from sparvar_tune.adapters import load_adapter
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.cli import parser
+from sparvar_tune.live import LiveModel
 from sparvar_tune.measure import capture_file
 from sparvar_tune.measure.capture_file import CaptureFile, CaptureWriter, capture_bytes
 

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparvar_tune.adapters.live_model import LiveModel
 from sparvar_tune.catalog.models import Model, own_model
+from sparvar_tune.live.live_model import LiveModel
 
 RANDOM = "random"
 FAMILIES = {
-    "infinity": "sparvar_tune.adapters.checkouts.infinity",
-    "hart": "sparvar_tune.adapters.checkouts.hart",
-    "var": "sparvar_tune.adapters.checkouts.var",
+    "infinity": "sparvar_tune.live.checkouts.infinity",
+    "hart": "sparvar_tune.live.checkouts.hart",
+    "var": "sparvar_tune.live.checkouts.var",
 }
 MARKS = {"infinity": "infinity/models/infinity.py", "hart": "hart/modules/networks/basic_hart.py", "var": "models/var.py"}
 MOST_BYTES, MOST_PROMPTS = 1 << 22, 10_000

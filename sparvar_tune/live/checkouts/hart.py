@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparvar_tune.adapters.checkouts.importing import Names, checkout, need, noise_of, quietly
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.live.checkouts.importing import Names, checkout, need, noise_of, quietly
 
 CFG, CONTEXT_DIM = 4.5, 1536
 FIRST_SIDE = 1  # the grid that the context tokens stand in for

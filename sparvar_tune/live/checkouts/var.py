@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparvar_tune.adapters.checkouts.importing import Names, checkout, need, quietly
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.live.checkouts.importing import Names, checkout, need, quietly
 
 UNUSED: Names = {"huggingface_hub": {"PyTorchModelHubMixin": type("PyTorchModelHubMixin", (), {})}}
 CFG, TOP_K, TOP_P = 4.0, 900, 0.95

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_tune.adapters.checkouts.importing import Names, checkout, fill, need, noise_of, quietly, unfilled
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.live.checkouts.importing import Names, checkout, fill, need, noise_of, quietly, unfilled
 
 UNUSED: Names = {
     "timm.models": {"register_model": lambda f: f},
