@@ -52,8 +52,8 @@ def bound(found: Parts, args: Any, kwargs: Any) -> dict[str, Any]:
     return inspect.signature(getattr(type(found.model), GENERATE)).bind(found.model, *args, **kwargs).arguments
 
 
-class _Enough(Exception):
-    """The scales that are wanted are drawn."""
+class Enough(Exception):
+    """The scales that are wanted are drawn: how a loop is left that has no other end."""
 
 
 def stop_before(found: Parts, from_scale: int, passes: int) -> Undos:
@@ -70,13 +70,13 @@ def stop_before(found: Parts, from_scale: int, passes: int) -> Undos:
         f_hat, following = inner(*args, **kwargs)
         summed[:] = [f_hat]
         if int(kwargs["si"] if "si" in kwargs else args[0]) >= passes:
-            raise _Enough
+            raise Enough
         return f_hat, following
 
     def generate(inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         try:
             return inner(*args, **kwargs)
-        except _Enough:
+        except Enough:
             close_caches(found)
             with torch.no_grad():
                 return found.model.vae_proxy[0].fhat_to_img(summed.pop()).add_(1).mul_(0.5)

@@ -58,6 +58,7 @@ class Adapter(Protocol):
     dense: Any  # the dense attention callable, the baseline; `dense_name` names it
     dense_name: str
     prompts: Sequence[Any] = ()  # by class, what its pictures are drawn from where that is text: some metrics read it
+    picture_path: str = ""  # what pictures are drawn on, where that is not the model's own code around attention
     steps: Collection[str] = (SkipScales.kind,)  # kinds of generation steps that `finish` does where `attend` has them
 
     def start(self, pair: Pair, until: int) -> Any:
@@ -72,6 +73,14 @@ class Adapter(Protocol):
 
     def classes(self) -> Sequence[str]:
         """Names of the classes, by index."""
+
+    def prepare(self, attend: Any) -> bool:
+        """Draws whatever pictures come before those with `attend` take as long as all later ones: timing begins after it.
+
+        True: `finish` draws them without calling it (all blocks run as one), so that what watches its calls, such as a stopwatch
+        around it, gets pictures of its own, drawn otherwise.
+        """
+        return False
 
     # What a model may know of its own quality; these answers do where nothing was measured.
 
@@ -93,7 +102,9 @@ class Adapter(Protocol):
 
 def lacks(found: Any) -> str | None:
     """What `found` has not that every adapter has: half a line, or None."""
-    wanted = [name for name in Adapter.__annotations__ if name not in ("steps", "prompts") and not hasattr(found, name)]
+    wanted = [
+        name for name in Adapter.__annotations__ if name not in ("steps", "prompts", "picture_path") and not hasattr(found, name)
+    ]
     wanted += [
         name
         for name in ("start", "finish", "classes", "required", "class_levels", "yardsticks")

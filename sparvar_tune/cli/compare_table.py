@@ -21,18 +21,19 @@ TIME_COLUMNS = ("picture, s", "speed-up", "last scale's attention, ms a layer", 
 
 
 def pair_frame(outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], layers: int, last: int) -> pandas.DataFrame:
-    """One row a way and pair: `way`, `label` and `seed`, `ms` of the picture, `last_ms` of the last scale's attention a layer,
-    and how close it is to the dense picture, a column a metric.
+    """One row a way and pair: `way`, `label` and `seed`, `ms` of the picture, `last_ms` of the last scale's attention a layer
+    (NaN where that was not timed), and how close it is to the dense picture, a column a metric.
     """
     return pandas.DataFrame([
-        {"way": way, "label": label, "seed": seed, "ms": o.ms, "last_ms": o.scales_ms[last] / layers, **o.fidelity}
+        {"way": way, "label": label, "seed": seed, "ms": o.ms, "last_ms": o.scales_ms[last] / layers if o.scales_ms else None,
+         **o.fidelity}
         for way, found in outcomes.items() for (label, seed), o in zip(pairs, found, strict=True)
     ])  # fmt: skip
 
 
 def last_common(outcomes: Mapping[str, Sequence[Outcome]]) -> int:
     """The last scale at which every way attends: one may leave out the schedule's last."""
-    return min(max(o.scales_ms) for found in outcomes.values() for o in found)
+    return min(max(o.scales_ms) for found in outcomes.values() for o in found if o.scales_ms)
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ def way_results(pairs: pandas.DataFrame, metrics: Sequence[Metric]) -> tuple[Way
 
 
 def _way(name: str, found: pandas.DataFrame, dense: pandas.DataFrame, metrics: Sequence[Metric]) -> WayResult:
-    ratio, gain = (paired_speedup(list(dense[column]), list(found[column])) for column in ("ms", "last_ms"))
+    late, dense_late = (list(side.last_ms.dropna()) for side in (found, dense))
+    ratio, gain = paired_speedup(list(dense.ms), list(found.ms)), paired_speedup(dense_late, late)
     labels, close = list(found.label), list[tuple[str, Measured]]()
     for m in metrics if name != "dense" else ():
         values = list(found[m.name])
         close.append((m.name, Measured(class_mean(values, labels), worst_mean(m, values, labels), None)))
-    return WayResult(name, timing(list(found.ms)), ratio, timing(list(found.last_ms)), gain, tuple(close))
+    return WayResult(name, timing(list(found.ms)), ratio, timing(late), gain, tuple(close))
 
 
 def _cells(way: WayResult, metrics: Sequence[Metric]) -> list[str]:

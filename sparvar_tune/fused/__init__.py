@@ -17,7 +17,7 @@ from sparvar_tune.adapters.protocol import Parts, Undoable
 from sparvar_tune.fused.engine import FusedPath, attach
 from sparvar_tune.fused.stack import Stack
 
-__all__ = ["PATHS", "STACKS", "FusedPath", "OnPath", "attach", "put_on", "stack_of"]
+__all__ = ["PATHS", "STACKS", "FusedPath", "OnPath", "attach", "put_on", "stack_of", "why_not_policy"]
 
 STACKS = {family: f"sparvar_tune.fused.{family}" for family in ("infinity", "hart", "var")}
 
@@ -106,13 +106,19 @@ def put_on(family: Any, found: Parts, attend: SparseAttention | None, path: str 
     return made
 
 
+def why_not_policy(attend: SparseAttention | None) -> str | None:
+    """Why the fused path cannot do the steps of a policy, or None."""
+    thins = [] if attend is None else [step.kind for step in attend.policy.steps if step.thins]
+    return f"the blocks cannot run as one: {thins[0]} works inside the model's own" if thins else None
+
+
 def _fused(found: Parts, attend: SparseAttention | None, path: str, graphs: bool) -> tuple[FusedPath | None, str | None]:
     """The fused path put on, or why not."""
     if path == "attention" or (path == "auto" and not found.on_gpu):
         return None, "path is attention" if path == "attention" else "the model is on no GPU; path='fused' runs it all the same"
-    thins = [] if attend is None else [step.kind for step in attend.policy.steps if step.thins]
-    if thins:
-        return None, f"the blocks cannot run as one: {thins[0]} works inside the model's own"
+    reason = why_not_policy(attend)
+    if reason:
+        return None, reason
     try:
         return attach(found, stack_of(found), attend, graphs), None
     except ValueError as error:

@@ -27,7 +27,7 @@ from sparvar_kernels.backends.dense import dense_attention
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
-from sparvar_tune.adapters.guidance import GENERATE, bound
+from sparvar_tune.adapters.guidance import GENERATE, Enough, bound
 from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
 from sparvar_tune.adapters.protocol import Parts
@@ -37,6 +37,8 @@ from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.watched import Watched
 
+WARM = 2  # images of a kind: the first compiles, the second is captured
+MOST_WORKS = 4  # attentions whose graphs a path keeps
 LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU without a graph
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -45,8 +47,9 @@ class Workspace:
     """What one kind of image needs at addresses that stay: the stream, keys and values, attention, graphs."""
 
     def __init__(
-        self, found: Parts, x: Tensor, stream: torch.dtype, dtype: torch.dtype, schedule: ScaleSchedule, path: FusedPath
-    ) -> None:
+        self, found: Parts, x: Tensor, stream: torch.dtype, dtype: torch.dtype, schedule: ScaleSchedule, path: FusedPath,
+        pool: Any = None,
+    ) -> None:  # fmt: skip
         self.rows, self.schedule, self.dtype = x.shape[0], schedule, dtype
         longest = max(schedule.prefix, *(schedule.num_queries(s) for s in range(len(schedule))))
         self.x = _shared(found.model, "x", (self.rows * longest * x.shape[2],), stream, x.device)
@@ -59,7 +62,7 @@ class Workspace:
         )
         self.layers = found.layers
         self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
+        self.pool = pool  # of `torch.cuda.graph_pool_handle`; those of one path share it, they are replayed one after another
         self.room: torch.cuda.CUDAGraph | None = None  # never replayed
         self.constants: torch.cuda.CUDAGraph | None = None
         self.why_not_graphs: str | None = None
@@ -178,7 +181,11 @@ class FusedPath(Undos):
         self.why_not_decoder: str | None = "no image was drawn yet"
         self._decodes: Any = None  # the decoder of the last image
         self._enabled = True
-        self.work: Workspace | None = None
+        self.images = 0  # begun
+        self._since = 0  # images drawn since it was switched on
+        self.work: Workspace | None = None  # of the last image
+        self._works: dict[Any, Workspace] = {}  # by attention, the last one used at the end; all of one kind of image
+        self._pool: Any = None
         self._kind: Any = None
         self._watched = Watched(found.blocks)
         self._start: int | None = None  # tokens appended so far; None: the model's own blocks run
@@ -193,6 +200,8 @@ class FusedPath(Undos):
 
     @enabled.setter
     def enabled(self, on: bool) -> None:
+        if on and not self._enabled:
+            self._since = 0
         self._enabled = on
         self._put_on_decoder(self._decodes if on else None)
 
@@ -220,6 +229,20 @@ class FusedPath(Undos):
         return self.found.on_gpu and not self.use_graphs and last < LEAST_GRID
 
     # Attention
+
+    def serve(self, attend: SparseAttention | None) -> None:
+        """Draws with another attention from the next image on; graphs of those before are kept, of the last few."""
+        self.attend = attend
+
+    @property
+    def images_to_warm(self) -> int:
+        """Images like the last one until the next takes as long as all later ones: everything is compiled and captured then."""
+        work = self._works.get(self._served)
+        return max(0, WARM - min(self._since, 0 if work is None else work.images))
+
+    @property
+    def _served(self) -> Any:
+        return self.attend, DROPPED.get(self.found.model)
 
     def new_attention(self, schedule: ScaleSchedule) -> SparseAttention:
         a, found = self.attend, self.found
@@ -251,6 +274,7 @@ class FusedPath(Undos):
             raise RuntimeError("this model is drawing an image already; draw one at a time, or load it twice")
         try:
             self._given, self._start, self.reason = bound(self.found, args, kwargs), 0, None
+            self.images += 1
             decoder = None if self._is_small() else decoder_of(self.found.model, self._given)
             if decoder is not self._decodes:
                 self._put_on_decoder(decoder)
@@ -258,9 +282,11 @@ class FusedPath(Undos):
                     self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
                 self._decodes = decoder
             out = inner(*args, **kwargs)
-            if self.work is not None and self._start is not None:
-                self.work.images += 1
+            self._drew()
             return out
+        except Enough:
+            self._drew()
+            raise
         except BaseException:
             if self.work is not None and self.work.images < 2:
                 self.work.graphs.clear()  # half an image was captured
@@ -270,6 +296,11 @@ class FusedPath(Undos):
         finally:
             self._given, self._start = {}, None
             self._drawing.release()
+
+    def _drew(self) -> None:
+        if self.work is not None and self._start is not None:
+            self.work.images += 1
+        self._since += 1
 
     def first_block(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.stack.parameters, args, strict=False)), **kwargs}
@@ -307,26 +338,35 @@ class FusedPath(Undos):
         x, schedule = given["x"], self.stack.schedule(given)
         assert isinstance(schedule, ScaleSchedule)
         dtype = _dtype(x)
-        kind = (
-            schedule, x.shape[0], x.shape[2], dtype, x.device, self.stack.kind(given), DROPPED.get(self.found.model),
-            self._watched.state(),
-        )  # fmt: skip
+        kind = schedule, x.shape[0], x.shape[2], dtype, x.device, self.stack.kind(given), self._watched.state()
         with torch.no_grad(), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
             if kind != self._kind:
                 self.work, self._kind = None, None  # let go of the old caches before the new ones are made
+                self._works.clear()
                 self._watched = Watched(self.found.blocks)
                 self.stack.prepare(given, x.shape[0], dtype, schedule)
-                self.work = Workspace(self.found, x, self.stack.stream or x.dtype, dtype, schedule, self)
                 self._kind = *kind[:-1], self._watched.state()
-                if x.is_cuda:
-                    self.work.compile(self.stack, x.device)
-            assert self.work is not None
+            self.work = self._work_of(x, dtype, schedule)
             if not (self._by_graph(x) and self.work.images > 1):  # a replay runs no Python of theirs
                 for attend in self.work.sparse:
                     attend.reset()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self.stack.begin(given)
             self._derive(self.work, x)
+
+    def _work_of(self, x: Tensor, dtype: torch.dtype, schedule: ScaleSchedule) -> Workspace:
+        """The workspace of this attention, that of another let go where there are many."""
+        work = self._works.pop(self._served, None)
+        if work is None:
+            if len(self._works) == MOST_WORKS:
+                del self._works[next(iter(self._works))]
+            if x.is_cuda and not self._works:
+                self._pool = torch.cuda.graph_pool_handle()
+            work = Workspace(self.found, x, self.stack.stream or x.dtype, dtype, schedule, self, self._pool)
+            if x.is_cuda:
+                work.compile(self.stack, x.device)
+        self._works[self._served] = work
+        return work
 
     def _why_not(self, given: Mapping[str, Any]) -> str | None:
         if any(block.training for block in self.found.blocks):

@@ -3,15 +3,19 @@
     adapter = LiveModel(model, generate, ["a red cube", "a lake at dawn"])
     sparvar_tune.tune(model, generate=..., prompts=...)         # makes one
 
-The model is of a family `apply` knows (Infinity, HART, VAR); attention goes in by the same hooks and out again after every
-picture. The untouched model is the baseline: a dense picture has no hook of ours in it. Whole images are drawn, as nobody but
-`generate` knows how to stop one: up to the scale where a policy begins the model's own attention runs.
+The model is of a family `apply` knows (Infinity, HART, VAR), and its pictures are drawn on the path that `apply` takes. That is
+the fused path on a GPU: dense and tuned alike, so that a ratio of their times is sparsity's alone, and kept on the model until
+`close`, as graphs are captured once. Elsewhere, and for attention that somebody watches, hooks go in and out with every picture,
+and a dense picture is the untouched model's. Whole images are drawn, as nobody but `generate` knows how to stop one: up to the
+scale where a policy begins the model's own attention runs.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,12 +25,13 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.problem import DTYPES
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
-from sparvar_tune.adapters.instance_forward import replace_method
+from sparvar_tune import fused
+from sparvar_tune.adapters import steps
+from sparvar_tune.adapters.instance_forward import Replaced, replace_method
 from sparvar_tune.adapters.live_attention import Inside, schedule_of
 from sparvar_tune.adapters.opening import call
 from sparvar_tune.adapters.protocol import Pair, Parts
 from sparvar_tune.adapters.registry import recognise
-from sparvar_tune.adapters.steps import attach
 from sparvar_tune.adapters.whole_images import WholeImages, as_picture, begin_image
 from sparvar_tune.catalog import models
 from sparvar_tune.catalog.models import Model, own_model
@@ -35,6 +40,7 @@ from sparvar_tune.measure.fidelity import compare_pictures
 Generate = Callable[[Any, int], Any]  # (one of the prompts, seed) -> a picture, as `as_picture` takes it
 SAME_DB = 30.0  # two pictures of one (prompt, seed) are at least so close on a device whose sums have no fixed order
 FIRST: Pair = (0, 1)
+SAMPLE = 3  # pictures that say how far our dense path is from the untouched model
 
 
 class LiveModel(WholeImages):
@@ -42,21 +48,28 @@ class LiveModel(WholeImages):
 
     generate: draws one picture from the prompt and the seed alone, with `model`. prompts: what it may be given, each another
     class. row: the model's row, where its name is known; None: that of the table whose shapes and sizes these are, else one of
-    its own. name: of that one. Draws two to three pictures. Raises ValueError, in one line: a model no family knows, a
-    `generate` that draws without it or differently each time, a picture of no known kind.
+    its own. name: of that one. path: as `apply` takes it. Draws two to four pictures. Raises ValueError, in one line: a model no
+    family knows, a `generate` that draws without it or differently each time, a picture of no known kind, a path="fused" that
+    is not legal.
+
+    why_not_fused: why its pictures are not drawn on the fused path, or None.
     """
 
     def __init__(
         self, model: Any, generate: Generate, prompts: Sequence[Any], *, name: str | None = None, row: Model | None = None,
-        temperature: float = 1.0,
+        temperature: float = 1.0, path: str = "auto",
     ) -> None:  # fmt: skip
         if not callable(generate):
             raise ValueError(f"generate: got a {type(generate).__name__}, want a function generate(prompt, seed) -> picture")
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
             raise ValueError("prompts: want a list of at least one, each what generate(prompt, seed) takes")
         self.family, self.parts = recognise(model)
+        if any(isinstance(vars(m).get("forward"), Replaced) for m in (*self.parts.blocks, *self.parts.attentions)):
+            raise ValueError("model: something of ours is on it, applied or of another LiveModel; undo that first, or close it")
         self.generate, self.prompts = generate, tuple(prompts)
         self.steps = tuple(getattr(self.family, "STEPS", ()))
+        self._fused: fused.FusedPath | None = None
+        self.why_not_fused: str | None = None
         own, schedule = self._watched()
         dense = SparseAttention(
             Policy(("A" * self.parts.heads,) * self.parts.layers, ()), schedule, softmax_scale=self.parts.softmax_scale,
@@ -76,35 +89,136 @@ class LiveModel(WholeImages):
         )  # fmt: skip
         self.schedule = schedule
         self.dense = SparseAttention(dense.policy, schedule, softmax_scale=self.softmax_scale, logit_bound=self.logit_bound)
+        self._yardsticks: tuple[tuple[str, float, float], ...] | None = None
+        self._put_on(path)
+
+    def close(self) -> None:
+        """Takes out of the model what its pictures were drawn on; they are then drawn on the attention path."""
+        if self._fused is not None:
+            self._fused.undo()
+        self._fused, self.picture_path, self.why_not_fused = None, "", "this adapter is closed"
+
+    def __enter__(self) -> LiveModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def untouched(self, pair: Pair) -> Tensor:
         """The picture the model draws with nothing of ours in it."""
-        label, seed = pair
-        with torch.no_grad():
-            return as_picture(self.generate(self.prompts[label], seed))
+        with self._off():
+            return self._drawn(pair)
 
     def finish(self, state: Any, attend: Any, redraw_from: int | None = None) -> Tensor:
         pair, until = state
         if redraw_from is not None:
             raise ValueError(f"{self.model.slug}: it draws whole images, whose noise cannot be drawn anew in between")
+        if self._runs_fused(attend, until):
+            return self._on_fused(pair, attend)
         if attend is self.dense:
             return self.untouched(pair)
         begin_image(attend)
-        return self._inside(pair, Inside(attend, until, self.dense))
+        with self._off():
+            return self._inside(pair, Inside(attend, until, self.dense))
+
+    def prepare(self, attend: Any) -> bool:
+        if not self._runs_fused(attend, 0):
+            return False
+        assert self._fused is not None
+        self._fused.serve(None if attend is self.dense else attend)
+        with self._steps(attend):
+            missing = self._fused.images_to_warm
+        for _ in range(missing):
+            self._on_fused(FIRST, attend)
+        return True
+
+    def yardsticks(self) -> tuple[tuple[str, float, float], ...]:
+        """How far the dense pictures of the fused path are from the untouched model's, which sum in another order."""
+        if self._fused is not None and self._yardsticks is None:
+            pairs = [(label % self.num_classes, 1) for label in range(SAMPLE)]
+            found = [compare_pictures(self._on_fused(pair, self.dense), self.untouched(pair)) for pair in pairs]
+            psnr, ssim = (fmean(f[name] for f in found) for name in ("psnr", "ssim"))
+            self._yardsticks = (("dense on the fused path, against the untouched model", psnr, ssim),)
+        return self._yardsticks or ()
+
+    # On the fused path
+
+    def _put_on(self, path: str) -> None:
+        """The fused path, where `apply` would take it and this model's images run on it."""
+        made = fused.put_on(self.family, self.parts, None, path)
+        self.why_not_fused = made.why_not_fused
+        if made.fused is None:
+            return
+        self._fused, self.picture_path = made.fused, "fused path" + (", CUDA graphs" if self.parts.on_gpu else "")
+        try:
+            self._on_fused(FIRST, self.dense)
+        except ValueError as error:
+            self.close()
+            self.why_not_fused = str(error)
+            if path == "fused":
+                raise
+
+    def _runs_fused(self, attend: Any, until: int) -> bool:
+        """Whether a picture, by `attend` from scale `until` on, is drawn on the fused path."""
+        if self._fused is None or not isinstance(attend, SparseAttention) or fused.why_not_policy(attend):
+            return False
+        rules, decided = attend.policy.rules, (rule.variant.decision_scale for rule in attend.policy.rules)
+        begins = [r.scale_index for r in rules] + [s for s in decided if s is not None]
+        begins += [step.from_scale for step in attend.policy.steps]
+        return until <= min(begins, default=until)
+
+    def _on_fused(self, pair: Pair, attend: SparseAttention) -> Tensor:
+        assert self._fused is not None
+        before = self._fused.images
+        self._fused.serve(None if attend is self.dense else attend)
+        with self._steps(attend):
+            picture = self._drawn(pair)
+        if self._fused.reason:
+            raise ValueError(f"generate: {self._fused.reason}")
+        self._require_one(self._fused.images - before)
+        return picture
+
+    @contextmanager
+    def _steps(self, attend: SparseAttention) -> Iterator[None]:
+        """The generation steps of a policy around the fused path, as `apply` puts them."""
+        with steps.put_on(self.family, self.parts, attend):
+            yield
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        """While it lasts the model draws as if the fused path were not on it."""
+        was = self._fused is not None and self._fused.enabled
+        if self._fused is not None:
+            self._fused.enabled = False
+        try:
+            yield
+        finally:
+            if self._fused is not None:
+                self._fused.enabled = was
+
+    # By hooks around every picture
+
+    def _drawn(self, pair: Pair) -> Tensor:
+        label, seed = pair
+        with torch.no_grad():
+            return as_picture(self.generate(self.prompts[label], seed))
+
+    def _require_one(self, images: int) -> None:
+        if images != 1:
+            raise ValueError(f"generate: it ran this model for {images} images, want one each time it is called")
 
     def _inside(self, pair: Pair, attend: Inside) -> Tensor:
         """The picture with `attend` in the model. Raises ValueError where it was not used from begin to end of one image."""
-        hooks: Any = attach(self.family, self.parts, attend)  # type: ignore[arg-type]
+        hooks: Any = steps.attach(self.family, self.parts, attend)  # type: ignore[arg-type]
         try:
-            picture = self.untouched(pair)
+            picture = self._drawn(pair)
         finally:
             hooks.undo()
         live = getattr(hooks, "live", hooks)
         reason, images = getattr(live, "reason", None), getattr(live, "images", 1)  # families of other packages may not say
         if reason:
             raise ValueError(f"generate: {reason}")
-        if images != 1:
-            raise ValueError(f"generate: it ran this model for {images} images, want one each time it is called")
+        self._require_one(images)
         return picture
 
     def _watched(self) -> tuple[Tensor, ScaleSchedule]:

@@ -20,6 +20,7 @@ from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.registry import kernel_for
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
+from sparvar_tune.adapters.whole_images import begin_image
 from sparvar_tune.catalog.metrics import LEAD, Metric
 from sparvar_tune.measure.fidelity import (
     CONFIDENCE,
@@ -31,10 +32,11 @@ from sparvar_tune.measure.fidelity import (
     worst_mean,
 )
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, timing
-from sparvar_tune.policy_search.judge import first_touched, make_attention, prompt_of
+from sparvar_tune.policy_search.judge import first_touched, make_attention, prepare, prompt_of
 from sparvar_tune.profile.identity import meaning_of
 from sparvar_tune.profile.schema import Evidence, Measured, Row, WholePicture, Yardstick
 
+SCALE_PAIRS = 5  # whose attention is timed by scale, where that takes pictures of their own
 SHARES = (0.7, 0.2, 0.1)  # of the error probability, by attempt: together all of it
 
 
@@ -65,7 +67,10 @@ class TimedByScale:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One picture made one way: whole generation and attention by scale in ms, fidelity against the dense twin."""
+    """One picture made one way: whole generation and attention by scale in ms, fidelity against the dense twin.
+
+    scales_ms: empty where attention was not timed, as it was of no picture of its own.
+    """
 
     ms: float
     scales_ms: dict[int, float]
@@ -86,13 +91,19 @@ def run_pairs(
         states: list[Any] = []
         shared = stopwatch(lambda: states.append(adapter.start(pair, first_touched(adapter))))  # noqa: B023
         made: dict[str, tuple[Tensor, float, dict[int, float]]] = {}
+        watched: list[TimedByScale] = []
         names = list(ways)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            if hasattr(ways[name], "reset"):
-                ways[name].reset()
-            attend, pictures = TimedByScale(ways[name], stopwatch), list[Tensor]()
-            ms = stopwatch(lambda: pictures.append(adapter.finish(states[0], attend)))  # noqa: B023
-            made[name] = (pictures[0], shared + ms, attend.spent_ms)
+            way, timed, pictures = ways[name], TimedByScale(ways[name], stopwatch), list[Tensor]()
+            apart = prepare(adapter, way)
+            begin_image(way)
+            ms = stopwatch(lambda: pictures.append(adapter.finish(states[0], way if apart else timed)))  # noqa: B023
+            made[name] = (pictures[0], shared + ms, timed.spent_ms)
+            if apart and i < SCALE_PAIRS:
+                watched.append(timed)
+        for timed in watched:
+            begin_image(timed.inner)
+            adapter.finish(states[0], timed)
         for name, (picture, ms, spent) in made.items():
             dense = made["dense"][0]
             outcomes[name].append(Outcome(ms, spent, compare_pictures(picture, dense, more, prompt_of(adapter, pair))))
@@ -167,7 +178,7 @@ def evidence(
 
 def generation(seen: Comparison, adapter: Adapter) -> WholePicture:
     return WholePicture(
-        adapter.dense_name,
+        ", ".join(filter(None, (adapter.dense_name, getattr(adapter, "picture_path", "")))),
         timing(seen.dense_ms),
         timing(seen.tuned_ms),
         paired_speedup(seen.dense_ms, seen.tuned_ms),
@@ -178,8 +189,7 @@ def measured_rows(seen: Comparison, adapter: Adapter, policy: Policy, launches: 
     """One row per scale with a rule: one layer's attention, averaged over layers, list making included."""
     rows, layers = [], adapter.model.layers
     for s in sorted({r.scale_index for r in policy.rules}):
-        dense = [spent[s] / layers for spent in seen.dense_scales]
-        tuned = [spent[s] / layers for spent in seen.tuned_scales]
+        dense, tuned = ([spent[s] / layers for spent in side if spent] for side in (seen.dense_scales, seen.tuned_scales))
         config = launches[s].config
         assert config is not None, "a launch that was chosen"
         rows.append(Row(
@@ -195,6 +205,8 @@ def decision_cost(seen: Comparison, adapter: Adapter, policy: Policy) -> tuple[s
     scales = {s for s in decisions if s is not None}
     notes = []
     for s in sorted(scales - {r.scale_index for r in policy.rules}):
-        dense, tuned = (timing([x[s] / adapter.model.layers for x in side]) for side in (seen.dense_scales, seen.tuned_scales))
+        dense, tuned = (
+            timing([x[s] / adapter.model.layers for x in side if x]) for side in (seen.dense_scales, seen.tuned_scales)
+        )
         notes.append(f"decision scale {s}: {dense.p50_ms:.1f} -> {tuned.p50_ms:.1f} ms a layer for ranking keys and residuals")
     return tuple(notes)

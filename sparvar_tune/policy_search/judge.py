@@ -81,6 +81,11 @@ def prompt_of(adapter: Adapter, pair: Pair) -> str:
     return str(prompts[pair[0]]) if prompts else ""
 
 
+def prepare(adapter: Adapter, attend: Any) -> bool:
+    """See `Adapter.prepare`, which one that does not derive from it may lack."""
+    return bool(getattr(adapter, "prepare", lambda _attend: False)(attend))
+
+
 def first_touched(adapter: Adapter) -> int:
     """The first scale any policy of the search may act on."""
     return decision_scale(adapter.schedule)
@@ -103,6 +108,7 @@ class Judge:
         for i, pair in enumerate(pairs):
             state = adapter.start(pair, first_touched(adapter))
             made: list[torch.Tensor] = []
+            prepare(adapter, adapter.dense)
             ms = self.stopwatch(lambda: made.append(adapter.finish(state, adapter.dense)))  # noqa: B023
             self.references.append(Reference(state, made[0], ms))
             say(f"dense pictures to compare with: {i + 1}/{len(pairs)}")
@@ -208,8 +214,9 @@ class Judge:
             ways = [True, False] if i % TWIN_EVERY == self.turn % RACE_AFTER else [False]
             for dense in ways if (i + self.turn) % 2 else reversed(ways):
                 made: list[torch.Tensor] = []
-                attend.reset()
                 way = self.adapter.dense if dense else attend
+                prepare(self.adapter, way)
+                attend.reset()
                 ms = self.stopwatch(lambda: made.append(self.adapter.finish(reference.state, way)))  # noqa: B023
                 if dense:
                     twins[i] = ms

@@ -6,6 +6,7 @@ Every function takes the names the command line takes, and raises ValueError wit
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +67,13 @@ def tune(
         paths_of("merge", merge), _path("log", log), _url(storage),
         {name: path_of("metric_weights", path) for name, path in (metric_weights or {}).items()},
     )  # fmt: skip
-    if generate is not None:
-        drawn: Any = () if prompts is None else prompts
-        model, prompts = LiveModel(model, generate, drawn, name=name), None
-    place = place_of(source, weights, prompts)
-    way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images, place), settings)
-    return way.run(_silent if progress is None else progress, _silent)
+    with ExitStack() as opened:
+        if generate is not None:
+            drawn: Any = () if prompts is None else prompts
+            model, prompts = opened.enter_context(LiveModel(model, generate, drawn, name=name)), None
+        place = place_of(source, weights, prompts)
+        way = choose_way(Subject.of(model, gpu, quality, resolution, aspect, images, place), settings)
+        return way.run(_silent if progress is None else progress, _silent)
 
 
 def trials(

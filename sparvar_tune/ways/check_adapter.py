@@ -18,7 +18,7 @@ from sparvar_tune.adapters import Adapter
 from sparvar_tune.adapters.opening import blame
 from sparvar_tune.adapters.protocol import why_not_adapter
 from sparvar_tune.measure.fidelity import compare_pictures, relative_l2
-from sparvar_tune.policy_search.judge import first_touched, make_attention
+from sparvar_tune.policy_search.judge import first_touched, make_attention, prepare
 from sparvar_tune.policy_search.menu import fixed_points
 
 CLOSE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}  # relative error of dense attention against fp64
@@ -157,7 +157,9 @@ class _Trial:
         }
 
     def draw(self, attend: Any = None, until: int = 0, pair: tuple[int, int] | None = None) -> Tensor:
-        found = self.adapter.finish(self.adapter.start(pair or self.pair, until), attend or self.adapter.dense)
+        attend = attend or self.adapter.dense
+        prepare(self.adapter, attend)
+        found = self.adapter.finish(self.adapter.start(pair or self.pair, until), attend)
         if not isinstance(found, Tensor) or found.ndim != 4 or found.shape[:2] != (1, 3) or not found.is_floating_point():
             got = f"{list(found.shape)} {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise Broken(f"finish returned {got}, want a float tensor [1, 3, H, W]")
