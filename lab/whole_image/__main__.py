@@ -33,7 +33,7 @@ def main() -> None:
         one.add_argument("--profiled", type=int, default=2)
         one.add_argument("--layers", action="store_true", help="also each block against the public one")
         one.add_argument("--first", action="store_true", help="only the time of apply and of the first pictures")
-        one.add_argument("--only", default="", help="comma-separated starts of ways' names")
+        one.add_argument("--only", action="append", default=[], help="the start of ways' names; may be given again")
     report = commands.add_parser("report")
     report.add_argument("raw", type=Path, nargs="+")
     report.add_argument("--out", type=Path, required=True)
