@@ -14,6 +14,7 @@ from lab.whole_image.hart import PublicHart
 from lab.whole_image.infinity import PublicInfinity
 from lab.whole_image.ladder import Rung, climb, cudnn, flash, peak_bytes, using, wall_ms
 from lab.whole_image.layers import compare
+from lab.whole_image.peers import open_peer, peer_ways
 from lab.whole_image.var import PublicVar
 from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.backends.configs import TritonConfig
@@ -133,6 +134,10 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         "grids": [list(g) for g in driven.schedule.grids], "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": version_of("triton"), "weights_bytes": loaded, "host": _host(), "first_only": args.first,
     }  # fmt: skip
+    if getattr(args, "peer", None):
+        yield {"peer": args.peer}
+        yield {"ways": climb(driven.draw, peer_ways(args.peer), args.rounds, args.profiled, driven.decoding, say)}
+        return
     ways = Ways(driven)
     if args.first:
         begun = time.perf_counter()
@@ -176,6 +181,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
 
 
 def _open(args: argparse.Namespace) -> Any:
+    if getattr(args, "peer", None):
+        return open_peer(args.peer, args.checkout, args.model, args.images)
     if args.command == "infinity":
         return PublicInfinity(args.checkout, args.model, args.images, args.large)
     return {"var": PublicVar, "hart": PublicHart}[args.command](args.checkout, args.model, args.images)
