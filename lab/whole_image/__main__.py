@@ -1,6 +1,7 @@
 """Whole pictures of the public models, beside our paths, on this GPU.
 
     python -m lab.whole_image infinity CHECKOUT infinity-8b --out RAW.json      measure one model, add it to the raw numbers
+    python -m lab.whole_image infinity FASTVAR/Infinity infinity-2b --peer FastVAR --out RAW.json      a method's own code
     python -m lab.whole_image report RAW.json --out reports/whole-image-h100.md  the tables from the raw numbers
 
 CHECKOUT is an unmodified tree of the public code. One model a process: their modules' names collide, and memory is counted.
@@ -33,7 +34,9 @@ def main() -> None:
         one.add_argument("--profiled", type=int, default=2)
         one.add_argument("--layers", action="store_true", help="also each block against the public one")
         one.add_argument("--first", action="store_true", help="only the time of apply and of the first pictures")
-        one.add_argument("--only", default="", help="comma-separated starts of ways' names")
+        if family == "infinity":
+            one.add_argument("--peer", choices=("FastVAR", "ScaleKV"), help="CHECKOUT is this method's code; time that alone")
+        one.add_argument("--only", action="append", default=[], help="the start of ways' names; may be given again")
     report = commands.add_parser("report")
     report.add_argument("raw", type=Path, nargs="+")
     report.add_argument("--out", type=Path, required=True)

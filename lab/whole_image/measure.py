@@ -14,6 +14,7 @@ from lab.whole_image.hart import PublicHart
 from lab.whole_image.infinity import PublicInfinity
 from lab.whole_image.ladder import Rung, climb, cudnn, flash, peak_bytes, using, wall_ms
 from lab.whole_image.layers import compare
+from lab.whole_image.peers import open_peer, peer_ways
 from lab.whole_image.var import PublicVar
 from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.backends.configs import TritonConfig
@@ -21,6 +22,7 @@ from sparvar_kernels.geometry.scales import Tile
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Csla
 from sparvar_tune import adapters, fused
+from sparvar_tune.generation import CacheBudget, PruneTokens
 from sparvar_tune.policy_search.menu import paper_policy, paper_sinks, paper_windows
 from sparvar_tune.profile.machine import version_of
 from sparvar_tune.runtime.load import load_profile
@@ -29,17 +31,20 @@ CSLA_FROM = 4  # windows at this many last scales
 DROPPED = 3  # last scales without the unconditional half
 
 
-def attention_of(parts: Any, driven: Any, which: str) -> SparseAttention:
+def attention_of(parts: Any, driven: Any, which: str | Policy) -> SparseAttention:
     """The shipped "profile" of this GPU and number of images, or "windows": CSLA 8x8 with the paper's windows in every head.
 
-    Where no profile is for this schedule, as at 2048, the paper's policy with default launches.
+    Where no profile is for this schedule, as at 2048, the paper's policy with default launches. A policy that is given has those.
     """
     schedule = driven.schedule
-    if which == "profile":
+    launches: dict[int, Launch] = {}
+    if isinstance(which, Policy):
+        policy = which
+    elif which == "profile":
         tuned = load_profile(driven.slug, images=driven.images)
         if tuned.profile is not None and tuned.profile.workload.schedule == schedule:
             return tuned.sparse_attention(parts.logit_bound)
-        policy, launches = paper_policy(schedule, parts.layers, parts.heads), {}
+        policy = paper_policy(schedule, parts.layers, parts.heads)
     else:
         last = range(len(schedule) - CSLA_FROM, len(schedule))
         window = Csla(paper_windows(schedule), paper_sinks(schedule), Tile(8, 8))
@@ -50,6 +55,23 @@ def attention_of(parts: Any, driven: Any, which: str) -> SparseAttention:
     return SparseAttention(
         policy, schedule, softmax_scale=parts.softmax_scale, logit_bound=parts.logit_bound, launches=launches
     )  # fmt: skip
+
+
+def thinned(parts: Any, driven: Any) -> Iterator[tuple[str, Policy, int]]:
+    """(name, policy, last scales left out) of the published methods that leave out tokens and know this model and schedule.
+
+    FastVAR's own form for Infinity leaves out the last two scales besides; both are here.
+    """
+    schedule, heads = driven.schedule, ("A" * parts.heads,) * parts.layers
+    if parts.family in ("infinity", "hart"):
+        policy = Policy(heads, (), (PruneTokens.published(parts.family, schedule, parts.layers),))
+        yield "FastVAR", policy, 0
+        if parts.family == "infinity":
+            yield "FastVAR, last two scales left out", policy, 2
+    if driven.slug in ("infinity-2b", "infinity-8b"):
+        budget = CacheBudget.published(driven.slug)
+        if budget.why_not(schedule, parts.layers) is None:
+            yield "ScaleKV", Policy(heads, (), (budget,)), 0
 
 
 class Ways:
@@ -68,8 +90,8 @@ class Ways:
         attend = attention_of(self.parts, self.driven, which)
         return self._way(name, lambda: adapters.apply(self.driven.model, attend))
 
-    def fused(self, name: str, which: str | None, graphs: bool = True, drop: bool = False) -> Rung:
-        """drop: the unconditional half at the last scales. Its path is put on beneath the hook that drops."""
+    def fused(self, name: str, which: str | Policy | None, graphs: bool = True, drop: bool = False, skipped: int = 0) -> Rung:
+        """drop: the unconditional half at the last scales; skipped: so many last scales. Its path is beneath those hooks."""
         attend = None if which is None else attention_of(self.parts, self.driven, which)
         path = fused.attach(self.parts, fused.stack_of(self.parts), attend, graphs)
         path.enabled = False
@@ -78,6 +100,8 @@ class Ways:
 
         def on() -> Any:
             path.enabled = True
+            if skipped:
+                return adapters.skip_scales(self.driven.model, len(self.driven.schedule) - skipped)
             return adapters.drop_unconditional(self.driven.model, first) if drop else None
 
         return self._way(name, on, warm=2 if graphs else 0)  # switched on, its decoder is put on and captured again
@@ -110,6 +134,10 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         "grids": [list(g) for g in driven.schedule.grids], "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": version_of("triton"), "weights_bytes": loaded, "host": _host(), "first_only": args.first,
     }  # fmt: skip
+    if getattr(args, "peer", None):
+        yield {"peer": args.peer}
+        yield {"ways": climb(driven.draw, peer_ways(args.peer), args.rounds, args.profiled, driven.decoding, say)}
+        return
     ways = Ways(driven)
     if args.first:
         begun = time.perf_counter()
@@ -146,12 +174,15 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         ways.fused("path, graphs, CSLA 8x8", "windows"), ways.fused("path, graphs, profile, half dropped", "profile", drop=True),
         ways.fused("path, graphs, CSLA 8x8, half dropped", "windows", drop=True),
     ]  # fmt: skip
-    only = tuple(filter(None, args.only.split(",")))
-    chosen = {way.name: way for way in made if not only or way.name.startswith(only)}
+    for name, policy, skipped in thinned(ways.parts, driven):
+        made.append(ways.fused(f"path, graphs, {name}", policy, skipped=skipped))
+    chosen = {way.name: way for way in made if not args.only or way.name.startswith(tuple(args.only))}
     yield {"ways": climb(driven.draw, chosen, args.rounds, args.profiled, driven.decoding, say)}
 
 
 def _open(args: argparse.Namespace) -> Any:
+    if getattr(args, "peer", None):
+        return open_peer(args.peer, args.checkout, args.model, args.images)
     if args.command == "infinity":
         return PublicInfinity(args.checkout, args.model, args.images, args.large)
     return {"var": PublicVar, "hart": PublicHart}[args.command](args.checkout, args.model, args.images)

@@ -44,7 +44,8 @@ def title(run: dict[str, Any]) -> str:
     """Which model at which size, and how many pictures."""
     (_, _), last = run["grids"][0], run["grids"][-1]
     images = f", {run['images']} pictures at once" if run["images"] > 1 else ""
-    return f"{run['model']}, last grid {last[0]}x{last[1]}, {run['tokens']:,} tokens{images}"
+    peer = f", by {run['peer']}'s public code" if "peer" in run else ""
+    return f"{run['model']}{peer}, last grid {last[0]}x{last[1]}, {run['tokens']:,} tokens{images}"
 
 
 def _gpu(way: dict[str, Any]) -> float:
@@ -106,6 +107,8 @@ def _kinds(run: dict[str, Any]) -> list[str]:
 
 
 def _memory(run: dict[str, Any]) -> list[str]:
+    if "peak_bytes" not in run:  # a method's own code
+        return []
     peak, gib = run["peak_bytes"], 2**30
     lines = [
         "", f"Peak memory that PyTorch holds: public "

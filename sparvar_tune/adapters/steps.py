@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +18,15 @@ def why_not_does(family: Family, found: Parts, attend: SparseAttention) -> str |
     return why_not_steps(attend.policy.steps, getattr(family, "STEPS", ()), f"the {found.family} adapter")
 
 
-def put_on(family: Family, found: Parts, attend: SparseAttention) -> Undos:
+def put_on(family: Family, found: Parts, attend: SparseAttention, thins: Collection[bool] = (True, False)) -> Undos:
     """The steps of a policy that the family can do, for images of its schedule; one that raises takes all back.
 
-    Those that leave out tokens come first: they work inside the blocks, the others around them.
+    Those that leave out tokens come first: they work inside the blocks, the others around them. thins: which of the two.
     """
     undos = Undos()
+    chosen = [step for step in attend.policy.steps if step.thins in thins]
     try:
-        for step in sorted(attend.policy.steps, key=lambda step: not step.thins):
+        for step in sorted(chosen, key=lambda step: not step.thins):
             undos.add(family.STEPS[step.kind](replace(found, schedule=attend.schedule), step))  # type: ignore[attr-defined]
     except BaseException:
         undos.undo()

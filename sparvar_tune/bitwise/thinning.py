@@ -34,8 +34,7 @@ class Thinning:
 
     def by_parts(self, s: int, layer: int) -> bool:
         """Whether a block chooses tokens at a scale, or gives there what stands for the others later."""
-        p = self.prune
-        return p is not None and p.first_layer <= layer <= p.last_layer and (s == p.cached_scale or p.at(s) is not None)
+        return self.prune is not None and self.prune.by_parts(s, layer)
 
     def part(self, given: Given, name: tuple[int, str], s: int, x: Tensor, work: Work) -> Tensor:
         """What a part adds to all tokens of x [B, N, C]."""

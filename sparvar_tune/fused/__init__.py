@@ -17,7 +17,7 @@ from sparvar_tune.adapters.protocol import Parts, Undoable
 from sparvar_tune.fused.engine import FusedPath, attach
 from sparvar_tune.fused.stack import Stack
 
-__all__ = ["PATHS", "STACKS", "FusedPath", "OnPath", "attach", "put_on", "stack_of", "why_not_policy"]
+__all__ = ["PATHS", "STACKS", "FusedPath", "OnPath", "attach", "put_on", "stack_of"]
 
 STACKS = {family: f"sparvar_tune.fused.{family}" for family in ("infinity", "hart", "var")}
 
@@ -45,16 +45,20 @@ class OnPath(Undos):
     why_not_fused: why the fused path is not on, or why it did not run the last image; None if it did.
     """
 
-    def __init__(self, live: Undoable | None, fused: FusedPath | None, why_not_fused: str | None) -> None:
+    def __init__(self, live: Undoable | None) -> None:
         super().__init__()
-        self.live, self.fused, self._why_not_fused = live, fused, why_not_fused
-        for change in (live, fused):
-            if change is not None:
-                self.add(change)
+        self.live = live
+        self.fused: FusedPath | None = None
+        self._why_not_fused: str | None = None
+        if live is not None:
+            self.add(live)
 
-    def require(self, path: str) -> None:
-        """Raises ValueError where the fused path was asked for by name and is not on."""
-        if path == "fused" and self.fused is None:
+    def put_on_fused(self, found: Parts, attend: SparseAttention | None, path: str, graphs: bool) -> None:
+        """Raises ValueError where the fused path is asked for by name and cannot be on."""
+        self.fused, self._why_not_fused = _fused(found, attend, path, graphs)
+        if self.fused is not None:
+            self.add(self.fused)
+        elif path == "fused":
             raise ValueError(self._why_not_fused)
 
     @contextmanager
@@ -95,30 +99,23 @@ def put_on(family: Any, found: Parts, attend: SparseAttention | None, path: str 
     reason = None if attend is None else steps.why_not_does(family, found, attend)
     if reason:
         raise ValueError(f"this profile does not fit the model: {reason}")
-    made = OnPath(None if attend is None else family.attach(found, attend), *_fused(found, attend, path, graphs))
+    made = OnPath(None if attend is None else family.attach(found, attend))
     try:
-        made.require(path)
         if attend is not None:
-            made.add(steps.put_on(family, found, attend))  # around the fused path: a half is dropped before its first block
+            made.add(steps.put_on(family, found, attend, [True]))  # inside the blocks, for images that run those
+        made.put_on_fused(found, attend, path, graphs)
+        if attend is not None:
+            made.add(steps.put_on(family, found, attend, [False]))  # around: a half is dropped before the first block
     except BaseException:
         made.undo()
         raise
     return made
 
 
-def why_not_policy(attend: SparseAttention | None) -> str | None:
-    """Why the fused path cannot do the steps of a policy, or None."""
-    thins = [] if attend is None else [step.kind for step in attend.policy.steps if step.thins]
-    return f"the blocks cannot run as one: {thins[0]} works inside the model's own" if thins else None
-
-
 def _fused(found: Parts, attend: SparseAttention | None, path: str, graphs: bool) -> tuple[FusedPath | None, str | None]:
     """The fused path put on, or why not."""
     if path == "attention" or (path == "auto" and not found.on_gpu):
         return None, "path is attention" if path == "attention" else "the model is on no GPU; path='fused' runs it all the same"
-    reason = why_not_policy(attend)
-    if reason:
-        return None, reason
     try:
         return attach(found, stack_of(found), attend, graphs), None
     except ValueError as error:

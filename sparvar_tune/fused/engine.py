@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ from sparvar_tune.fused.compile_ahead import compile_ahead, read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
 from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.stack import Stack
+from sparvar_tune.fused.thinning import ThinnedPasses, why_not_thinned
 from sparvar_tune.fused.watched import Watched
+from sparvar_tune.generation.tokens import Work
 
 WARM = 2  # images of a kind: the first compiles, the second is captured
 MOST_WORKS = 4  # attentions whose graphs a path keeps
@@ -53,14 +56,11 @@ class Workspace:
         self.rows, self.schedule, self.dtype = x.shape[0], schedule, dtype
         longest = max(schedule.prefix, *(schedule.num_queries(s) for s in range(len(schedule))))
         self.x = _shared(found.model, "x", (self.rows * longest * x.shape[2],), stream, x.device)
-        # What the last grid appends nobody reads again once its layer has attended. So layers lie one behind the other, the last
-        # one first, and the last grid runs over into the layer before its own, which is done by then: 39 % less at 1024 pixels.
+        self.thinning = ThinnedPasses(path.policy, schedule, found.layers, self.rows, x.device, partial(_shared, found.model))
         self.before, self.tail = schedule.starts[-2], schedule.num_queries(len(schedule) - 1)
-        places = found.layers * self.before + self.tail
-        self.cached = _shared(
-            found.model, "keys and values", (2, self.rows, places, found.heads, found.head_dim), dtype, x.device
-        )
-        self.layers = found.layers
+        self.places = self.thinning.layout()
+        shape = 2, self.rows, max(end for _, end in self.places), found.heads, found.head_dim
+        self.cached = _shared(found.model, "keys and values", shape, dtype, x.device)
         self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self.pool = pool  # of `torch.cuda.graph_pool_handle`; those of one path share it, they are replayed one after another
         self.room: torch.cuda.CUDAGraph | None = None  # never replayed
@@ -77,8 +77,7 @@ class Workspace:
     def compile(self, stack: Stack, device: torch.device) -> None:
         """Compiles what an image launches, but for the decoder's; what a later call still lacks is compiled there."""
         scales = range(len(self.schedule))
-        lengths = [*filter(None, [self.schedule.prefix]), *(self.schedule.num_queries(s) for s in scales)]
-        builds = list(stack.builds(lengths))
+        builds = list(stack.builds(self.thinning.lengths(), self.thinning.prune is not None))
         for attend in self.sparse:
             form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
             first = [replace(p, softmax_scale=attend.softmax_scale, logit_bound=attend.logit_bound) for p in form]
@@ -92,8 +91,8 @@ class Workspace:
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [rows, H, N, D], laid out [rows, N, H, D]."""
-        begin = (self.layers - 1 - layer) * self.before
-        keys, values = self.cached[:, :, begin : begin + self.before + self.tail].transpose(2, 3).unbind(0)
+        begin, end = self.places[layer]
+        keys, values = self.cached[:, :, begin:end].transpose(2, 3).unbind(0)
         return keys, values
 
     def why_not_pass(self, start: int, x: Tensor) -> str | None:
@@ -148,11 +147,26 @@ class OnePass:
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.work.cache(layer)
 
+    def filled(self, layer: int) -> int:
+        return 0 if self.scale_index is None else self.work.thinning.filled[layer][self.scale_index]
+
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        work, end, s = self.work, self.start + self.length, self.scale_index
-        k, v = (t[: self.rows, :, :end] for t in work.cache(layer))
-        out = self._out(layer, q, k, v, s)
-        return out.transpose(1, 2).reshape(self.rows, self.length, -1)
+        end = self.filled(layer) + q.shape[2]
+        k, v = (t[: self.rows, :, :end] for t in self.cache(layer))
+        out = self._out(layer, q, k, v, self.scale_index)
+        return out.transpose(1, 2).reshape(self.rows, q.shape[2], -1)
+
+    def cut(self, layer: int, queries: Callable[[Tensor], Tensor]) -> None:
+        if self.scale_index is not None:
+            keys, values = (t[: self.rows] for t in self.cache(layer))
+            self.work.thinning.cut(layer, self.scale_index, keys, values, queries)
+
+    def by_parts(self, layer: int) -> bool:
+        return self.scale_index is not None and self.work.thinning.by_parts(layer, self.scale_index)
+
+    def add(self, layer: int, part: str, x: Tensor, work: Work) -> None:
+        assert self.scale_index is not None, "by_parts says so"
+        self.work.thinning.add(layer, self.scale_index, part, x, work)
 
     def _out(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: int | None) -> Tensor:
         sparse = self.work.sparse[0]
@@ -194,6 +208,10 @@ class FusedPath(Undos):
         self._said: set[str] = set()
 
     @property
+    def policy(self) -> Policy | None:
+        return None if self.attend is None else self.attend.policy
+
+    @property
     def enabled(self) -> bool:
         """Where False the model draws as if this were undone, but graphs and buffers are kept."""
         return self._enabled
@@ -229,6 +247,10 @@ class FusedPath(Undos):
         return self.found.on_gpu and not self.use_graphs and last < LEAST_GRID
 
     # Attention
+
+    def why_not_serve(self, attend: SparseAttention | None) -> str | None:
+        """Why it cannot draw with another attention, or None."""
+        return _why_not_thinned(self.stack, attend)
 
     def serve(self, attend: SparseAttention | None) -> None:
         """Draws with another attention from the next image on; graphs of those before are kept, of the last few."""
@@ -428,13 +450,17 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _why_not_thinned(stack: Stack, attend: SparseAttention | None) -> str | None:
+    return None if attend is None else why_not_thinned(attend.policy, stack.thins)
+
+
 def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, graphs: bool = True) -> FusedPath:
     """Puts the stack into the model; `undo()` takes it out. attend: its policy, schedule and launches; None: everything dense.
 
     Put it on after the attention path: that one then serves the images that cannot run as one. Raises ValueError, and changes
     nothing, where the model's blocks cannot be run this way, or its unconditional half is dropped already.
     """
-    reason = stack.why_not()
+    reason = _why_not_thinned(stack, attend) or stack.why_not()
     for i, block in enumerate(found.blocks):
         if block.__dict__.get("_forward_hooks") or block.__dict__.get("_forward_pre_hooks"):
             reason = reason or f"block {i}: another tool's hook is on it"

@@ -21,6 +21,7 @@ from sparvar_tune.fused.denoiser import put_on_denoiser
 from sparvar_tune.fused.product import Product, why_not_owned
 from sparvar_tune.fused.stack import Pass
 from sparvar_tune.fused.var import learned_factor
+from sparvar_tune.generation.tokens import rows_at
 
 NORMS = ("LlamaRMSNorm", "LlamaRMSNormFused")
 ROTARY = ("rotary_emb", "context_rotary_emb")
@@ -47,6 +48,7 @@ class HartStack:
 
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = None
+    thins: tuple[str, ...] = ("prune_tokens",)
 
     def __init__(self, found: Parts) -> None:
         self.found = found
@@ -84,7 +86,7 @@ class HartStack:
         self.places = _grid_places(schedule, x.device)
         self.rotation = torch.empty(rows, places, self.found.head_dim, 2, device=x.device)
 
-    def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
+    def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]:
         from sparvar_kernels.path.triton.append import TURNS, append_build
         from sparvar_kernels.path.triton.gated_silu import BLOCK, gated_silu_build
         from sparvar_kernels.path.triton.residual_norm import residual_norm_build
@@ -119,17 +121,28 @@ class HartStack:
         update: Tensor | None = None
         for i, block in enumerate(self.blocks):
             norm = {"weight": block.weight, "eps": block.eps, "out_dtype": block.qkv.dtype}
+            if at.by_parts(i):
+                residual_norm(x, update, norm="none", eps=0.0, out_dtype=x.dtype)
+                self._add_parts(i, x, at, norm)
+                update = None
+                continue
             update = self._attend(i, residual_norm(x, update, norm="rms", **norm), at)
             update = _swiglu(block, residual_norm(x, update, norm="rms", **norm))
         residual_norm(x, update, norm="none", eps=0.0, out_dtype=x.dtype)
 
-    def _attend(self, i: int, y: Tensor, at: Pass) -> Tensor:
+    def _add_parts(self, i: int, x: Tensor, at: Pass, norm: dict[str, Any]) -> None:
+        at.add(i, "attention", x, lambda rows, places: self._attend(i, residual_norm(rows, norm="rms", **norm), at, places))
+        at.add(i, "mlp", x, lambda rows, _: _swiglu(self.blocks[i], residual_norm(rows, norm="rms", **norm)))
+
+    def _attend(self, i: int, y: Tensor, at: Pass, chosen: Tensor | None = None) -> Tensor:
         """Apart, so that what it needs on the way is given back when it is done."""
         block, (rows, length, _) = self.blocks[i], y.shape
         qkv = block.qkv(y).view(rows, length, 3, self.found.heads, self.found.head_dim)
-        places = self.rotation[:rows, at.start : at.start + length]
+        places = self.rotation[:rows, at.start : at.start + at.length]
+        if chosen is not None:
+            places = rows_at(places.flatten(2), chosen).unflatten(2, places.shape[2:])
         q = append_qkv(
-            qkv, *at.cache(i), at.start, q_scale=block.q_scale, normalise=block.cosine, rotation=places, pairs="rotate_half"
+            qkv, *at.cache(i), at.filled(i), q_scale=block.q_scale, normalise=block.cosine, rotation=places, pairs="rotate_half"
         )
         del qkv
         return block.proj(at.attend(i, q))

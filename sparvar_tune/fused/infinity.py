@@ -51,6 +51,7 @@ class InfinityStack:
 
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = torch.float32
+    thins: tuple[str, ...] = ("prune_tokens", "cache_budget")
 
     def __init__(self, found: Parts) -> None:
         self.found = found
@@ -106,7 +107,7 @@ class InfinityStack:
                 f"the RoPE table has {self.rotation.shape[0]} places for {schedule.num_keys(len(schedule) - 1)} tokens"
             )
 
-    def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
+    def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]:
         from sparvar_kernels.path.triton.append import TURNS, append_build
         from sparvar_kernels.path.triton.residual_norm import residual_norm_build
         from sparvar_kernels.path.triton.text_attention import text_attention_build
@@ -121,6 +122,8 @@ class InfinityStack:
         else:
             made.append(text_softmax_build(dtype, self.folded.heads, self.folded.room))
         modulated, affine = dict.fromkeys(("scale", "shift"), fp32), dict.fromkeys(("weight", "bias"), fp32)
+        if by_parts:
+            made.append(residual_norm_build(fp32, dtype, width, "layer", True, affine))
         added, gated = {"update": dtype}, {"update": dtype, "gate": fp32}
         text_update = added if block.ca_gamma is None else gated
         for norm, operands in (
@@ -156,6 +159,11 @@ class InfinityStack:
         for i, block in enumerate(self.blocks):
             gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation[i, :, : x.shape[0]].unbind(0)
             dtype = block.qkv.dtype
+            if at.by_parts(i):
+                residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
+                self._add_parts(i, x, at)
+                update = gate = None
+                continue
             y = residual_norm(x, update, gate, norm="layer", scale=scale1, shift=shift1, eps=block.eps, out_dtype=dtype)
             update = self._attend(i, y, at)
             norm = {"weight": block.ca_weight, "bias": block.ca_bias, "eps": block.ca_eps}
@@ -165,15 +173,44 @@ class InfinityStack:
             update, gate = block.down(block.up.gelu(y)), gamma2
         residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
 
+    def _add_parts(self, i: int, x: Tensor, at: Pass) -> None:
+        block = self.blocks[i]
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation[i, :, : x.shape[0]].unbind(0)
+
+        def norm(rows: Tensor, **operands: Any) -> Tensor:
+            return residual_norm(rows, norm="layer", out_dtype=block.qkv.dtype, **operands)
+
+        def attend(rows: Tensor, places: Tensor | None) -> Tensor:
+            y = norm(rows, scale=scale1, shift=shift1, eps=block.eps)
+            return self._attend(i, y, at, places) * gamma1[:, None]
+
+        def read(rows: Tensor, _: Tensor | None) -> Tensor:
+            update = self._attend_text(i, norm(rows, weight=block.ca_weight, bias=block.ca_bias, eps=block.ca_eps)).float()
+            return update if block.ca_gamma is None else update * block.ca_gamma
+
+        def think(rows: Tensor, _: Tensor | None) -> Tensor:
+            return block.down(block.up.gelu(norm(rows, scale=scale2, shift=shift2, eps=block.eps))) * gamma2[:, None]
+
+        for part, work in (("attention", attend), ("text", read), ("mlp", think)):
+            at.add(i, part, x, work)
+
     # Apart, so that what they need on the way is given back when they are done
 
-    def _attend(self, i: int, y: Tensor, at: Pass) -> Tensor:
+    def _attend(self, i: int, y: Tensor, at: Pass, chosen: Tensor | None = None) -> Tensor:
         block, (rows, length, _) = self.blocks[i], y.shape
         qkv = block.qkv(y).view(rows, length, 3, self.found.heads, self.found.head_dim)
-        places = self.rotation[at.start : at.start + length]
-        q = append_qkv(qkv, *at.cache(i), at.start, q_scale=block.q_scale, normalise=block.cosine, rotation=places)
+        places = self.rotation[at.start : at.start + at.length]
+        if chosen is not None:
+            places = places[chosen]  # each row its own
+        q = append_qkv(qkv, *at.cache(i), at.filled(i), q_scale=block.q_scale, normalise=block.cosine, rotation=places)
         del qkv
-        return block.proj(at.attend(i, q))
+        out = at.attend(i, q)
+        at.cut(i, lambda window: self._raw_queries(block, y.index_select(1, window)))
+        return block.proj(out)
+
+    def _raw_queries(self, block: Block, y: Tensor) -> Tensor:
+        heads, dim = self.found.heads, self.found.head_dim
+        return block.qkv.bare(y, heads * dim).unflatten(2, (heads, dim))
 
     def _attend_text(self, i: int, y: Tensor) -> Tensor:
         block, (rows, length, width) = self.blocks[i], y.shape

@@ -43,10 +43,17 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is not None:
             return F.linear(x, self.weight, self.bias)
+        out = self._called(x)
+        return out if self.bias is None else out + self.bias
+
+    def bare(self, x: Tensor, outputs: int) -> Tensor:
+        """The first `outputs` numbers of the module's product, without the bias in the place of its own."""
+        return self._called(x)[..., :outputs] if self.weight is None else F.linear(x, self.weight[:outputs])
+
+    def _called(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, self.dtype, enabled=self.casts, cache_enabled=False):
             out: Tensor = self.module(x)
-        out = out.to(self.dtype)
-        return out if self.bias is None else out + self.bias
+        return out.to(self.dtype)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The tanh form of GELU of the product; on a GPU within the product."""

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters.instance_forward import Undos
+from sparvar_tune.generation.tokens import Work
 
 
 class Pass(Protocol):
-    """One run through all blocks: `length` new tokens of `rows` rows after `start` cached ones."""
+    """One run through all blocks: `length` new tokens of `rows` rows, the schedule's from `start` on."""
 
     rows: int
     start: int
@@ -29,8 +30,24 @@ class Pass(Protocol):
 
         Layers run in order, each once a pass: in the last pass a layer's writes run over what earlier layers kept."""
 
+    def filled(self, layer: int) -> int:
+        """Tokens in a layer's cache before this pass: `start`, or fewer where a step left some out. The new ones go there."""
+
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """[rows, L, H * D] from q [rows, H, L, D], over all that was appended; no copy where q is laid out [rows, L, H, D]."""
+
+    def cut(self, layer: int, queries: Callable[[Tensor], Tensor]) -> None:
+        """After `attend`: cuts the cache to its budget, if the policy has one for the next scale.
+
+        queries(places [n] of this grid's tokens) -> [rows, n, H, D], raw from the projection."""
+
+    def by_parts(self, layer: int) -> bool:
+        """Whether a block is to run as parts, each by `add`, since some tokens may be left out."""
+
+    def add(self, layer: int, part: str, x: Tensor, work: Work) -> None:
+        """x [rows, L, C] += the part's result, in place.
+
+        work(chosen rows [rows, n, C] of x, their places [rows, n], or None where they are all) -> [rows, n, C], gated."""
 
 
 class Stack(Protocol):
@@ -38,10 +55,12 @@ class Stack(Protocol):
     once a scale.
 
     parameters: names of a block's arguments, in order. stream: dtype of the residual stream, None where it is the input's.
+    thins: kinds of steps that leave out tokens which `run` can do.
     """
 
     parameters: Sequence[str]
     stream: torch.dtype | None
+    thins: tuple[str, ...]
 
     def why_not(self) -> str | None:
         """Why this model's blocks cannot run as one, or None; looked at when the path is put on."""
@@ -58,8 +77,10 @@ class Stack(Protocol):
     def prepare(self, given: Mapping[str, Any], rows: int, dtype: torch.dtype, schedule: ScaleSchedule) -> None:
         """Weights in `dtype`, and buffers for what an image holds constant, at addresses that stay."""
 
-    def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
-        """Every binary (`backends.triton.binary.Build`) that `run` launches for passes of these lengths, but for attention's."""
+    def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]:
+        """Every binary (`backends.triton.binary.Build`) that `run` launches for passes of these lengths, but for attention's.
+
+        by_parts: some blocks run as parts."""
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """Copies what an image brings into those buffers: conditions, text, places."""

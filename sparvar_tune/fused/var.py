@@ -38,6 +38,7 @@ class VarStack:
 
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = torch.float32
+    thins: tuple[str, ...] = ()
 
     def __init__(self, found: Parts) -> None:
         self.found = found
@@ -67,7 +68,7 @@ class VarStack:
         self.modulation = torch.empty(self.found.layers, 6, rows, x.shape[2], device=x.device)
         self.condition = torch.empty_like(given["cond_BD"], memory_format=torch.contiguous_format)
 
-    def builds(self, lengths: Sequence[int]) -> Sequence[Any]:
+    def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]:
         from sparvar_kernels.path.triton.append import NO_TURN, append_build
         from sparvar_kernels.path.triton.residual_norm import residual_norm_build
 
@@ -107,7 +108,7 @@ class VarStack:
         """Apart, so that what it needs on the way is given back when it is done."""
         block, (rows, length, _) = self.blocks[i], y.shape
         qkv = block.qkv(y).view(rows, length, 3, self.found.heads, self.found.head_dim)
-        q = append_qkv(qkv, *at.cache(i), at.start, q_scale=block.q_scale, normalise=block.cosine)
+        q = append_qkv(qkv, *at.cache(i), at.filled(i), q_scale=block.q_scale, normalise=block.cosine)
         del qkv
         return block.proj(at.attend(i, q))
 

@@ -67,6 +67,12 @@ class PruneTokens:
         i = scale_index - self.from_scale
         return self.kept[i] if 0 <= i < len(self.kept) else None
 
+    def by_parts(self, scale_index: int, layer: int) -> bool:
+        """Whether a block leaves out tokens at this scale, or what its parts give there is kept for later ones."""
+        if not self.first_layer <= layer <= self.last_layer:
+            return False
+        return scale_index == self.cached_scale or self.at(scale_index) is not None
+
     def why_not(self, schedule: ScaleSchedule, layers: int) -> str | None:
         if not 1 <= self.from_scale <= self.last_scale < len(schedule):
             return f"prune_tokens: scales {self.from_scale}..{self.last_scale}, want some of 1..{len(schedule) - 1}"

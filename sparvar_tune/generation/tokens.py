@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ def enlarge(x: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
 
 
 def pruned(
-    step: PruneTokens, grids: Sequence[tuple[int, int]], s: int, x: Tensor, work: Work, given: dict[Any, Tensor], part: Any
-) -> Tensor:
+    step: PruneTokens, grids: Sequence[tuple[int, int]], s: int, x: Tensor, work: Work, given: MutableMapping[Any, Tensor],
+    part: Any,
+) -> Tensor:  # fmt: skip
     """What a block's part adds to every token of x [B, N, C] at the cached scale, or at one where tokens are left out.
 
     given: by part, what it gave at the cached scale, kept there until the last scale that needs it.

@@ -160,7 +160,7 @@ class LiveModel(WholeImages):
 
     def _runs_fused(self, attend: Any, until: int) -> bool:
         """Whether a picture, by `attend` from scale `until` on, is drawn on the fused path."""
-        if self._fused is None or not isinstance(attend, SparseAttention) or fused.why_not_policy(attend):
+        if self._fused is None or not isinstance(attend, SparseAttention) or self._fused.why_not_serve(attend):
             return False
         rules, decided = attend.policy.rules, (rule.variant.decision_scale for rule in attend.policy.rules)
         begins = [r.scale_index for r in rules] + [s for s in decided if s is not None]
@@ -180,8 +180,8 @@ class LiveModel(WholeImages):
 
     @contextmanager
     def _steps(self, attend: SparseAttention) -> Iterator[None]:
-        """The generation steps of a policy around the fused path, as `apply` puts them."""
-        with steps.put_on(self.family, self.parts, attend):
+        """The generation steps of a policy around the fused path, as `apply` puts them; it does the others itself."""
+        with steps.put_on(self.family, self.parts, attend, [False]):
             yield
 
     @contextmanager

@@ -220,6 +220,9 @@ def test_products():
     hooked = nn.Linear(8, 6, bias=False)
     hooked.register_forward_hook(lambda module, args, out: out + 1)
     assert torch.allclose(Product(hooked, torch.float32, own)(x), hooked(x) + own)
+    for module, bare in ((nn.Linear(8, 6, bias=False), 0.0), (hooked, 1.0)):
+        want = torch.nn.functional.linear(x, module.weight)[..., :4] + bare
+        assert torch.allclose(Product(module, torch.float32, own).bare(x, 4), want, atol=1e-6)
     want = torch.nn.functional.gelu(linear(x), approximate="tanh")
     assert torch.equal(Product(linear, torch.float32).gelu(x), want)
 

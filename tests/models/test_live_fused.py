@@ -17,7 +17,7 @@ from sparvar_kernels.backends.registry import KERNELS, kernel_for
 from sparvar_tune import fused
 from sparvar_tune.adapters import recognise
 from sparvar_tune.adapters.whole_images import as_picture
-from sparvar_tune.generation import DropUnconditional, SkipScales
+from sparvar_tune.generation import DropUnconditional, PruneTokens, SkipScales
 from sparvar_tune.live import LiveModel
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search import certify
@@ -42,11 +42,13 @@ def opened(kind: str):
 
 
 def policies(adapter: LiveModel):
-    """A policy that decides, one that drops the unconditional half before what lives on the decision, one that skips a scale."""
+    """A policy that decides, one that drops the unconditional half before what lives on the decision, one that skips a scale, and
+    one that leaves out tokens, where the model can."""
     last = len(adapter.schedule) - 1
     reuse = checks.policies(adapter.model.layers, last + 1)["reuse"]
     early = tuple(r for r in reuse.rules if r.scale_index < last)
-    return {
+    pruned = replace(reuse, rules=(), steps=(PruneTokens(last - 1, (9, 16), last - 2, 0, 1),))
+    return ({"pruned": pruned} if "prune_tokens" in adapter.family.STEPS else {}) | {
         "reuse": reuse, "half": replace(reuse, steps=(DropUnconditional(last - 1),)),
         "skip": replace(reuse, rules=early, steps=(SkipScales.last(adapter.schedule),)),
     }  # fmt: skip
