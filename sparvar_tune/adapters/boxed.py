@@ -116,12 +116,12 @@ def weights_sha256(model: Any, path: Path) -> str:
 class Attached:
     """`undo` takes this attention out of the model, whatever was put in before and after it."""
 
-    # what a model attended with before any of ours, and ours in the order they came
-    _of: ClassVar[WeakKeyDictionary[Any, tuple[Attend, list[Attached]]]] = WeakKeyDictionary()
+    # what a model attended with before any of ours, whether as an attribute of its own, and ours in the order they came
+    _of: ClassVar[WeakKeyDictionary[Any, tuple[Attend, bool, list[Attached]]]] = WeakKeyDictionary()
 
-    def __init__(self, model: Any, attend: SparseAttention) -> None:
+    def __init__(self, model: Any, attend: Attend) -> None:
         self.model, self.attend = model, attend
-        _, ours = self._of.setdefault(model, (model.attend, []))
+        _, _, ours = self._of.setdefault(model, (model.attend, "attend" in vars(model), []))
         ours.append(self)
         model.attend = attend
 
@@ -129,7 +129,7 @@ class Attached:
     def paused(self) -> Iterator[None]:
         """While it lasts the model attends as it did before any of ours."""
         now = self.model.attend
-        before, _ = self._of.get(self.model, (now, []))
+        before = self._of.get(self.model, (now,))[0]
         self.model.attend = before
         try:
             yield
@@ -137,12 +137,14 @@ class Attached:
             self.model.attend = now
 
     def undo(self) -> None:
-        before, ours = self._of.get(self.model, (None, []))
+        before, own, ours = self._of.get(self.model, (None, False, []))
         if before is None or self not in ours:
             return
         ours.remove(self)
         if self.model.attend is self.attend:  # else something newer is on, ours or not
             self.model.attend = ours[-1].attend if ours else before
+            if not ours and not own:
+                del self.model.attend  # its class says it
         if not ours:
             del self._of[self.model]
 

@@ -14,6 +14,7 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters import steps
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts, Undoable
+from sparvar_tune.fused import boxed
 from sparvar_tune.fused.engine import FusedPath, attach
 from sparvar_tune.fused.stack import Stack
 
@@ -45,7 +46,7 @@ class OnPath(Undos):
     why_not_fused: why the fused path is not on, or why it did not run the last image; None if it did.
     """
 
-    def __init__(self, live: Undoable | None, fused: FusedPath | None, why_not_fused: str | None) -> None:
+    def __init__(self, live: Undoable | None, fused: FusedPath | boxed.FusedSampling | None, why_not_fused: str | None) -> None:
         super().__init__()
         self.live, self.fused, self._why_not_fused = live, fused, why_not_fused
         for change in (live, fused):
@@ -112,7 +113,9 @@ def why_not_policy(attend: SparseAttention | None) -> str | None:
     return f"the blocks cannot run as one: {thins[0]} works inside the model's own" if thins else None
 
 
-def _fused(found: Parts, attend: SparseAttention | None, path: str, graphs: bool) -> tuple[FusedPath | None, str | None]:
+def _fused(
+    found: Parts, attend: SparseAttention | None, path: str, graphs: bool
+) -> tuple[FusedPath | boxed.FusedSampling | None, str | None]:
     """The fused path put on, or why not."""
     if path == "attention" or (path == "auto" and not found.on_gpu):
         return None, "path is attention" if path == "attention" else "the model is on no GPU; path='fused' runs it all the same"
@@ -120,6 +123,8 @@ def _fused(found: Parts, attend: SparseAttention | None, path: str, graphs: bool
     if reason:
         return None, reason
     try:
+        if found.family in boxed.FAMILIES:
+            return boxed.attach(found, attend, graphs), None
         return attach(found, stack_of(found), attend, graphs), None
     except ValueError as error:
         return None, str(error)
