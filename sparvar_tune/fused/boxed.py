@@ -157,25 +157,28 @@ class FusedSampling:
         self._begin(state)
         return True
 
+    @property
+    def why_never(self) -> str | None:
+        """Why no picture with such a policy runs here, or None."""
+        steps = self.policy.steps if self.policy is not None else ()
+        return next((f"{step.kind} works inside them" for step in steps if step.thins), None)
+
     def _why_not(self, state: Generating) -> str | None:
         if self.model.training:
             return "the model is in training mode"
         if torch.is_autocast_enabled(state.fhat.device.type):
             return "autocast is on; load the model in the dtype that its products shall have"
-        for step in self.policy.steps if self.policy is not None else ():
-            if step.thins:
-                return f"{step.kind} works inside them"
+        if self.why_never:
+            return self.why_never
         begun = self.model.schedule.starts[state.scale] if any(state.filled) else 0
         return None if set(state.filled) == {begun} else "earlier scales of it left keys out of its caches"
 
     def _begin(self, state: Generating) -> None:
         """Buffers for this kind of picture, and in them what is known of it."""
         with torch.inference_mode(False), torch.no_grad():
-            self._apart = self._decides_apart(state)
-            kind = (state.rows, state.kind, state.cache.dtype, state.fhat.device, self._apart, self._watched.state())
-            if kind != self._kind:
+            if self._kind_of(state) != self._kind:
                 self._prepare(state)
-                self._kind = *kind[:-1], self._watched.state()
+                self._kind = self._kind_of(state)
         for name in state.constants:
             getattr(self._picture, name).copy_(getattr(state, name))
         self.stack.begin(self._picture)
@@ -186,7 +189,26 @@ class FusedSampling:
         state.cache = self._nothing(state)
         state.holder, self._held.state = self, weakref.ref(state)
 
+    def _kind_of(self, state: Generating) -> Hashable:
+        device = state.fhat.device
+        return state.rows, state.kind, state.cache.dtype, device, self._decides_apart(state), self._watched.state()
+
+    def is_ready(self, state: Generating) -> bool:
+        """Whether a fork of a state that goes on here finds everything compiled, and captured where that is possible."""
+        twin = state.fork(self)
+        twin.narrow()
+        if self.work is None or self._kind_of(twin) != self._kind:
+            return False
+        schedule, known = self.model.schedule, self.work.graphs if self._by_graph(self.work) else self._ran
+        while twin.scale < len(schedule) - len(self.skip_scales):
+            twin.narrow()
+            if (schedule.starts[twin.scale], schedule.num_queries(twin.scale), twin.rows) not in known:
+                return False
+            twin.scale += 1
+        return True
+
     def _prepare(self, state: Generating) -> None:
+        self._apart = self._decides_apart(state)
         self.work, self._ran, self._decided = cast(Workspace, None), set(), None  # old buffers go before new ones are made
         self._watched, dtype, device = Watched([self.model]), state.cache.dtype, state.fhat.device
         self.stack.prepare(state.rows, dtype)

@@ -8,17 +8,23 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters.boxed import file_hash
 from sparvar_tune.adapters.protocol import Adapter
+from sparvar_tune.adapters.registry import recognise
 from sparvar_tune.adapters.whole_images import begin_image
 from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise
 from sparvar_tune.catalog.models import Model
+from sparvar_tune.fused.boxed import FusedSampling, sampling
+from sparvar_tune.fused.engine import attention_like
 
 REDRAW = "dense, noise redrawn at the last two scales"
 DROP = "dense, last scale left out"
+MOST_TO_WARM = 4  # pictures: the first compiles, the second is captured, one more where a decision was not replayed before
 
 
 class BoxedAdapter(Adapter):
@@ -35,13 +41,21 @@ class BoxedAdapter(Adapter):
         self.temperature = temperature
         self.num_classes = len(self.classes_by_index)
         self.dense, self.dense_name = DenseAttention(live.softmax_scale), "torch scaled_dot_product_attention"
+        _, self.parts = recognise(live)
+        self.as_one = self.parts.on_gpu  # whether pictures are drawn on the path that `apply` would take on a GPU
+        self.picture_path = "fused path, CUDA graphs" if self.as_one else ""
+        self._paths: WeakKeyDictionary[Any, FusedSampling] = WeakKeyDictionary()
+        self._started: Generating | None = None
 
     @abstractmethod
-    def begin(self, pair: tuple[int, int], noise: Tensor) -> Generating:
-        """The generation of a pair before its first scale, with dense attention."""
+    def begin(self, pair: tuple[int, int], noise: Tensor, attend: Attend | None = None) -> Generating:
+        """The generation of a pair before its first scale, with dense attention unless told otherwise."""
 
     def start(self, pair: tuple[int, int], until: int) -> Generating:
-        return self.begin(pair, draw_noise(self.schedule, self.live.config.bits, pair[1])).run(until).parked()
+        noise = draw_noise(self.schedule, self.live.config.bits, pair[1])
+        started = self.begin(pair, noise, self._drawn_with(self.dense)).run(until).parked()
+        self._started = started if self.as_one else None
+        return started
 
     def finish(self, state: Generating, attend: Attend, redraw_from: int | None = None) -> Tensor:
         begin_image(attend)  # a state is finished many times, maybe with one attention
@@ -50,7 +64,30 @@ class BoxedAdapter(Adapter):
             begin = self.schedule.starts[redraw_from]
             noise = state.noise[0].clone()
             noise[begin:] = draw_noise(self.schedule, self.live.config.bits, self._seed_of(noise))[begin:]
-        return state.fork(attend, noise).run().pictures()
+        return state.fork(self._drawn_with(attend), noise).run().pictures()
+
+    def prepare(self, attend: Attend) -> bool:
+        path = self._drawn_with(attend)
+        if not isinstance(path, FusedSampling) or path.why_never:
+            return False
+        state = self._started or self.start((0, 1), 0)
+        for _ in range(MOST_TO_WARM):
+            if path.is_ready(state):
+                break
+            self.finish(state, attend)
+        return True
+
+    def _drawn_with(self, attend: Any) -> Any:
+        """The path with such an attention, its graphs kept as long as the attention is; what looks at each call, as a stopwatch
+        does, stays attention alone.
+        """
+        if not self.as_one or not (isinstance(attend, SparseAttention) or attend is self.dense):
+            return attend
+        path = self._paths.get(attend)
+        if path is None:
+            like = attention_like(self.parts, attend, self.schedule) if isinstance(attend, SparseAttention) else None
+            path = self._paths[attend] = sampling(self.parts, like)  # which does not hold the key
+        return attend if path.why_never else path
 
     @staticmethod
     def _seed_of(noise: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparvar_tune.adapters.emojivar import STEPS
+from sparvar_tune.bitwise.sampling import Attend
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.emojivar.installed import place
 from sparvar_tune.emojivar.model import CLASSES, Generation, caption, load_emojivar
@@ -25,8 +26,8 @@ class EmojiAdapter(BoxedAdapter):
         self.yardsticks_file = place("yardsticks.json")
         super().__init__(model, device, load_emojivar(device=device), place("emojivar.safetensors"), temperature=0.7)
 
-    def begin(self, pair: tuple[int, int], noise: Tensor) -> Generation:
-        return Generation(self.live, [caption(*pair)], noise, self.temperature, GUIDANCE, self.dense)
+    def begin(self, pair: tuple[int, int], noise: Tensor, attend: Attend | None = None) -> Generation:
+        return Generation(self.live, [caption(*pair)], noise, self.temperature, GUIDANCE, attend or self.dense)
 
 
 def open_model(model: Model, device: str) -> EmojiAdapter:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparvar_tune.adapters.pocketvar import STEPS
+from sparvar_tune.bitwise.sampling import Attend
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.live.boxed import DROP, REDRAW, BoxedAdapter
 from sparvar_tune.pocketvar.model import CLASSES, WEIGHTS, Generation, load_pocketvar
@@ -25,8 +26,8 @@ class PocketAdapter(BoxedAdapter):
     def __init__(self, model: Model, device: str) -> None:
         super().__init__(model, device, load_pocketvar(device=device), WEIGHTS, temperature=0.7)
 
-    def begin(self, pair: tuple[int, int], noise: Tensor) -> Generation:
-        return Generation(self.live, [pair[0]], noise, self.temperature, self.dense)
+    def begin(self, pair: tuple[int, int], noise: Tensor, attend: Attend | None = None) -> Generation:
+        return Generation(self.live, [pair[0]], noise, self.temperature, attend or self.dense)
 
 
 def open_model(model: Model, device: str) -> PocketAdapter:

@@ -22,7 +22,10 @@ from sparvar_tune.emojivar.model import Generation as Emoji
 from sparvar_tune.emojivar.model import draw_noise
 from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
 from sparvar_tune.measure.fidelity import compare_pictures
+from sparvar_tune.measure.timing import Stopwatch
 from sparvar_tune.pocketvar.model import Generation as Pocket
+from sparvar_tune.policy_search.certify import TimedByScale
+from sparvar_tune.policy_search.judge import first_touched
 from sparvar_tune.policy_search.menu import paper_policy
 
 BOUND = 2e-5  # relative, of logits: two fp32 orders of summation
@@ -304,6 +307,33 @@ def test_apply_and_undo(driven, monkeypatch):
         auto = fused.put_on(family, parts, driven.attention(), "attention")
         assert auto.fused is None
         auto.undo()
+
+
+def test_tuning_draws_on_it(driven, monkeypatch):
+    """On a GPU; here an adapter is told to. What looks at each call gets the attention path, and the same picture."""
+    (tiny if driven.name == "pocketvar" else tiny_emojivar).install(monkeypatch.setattr)
+    monkeypatch.setattr(tiny, "DELAY_S", 0.0)
+    adapter, last = load_adapter(find_model(driven.name), "cpu"), driven.last
+    rules = [Rule(last, "A", Cs4a(last - 2, 0.3, Tile(4, 4)))]
+    steps = [DropUnconditional(last - 1)] if driven.name == "emojivar" else []
+    ways = [adapter.dense, driven.attention(rules=rules), driven.attention(*steps, rules=rules)]
+    thinned = driven.attention(CacheBudget(last, ((60,) * driven.model.config.depth,), window=4), rules=[])
+    state = adapter.start((3, 1), first_touched(adapter))
+    want = [adapter.finish(state, way) for way in ways]
+    assert not adapter.picture_path and not any(adapter.prepare(way) for way in ways)
+    adapter.as_one = True
+    for _ in range(2):
+        state = adapter.start((3, 1), first_touched(adapter))
+        for way, picture in zip(ways, want, strict=True):
+            assert adapter.prepare(way) and adapter._paths[way].is_ready(state)
+            assert torch.allclose(adapter.finish(state, way), picture, atol=1e-4)
+            timed = TimedByScale(way, Stopwatch("cpu"))
+            assert torch.allclose(adapter.finish(state, timed), picture, atol=1e-4)
+            assert set(timed.spent_ms) == {last - 2, last - 1, last} and adapter._paths[way].reason is None
+        assert not adapter.prepare(thinned) and adapter.finish(state, thinned).isfinite().all()
+    assert len(adapter._paths) == 4
+    del ways, way, timed
+    assert len(adapter._paths) == 2  # with a policy its graphs go
 
 
 def shipped(name: str, device: str, pairs) -> list[float]:
