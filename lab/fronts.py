@@ -33,7 +33,7 @@ from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens,
 from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.measure.pairs import MOST_PAIRS, search_pairs
 from sparvar_tune.measure.timing import Stopwatch
-from sparvar_tune.policy_search.judge import first_touched, make_attention
+from sparvar_tune.policy_search.judge import first_touched, make_attention, prepare
 from sparvar_tune.policy_search.menu import OptionTable, assign
 from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
 from sparvar_tune.profile.machine import here_or_named, silicon, versions
@@ -51,7 +51,6 @@ HALF_PRICES = ((0, 25.0), (1, 100.0), (1, 25.0), (2, 25.0), (2, 8.0), (2, 2.5))
 HALF_SHARES = {TOKENS: ((0, 0.9), (1, 0.9)), KEYS: ((0, 0.75), (0, 0.5), (1, 0.75), (1, 0.5), (2, 0.75), (2, 0.5))}
 HALF_SKIPS = (2, 3, 4)
 PRESETS = ("near-lossless", "paper")
-WARM = 2  # coarse pictures, whose scales are compiled and captured once for all ways
 T = TypeVar("T")
 
 
@@ -123,15 +122,13 @@ def draw_pairs(
 ) -> dict[str, list[Drawn]]:
     """Every pair's picture every way, in rotating order; "dense" is one."""
     stopwatch, names = Stopwatch(adapter.device), list(ways)
-    prepare: Callable[[Any], bool] = getattr(adapter, "prepare", lambda attend: False)
     drawn: dict[str, list[Drawn]] = {name: [] for name in names}
-    for _ in range(WARM if adapter.device != "cpu" else 0):
-        adapter.start(pairs[0], first_touched(adapter))
+    adapter.start(pairs[0], first_touched(adapter))  # on a GPU it captures what all ways share
     for i, pair in enumerate(pairs):
         made: dict[str, tuple[Tensor, float, bool]] = {}
         state, shared = timed(stopwatch, lambda: adapter.start(pair, first_touched(adapter)))  # noqa: B023
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            as_one = prepare(ways[name])
+            as_one = prepare(adapter, ways[name])
             picture, ms = timed(stopwatch, lambda: adapter.finish(state, ways[name]))  # noqa: B023
             made[name] = picture, shared + ms, as_one
             say(f"pair {i + 1}/{len(pairs)}: {name}, {ms:.0f} ms")

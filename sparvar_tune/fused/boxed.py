@@ -213,7 +213,8 @@ class FusedSampling:
         self._watched, dtype, device = Watched([self.model]), state.cache.dtype, state.fhat.device
         self.stack.prepare(state.rows, dtype)
         x = torch.empty(state.rows, 0, self.model.config.width, device=device)
-        self.work = Workspace(self.found, x, torch.float32, dtype, self.model.schedule, self)
+        pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
+        self.work = Workspace(self.found, x, torch.float32, dtype, self.model.schedule, self, pool)
         self._fhat, self._picture = torch.empty_like(state.fhat), copy.copy(state)
         self._picture.attend, self._picture.cache = self.own, self._nothing(state)
         for name in state.constants:

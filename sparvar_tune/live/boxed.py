@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -53,9 +53,12 @@ class BoxedAdapter(Adapter):
 
     def start(self, pair: tuple[int, int], until: int) -> Generating:
         noise = draw_noise(self.schedule, self.live.config.bits, pair[1])
-        started = self.begin(pair, noise, self._drawn_with(self.dense)).run(until).parked()
-        self._started = started if self.as_one else None
-        return started
+        path = self._drawn_with(self.dense)
+        begun = self.begin(pair, noise, path)
+        if self.as_one:
+            self._warm(path, begun, lambda: begun.fork().run())
+            self._started = begun
+        return begun.run(until).parked()
 
     def finish(self, state: Generating, attend: Attend, redraw_from: int | None = None) -> Tensor:
         begin_image(attend)  # a state is finished many times, maybe with one attention
@@ -71,11 +74,16 @@ class BoxedAdapter(Adapter):
         if not isinstance(path, FusedSampling) or path.why_never:
             return False
         state = self._started or self.start((0, 1), 0)
+        self._warm(path, state, lambda: self.finish(state, attend))
+        return True
+
+    @staticmethod
+    def _warm(path: FusedSampling, state: Generating, draw: Callable[[], object]) -> None:
+        """Draws from a state on until nothing is compiled or captured any more."""
         for _ in range(MOST_TO_WARM):
             if path.is_ready(state):
                 break
-            self.finish(state, attend)
-        return True
+            draw()
 
     def _drawn_with(self, attend: Any) -> Any:
         """The path with such an attention, its graphs kept as long as the attention is; what looks at each call, as a stopwatch
