@@ -29,7 +29,7 @@ from sparvar_kernels.policy import Policy, Step
 from sparvar_tune.adapters import ADAPTERS, Adapter, Pair, load_adapter
 from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
+from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales, drop_from
 from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.measure.pairs import MOST_PAIRS, search_pairs
 from sparvar_tune.measure.timing import Stopwatch
@@ -44,12 +44,12 @@ ATTENTION, SKIP, TOKENS, KEYS = "sparse attention", "last scale left out", "toke
 HALF = "half of guidance dropped"
 ALONE = (ATTENTION, SKIP, TOKENS, KEYS, HALF)
 PRICES, SKIP_PRICES, THIN_PRICE = (100.0, 25.0, 8.0, 2.5, 0.8), (25.0, 6.0, 1.5, 0.4), 25.0
-SHARES = {TOKENS: (0.9, 0.5, 0.25), KEYS: (0.75, 0.5, 0.25, 0.1)}  # kept
+SHARES = {TOKENS: (0.9, 0.5, 0.25, 0.1), KEYS: (0.75, 0.5, 0.25, 0.1)}  # kept
 # (scales before the end from which the half is dropped, what else is done)
-HALVES = range(5)
-HALF_PRICES = ((0, 25.0), (1, 100.0), (1, 25.0), (2, 25.0), (2, 8.0), (2, 2.5))
-HALF_SHARES = {TOKENS: ((0, 0.9), (1, 0.9)), KEYS: ((0, 0.75), (0, 0.5), (1, 0.75), (1, 0.5), (2, 0.75), (2, 0.5))}
-HALF_SKIPS = (2, 3, 4)
+HALVES, HALF_SKIPS = range(5), (2, 4)
+HALF_PRICES = ((0, 25.0), (1, 25.0), (1, 8.0), (1, 2.5), (2, 25.0), (2, 8.0), (2, 2.5))
+HALF_SHARES = {TOKENS: ((0, 0.9), (1, 0.9), (2, 0.5)), KEYS: ((1, 0.75), (1, 0.5), (1, 0.25), (1, 0.1), (2, 0.75), (2, 0.5))}
+HALF_KEYS_PRICES = ((1, 0.5, 100.0), (1, 0.5, 25.0))
 PRESETS = ("near-lossless", "paper")
 T = TypeVar("T")
 
@@ -103,6 +103,9 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
     for what, settings in HALF_SHARES.items():
         made = [(f"{at(i)}, {share:.0%} kept", dense(half(i), thin(what, share))) for i, share in settings]
         out += [Candidate(f"{HALF} + {what}", setting, policy) for setting, policy in made]
+    for i, share, price in HALF_KEYS_PRICES:
+        policy = priced(price, half(i), thin(KEYS, share))
+        out.append(Candidate(f"{HALF} + {KEYS} + {ATTENTION}", f"{at(i)}, {share:.0%} kept, price {price:g}", policy))
     out += [Candidate(f"{HALF} + {SKIP}", at(i), dense(skip, half(i))) for i in HALF_SKIPS]
     policies = [(price, priced(price, skip, half(2))) for price in SKIP_PRICES]
     return out + [Candidate(f"{HALF} + {SKIP} + {ATTENTION}", f"{at(2)}, price {price:g}", p) for price, p in policies]
@@ -123,10 +126,12 @@ def draw_pairs(
     """Every pair's picture every way, in rotating order; "dense" is one."""
     stopwatch, names = Stopwatch(adapter.device), list(ways)
     drawn: dict[str, list[Drawn]] = {name: [] for name in names}
-    adapter.start(pairs[0], first_touched(adapter))  # on a GPU it captures what all ways share
+    dropped = [drop_from(attend.policy) for attend in ways.values() if hasattr(attend, "policy")]
+    until = min([first_touched(adapter), *(s for s in dropped if s is not None)])
+    adapter.start(pairs[0], until)  # on a GPU it captures what all ways share
     for i, pair in enumerate(pairs):
         made: dict[str, tuple[Tensor, float, bool]] = {}
-        state, shared = timed(stopwatch, lambda: adapter.start(pair, first_touched(adapter)))  # noqa: B023
+        state, shared = timed(stopwatch, lambda: adapter.start(pair, until))  # noqa: B023
         for name in names[i % len(names) :] + names[: i % len(names)]:
             as_one = prepare(adapter, ways[name])
             picture, ms = timed(stopwatch, lambda: adapter.finish(state, ways[name]))  # noqa: B023

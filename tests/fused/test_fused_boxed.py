@@ -394,3 +394,23 @@ def test_shipped_pictures_on_a_gpu(name):
     found = shipped(name, "cuda", [(0, 1), (3, 5), (7, 2)])
     print(f"{name}: PSNR {min(found):.1f}..{max(found):.1f} dB")
     assert min(found) >= 45
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_pictures_in_half_precision(name):
+    """Rounding turns over bits whose logit lies at the noise, and later scales go on from there. So the pictures of bf16 weights
+    are others on any path: ours are as near the fp32 ones as the model's own are, not near its own."""
+    exact, half = (load_adapter(find_model(name), "cuda") for _ in range(2))
+    half.live.to(torch.bfloat16)
+    path, found = fused.boxed.sampling(adapters.recognise(half.live)[1]), {"own": [], "ours": [], "ours to own": []}
+    for pair in [(label, seed) for seed in (1, 2) for label in range(4)]:
+        noise = draw_noise(exact.schedule, exact.live.config.bits, pair[1])
+        ways = ((exact, exact.dense), (half, half.dense), (half, path))
+        want, own, ours = (adapter.begin(pair, noise, way).run().pictures() for adapter, way in ways)
+        for kind, a, b in (("own", own, want), ("ours", ours, want), ("ours to own", ours, own)):
+            found[kind].append(compare_pictures(a, b)["psnr"])
+    assert path.reason is None and path.why_not_graphs is None
+    means = {kind: sum(x) / len(x) for kind, x in found.items()}
+    print(f"{name} in bf16:", {kind: f"{min(x):.1f}..{max(x):.1f}, mean {means[kind]:.1f} dB" for kind, x in found.items()})
+    assert means["ours"] > means["own"] - 4
