@@ -1,10 +1,11 @@
-"""Time of a whole picture against PSNR on a CPU, of a model in the box: every saving alone, and attention on top of the others.
+"""Time of a whole picture against PSNR, of a model in the box: every saving alone, and those together that may win.
 
     python -m lab.fronts pocketvar --pairs 10
+    python -m lab.fronts emojivar --pairs 10 --device cuda
 
 All ways of a pair are drawn one after the other in rotating order with dense among them, so that a busy machine ranks them as an
-idle one does. Points are means over the pairs and no certificates. The raw numbers go beside the report and the plot; with
-`--from FILE` both are made from them again.
+idle one does; on a GPU on the fused path, once all graphs are captured. Points are means over the pairs and no certificates. The
+raw numbers go beside the report and the plot; with `--from FILE` both are made from them again.
 """
 
 from __future__ import annotations
@@ -16,34 +17,41 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from sparvar_kernels.policy import Policy, Step
-from sparvar_tune.adapters import ADAPTERS, Adapter, load_adapter
-from sparvar_tune.catalog.gpus import find_gpu
+from sparvar_tune.adapters import ADAPTERS, Adapter, Pair, load_adapter
 from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
+from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales, drop_from
+from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.measure.pairs import MOST_PAIRS, search_pairs
-from sparvar_tune.policy_search.certify import run_pairs
-from sparvar_tune.policy_search.judge import make_attention
+from sparvar_tune.measure.timing import Stopwatch
+from sparvar_tune.policy_search.judge import first_touched, make_attention, prepare
 from sparvar_tune.policy_search.menu import OptionTable, assign
 from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
-from sparvar_tune.profile.machine import silicon, versions
+from sparvar_tune.profile.machine import here_or_named, silicon, versions
 from sparvar_tune.profile.store import write_atomic
 from sparvar_tune.ways.search_here import measure_options
 
 ATTENTION, SKIP, TOKENS, KEYS = "sparse attention", "last scale left out", "tokens pruned", "cached keys cut"
 HALF = "half of guidance dropped"
 ALONE = (ATTENTION, SKIP, TOKENS, KEYS, HALF)
-PRICES, SKIP_PRICES, THIN_PRICE = (100.0, 25.0, 8.0, 2.5, 0.8, 0.25), (25.0, 6.0, 1.5), 25.0
-HALF_PRICES = (100.0, 25.0, 8.0, 2.5)
-SHARES, THIN_SHARE = (0.9, 0.5), 0.9
+PRICES, SKIP_PRICES, THIN_PRICE = (100.0, 25.0, 8.0, 2.5, 0.8), (25.0, 6.0, 1.5, 0.4), 25.0
+SHARES = {TOKENS: (0.9, 0.5, 0.25, 0.1), KEYS: (0.75, 0.5, 0.25, 0.1)}  # kept
+# (scales before the end from which the half is dropped, what else is done)
+HALVES, HALF_SKIPS = range(5), (2, 4)
+HALF_PRICES = ((0, 25.0), (1, 25.0), (1, 8.0), (1, 2.5), (2, 25.0), (2, 8.0), (2, 2.5))
+HALF_SHARES = {TOKENS: ((0, 0.9), (1, 0.9), (2, 0.5)), KEYS: ((1, 0.75), (1, 0.5), (1, 0.25), (1, 0.1), (2, 0.75), (2, 0.5))}
+HALF_KEYS_PRICES = ((1, 0.5, 100.0), (1, 0.5, 25.0))
 PRESETS = ("near-lossless", "paper")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,16 +64,15 @@ class Candidate:
 
 
 def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
-    """Everything that is drawn."""
+    """Everything that is drawn, each setting chosen to lie near a preset's PSNR on one of the models."""
     schedule, layers, heads = adapter.schedule, adapter.model.layers, adapter.model.heads
     last = len(schedule) - 1
     tokens, past = schedule.num_queries(last), schedule.num_keys(last) - schedule.num_queries(last)
     skip = SkipScales.last(schedule)
 
-    def pruned(share: float) -> Step:
-        return PruneTokens(last, (round(tokens * share),), last - 1, 1, layers - 1)
-
-    def cut(share: float) -> Step:
+    def thin(what: str, share: float) -> Step:
+        if what == TOKENS:
+            return PruneTokens(last, (round(tokens * share),), last - 1, 1, layers - 1)
         return CacheBudget(last, ((round(past * share),) * layers,))
 
     def priced(price: float, *steps: Step) -> Policy:
@@ -77,27 +84,74 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
 
     out = [Candidate(ATTENTION, f"price {price:g}", priced(price)) for price in PRICES]
     out.append(Candidate(SKIP, f"scale {last}", dense(skip)))
-    for share in SHARES:
-        out += [
-            Candidate(TOKENS, f"{share:.0%} kept", dense(pruned(share))),
-            Candidate(KEYS, f"{share:.0%} kept", dense(cut(share))),
-        ]
+    out += [Candidate(what, f"{share:.0%} kept", dense(thin(what, share))) for what in SHARES for share in SHARES[what]]
     out += [Candidate(f"{SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip)) for price in SKIP_PRICES]
-    out.append(Candidate(f"{TOKENS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, pruned(THIN_SHARE))))
-    out.append(Candidate(f"{KEYS} + {ATTENTION}", f"{THIN_SHARE:.0%} kept", priced(THIN_PRICE, cut(THIN_SHARE))))
+    for what, (share, *_) in SHARES.items():
+        policy = priced(THIN_PRICE, thin(what, share))
+        out.append(Candidate(f"{what} + {ATTENTION}", f"{share:.0%} kept, price {THIN_PRICE:g}", policy))
     if DropUnconditional.kind not in adapter.steps:
         return out
-    out += [Candidate(HALF, f"from scale {s}", dense(DropUnconditional(s))) for s in range(last, last - 3, -1)]
-    half = DropUnconditional(last - 2)
-    out += [Candidate(f"{HALF} + {ATTENTION}", f"price {price:g}", priced(price, half)) for price in HALF_PRICES]
-    out += [Candidate(f"{HALF} + {SKIP} + {ATTENTION}", f"price {price:g}", priced(price, skip, half)) for price in SKIP_PRICES]
-    return out
+
+    def half(before: int) -> Step:
+        return DropUnconditional(last - before)
+
+    def at(before: int) -> str:
+        return f"from scale {last - before}"
+
+    out += [Candidate(HALF, at(i), dense(half(i))) for i in HALVES]
+    out += [Candidate(f"{HALF} + {ATTENTION}", f"{at(i)}, price {price:g}", priced(price, half(i))) for i, price in HALF_PRICES]
+    for what, settings in HALF_SHARES.items():
+        made = [(f"{at(i)}, {share:.0%} kept", dense(half(i), thin(what, share))) for i, share in settings]
+        out += [Candidate(f"{HALF} + {what}", setting, policy) for setting, policy in made]
+    for i, share, price in HALF_KEYS_PRICES:
+        policy = priced(price, half(i), thin(KEYS, share))
+        out.append(Candidate(f"{HALF} + {KEYS} + {ATTENTION}", f"{at(i)}, {share:.0%} kept, price {price:g}", policy))
+    out += [Candidate(f"{HALF} + {SKIP}", at(i), dense(skip, half(i))) for i in HALF_SKIPS]
+    policies = [(price, priced(price, skip, half(2))) for price in SKIP_PRICES]
+    return out + [Candidate(f"{HALF} + {SKIP} + {ATTENTION}", f"{at(2)}, price {price:g}", p) for price, p in policies]
 
 
-def measure(model: str, pairs: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Drawn:
+    """One picture drawn one way. as_one: all blocks ran as one, else attention alone."""
+
+    ms: float
+    psnr: float
+    as_one: bool
+
+
+def draw_pairs(
+    adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None]
+) -> dict[str, list[Drawn]]:
+    """Every pair's picture every way, in rotating order; "dense" is one."""
+    stopwatch, names = Stopwatch(adapter.device), list(ways)
+    drawn: dict[str, list[Drawn]] = {name: [] for name in names}
+    dropped = [drop_from(attend.policy) for attend in ways.values() if hasattr(attend, "policy")]
+    until = min([first_touched(adapter), *(s for s in dropped if s is not None)])
+    adapter.start(pairs[0], until)  # on a GPU it captures what all ways share
+    for i, pair in enumerate(pairs):
+        made: dict[str, tuple[Tensor, float, bool]] = {}
+        state, shared = timed(stopwatch, lambda: adapter.start(pair, until))  # noqa: B023
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            as_one = prepare(adapter, ways[name])
+            picture, ms = timed(stopwatch, lambda: adapter.finish(state, ways[name]))  # noqa: B023
+            made[name] = picture, shared + ms, as_one
+            say(f"pair {i + 1}/{len(pairs)}: {name}, {ms:.0f} ms")
+        for name, (picture, ms, as_one) in made.items():
+            drawn[name].append(Drawn(ms, compare_pictures(picture, made["dense"][0])[LEAD.name], as_one))
+    return drawn
+
+
+def timed(stopwatch: Stopwatch, work: Callable[[], T]) -> tuple[T, float]:
+    """What a call returns, and its milliseconds."""
+    made: list[T] = []
+    ms = stopwatch(lambda: made.append(work()))
+    return made[0], ms
+
+
+def measure(model: str, pairs: int, device: str) -> dict[str, Any]:
     """The raw numbers, as the JSON file has them; nothing is rounded."""
-
-    adapter = load_adapter(find_model(model), "cpu")
+    adapter = load_adapter(find_model(model), device)
 
     def say(text: str) -> None:
         print(f"\r{text[:150]:150}", end="", file=sys.stderr, flush=True)
@@ -106,17 +160,18 @@ def measure(model: str, pairs: int) -> dict[str, Any]:
     drawn = search_pairs(adapter.num_classes, pairs)
     attentions: dict[str, Any] = {"dense": adapter.dense}
     attentions |= {f"{way.method}, {way.setting}": make_attention(adapter, way.policy) for way in made}
-    outcomes = run_pairs(adapter, attentions, drawn, say)
+    found = draw_pairs(adapter, attentions, drawn, say)
+    gpu, _ = here_or_named("cpu" if device == "cpu" else "auto")
     return {
         "model": adapter.model.slug, "date": datetime.date.today().isoformat(),
-        "machine": dataclasses.asdict(silicon(find_gpu("cpu"), True)), "versions": dataclasses.asdict(versions()),
+        "machine": dataclasses.asdict(silicon(gpu, True)), "versions": dataclasses.asdict(versions()),
         "pairs": [list(pair) for pair in drawn], "class_levels": list(adapter.class_levels()),
         "wanted": {preset: adapter.required(preset)[LEAD.name] for preset in PRESETS},
-        "dense_ms": [o.ms for o in outcomes["dense"]], "load": os.getloadavg()[1], "processors": os.cpu_count(),
+        "dense_ms": [o.ms for o in found["dense"]], "load": os.getloadavg()[1], "processors": os.cpu_count(),
         "ways": [
-            {"method": way.method, "setting": way.setting, "ms": [o.ms for o in found],
-             LEAD.name: [o.fidelity[LEAD.name] for o in found]}
-            for way, found in ((way, outcomes[f"{way.method}, {way.setting}"]) for way in made)
+            {"method": way.method, "setting": way.setting, "ms": [o.ms for o in pictures],
+             LEAD.name: [o.psnr for o in pictures], "as_one": pictures[0].as_one}
+            for way, pictures in ((way, found[f"{way.method}, {way.setting}"]) for way in made)
         ],
     }  # fmt: skip
 
@@ -167,10 +222,12 @@ def is_open(found: Sequence[Reached], method: str, wanted: float) -> bool:
 def markdown(raw: Mapping[str, Any], plot: str) -> str:
     found, machine = points(raw), raw["machine"]
     methods = list(dict.fromkeys(p.method for p in found))
+    on_cpu = machine.get("gpu", "cpu") == "cpu"
+    where = f"{machine['name']}, {machine['threads']} threads" if on_cpu else machine["name"]
     lines = [
-        f"# Time against PSNR: {raw['model']} on a CPU", "",
-        f"{machine['name']}, {machine['threads']} threads; torch {raw['versions']['torch']}; {raw['date']}; "
-        f"load {raw['load']:.1f} on {raw['processors']} processors. "
+        f"# Time against PSNR: {raw['model']} on {'a CPU' if on_cpu else machine['name']}", "",
+        f"{where}; torch {raw['versions']['torch']}; {raw['date']}; "
+        f"load {raw['load']:.1f} on {raw['processors']} processors. {drawn_on(raw)}"
         f"{len(raw['pairs'])} (class, seed) pairs, every way in rotating order with dense in one run. Speed-ups are of whole "
         "pictures, medians of paired ratios. PSNR is against the dense picture with the same noise, brought to all classes by "
         "their known levels. These are means; a profile's certificate is on held-out pictures and takes the lower bound.", "",
@@ -204,6 +261,15 @@ def markdown(raw: Mapping[str, Any], plot: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def drawn_on(raw: Mapping[str, Any]) -> str:
+    """What pictures ran on, where not on attention alone."""
+    alone = sorted({way["method"] for way in raw["ways"] if not way.get("as_one")})
+    if len(alone) == len({way["method"] for way in raw["ways"]}):
+        return ""
+    rest = f", but for these, which replace the attention alone: {', '.join(alone)}" if alone else ""
+    return f"All blocks run as one, a CUDA graph a scale{rest}. Dense as well. "
+
+
 def draw(raw: Mapping[str, Any]) -> bytes:
     """An SVG: a line a method. The same numbers give the same bytes."""
     from matplotlib import figure, rc_context
@@ -233,15 +299,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.fronts", description="time against PSNR, each saving alone and together")
     parser.add_argument("model", choices=list(ADAPTERS), nargs="?", default="pocketvar")
     parser.add_argument("--pairs", type=int, default=10, help="(class, seed) pairs, drawn every way")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="raw numbers of an earlier run: measure nothing")
-    parser.add_argument("--out", type=Path, help="the report, reports/fronts-cpu.md or -MODEL.md; the rest goes beside it")
+    parser.add_argument("--out", type=Path, help="the report, such as reports/fronts-h100-MODEL.md")
     given = parser.parse_args(arguments)
     if not 1 <= given.pairs <= MOST_PAIRS:
         print(f"fronts: --pairs: got {given.pairs}, want 1..{MOST_PAIRS}", file=sys.stderr)
         return 2
-    raw = json.loads(given.source.read_text("utf-8")) if given.source else measure(given.model, given.pairs)
+    raw = json.loads(given.source.read_text("utf-8")) if given.source else measure(given.model, given.pairs, given.device)
     own = "" if raw["model"] == "pocketvar" else f"-{raw['model']}"
-    out: Path = given.out or Path(f"reports/fronts-cpu{own}.md")
+    slug = raw["machine"].get("gpu", "cpu").removesuffix("-sxm")
+    out: Path = given.out or Path(f"reports/fronts-{slug}{own}.md")
     plot = out.with_suffix(".svg")
     if not given.source:
         write_atomic(out.with_suffix(".json"), (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode())

@@ -11,8 +11,8 @@ import json
 from statistics import fmean
 
 from sparvar_tune.adapters import ADAPTERS, load_adapter
-from sparvar_tune.adapters.boxed import DROP, REDRAW, BoxedAdapter
 from sparvar_tune.catalog.models import find_model
+from sparvar_tune.live.boxed import DROP, REDRAW, BoxedAdapter
 from sparvar_tune.measure.fidelity import Fidelity, compare_pictures, lower_bound
 from sparvar_tune.measure.pairs import yardstick_pairs
 

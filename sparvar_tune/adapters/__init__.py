@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 # models that can be opened with nothing else given
-ADAPTERS = {name: f"sparvar_tune.adapters.{name}" for name in ("pocketvar", "emojivar")}
+ADAPTERS = {name: f"sparvar_tune.live.{name}" for name in ("pocketvar", "emojivar")}
 
 
 def load_adapter(model: Model, device: str) -> Adapter:

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from sparvar_tune.adapters import boxed
-from sparvar_tune.adapters.boxed import BoxedAdapter, attach
+from sparvar_tune.adapters.boxed import attach
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.catalog.models import Model
 from sparvar_tune.emojivar.installed import place
-from sparvar_tune.emojivar.model import CLASSES, EmojiVAR, Generation, caption, load_emojivar
+from sparvar_tune.emojivar.model import EmojiVAR
 from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
 
-__all__ = ["STEPS", "EmojiAdapter", "attach", "open_model", "parts", "weights_sha256", "why_not"]
+__all__ = ["STEPS", "attach", "parts", "weights_sha256", "why_not"]
 
 # its sampling reads them off the attention
 STEPS = {step.kind: lambda found, step: Undos() for step in (SkipScales, DropUnconditional, PruneTokens, CacheBudget)}
-GUIDANCE = 1.0
-
-
-class EmojiAdapter(BoxedAdapter):
-    """emojivar, driven. A pair's class is the thing that is drawn; its seed says the rest of the caption, and the noise."""
-
-    steps = tuple(STEPS)
-    classes_by_index = CLASSES
-
-    def __init__(self, model: Model, device: str) -> None:
-        self.yardsticks_file = place("yardsticks.json")
-        super().__init__(model, device, load_emojivar(device=device), place("emojivar.safetensors"), temperature=0.7)
-
-    def begin(self, pair: tuple[int, int], noise: Tensor) -> Generation:
-        return Generation(self.live, [caption(*pair)], noise, self.temperature, GUIDANCE, self.dense)
-
-
-def open_model(model: Model, device: str) -> EmojiAdapter:
-    return EmojiAdapter(model, device)
-
 
 why_not = boxed.why_not_a(EmojiVAR)
 

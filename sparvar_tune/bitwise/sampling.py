@@ -125,6 +125,22 @@ class Sampled(Protocol):
     def raw_queries(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
+class AsOne(Protocol):
+    """An attention that brings a faster way to run the model around it.
+
+    `Generating` asks it first, and goes its own way where the answer is no, with the attention that is in the state by then.
+    """
+
+    def draw(self, state: Any) -> bool:
+        """Draws the state's next scale, or not: False."""
+
+    def read(self, state: Any, x: Tensor) -> bool:
+        """Takes in x [rows, prefix, width], the tokens before the first grid, or not: False."""
+
+    def give_back(self, state: Any) -> None:
+        """Puts the keys and values that it holds for a state into `state.cache`, and holds them no more."""
+
+
 Twin = TypeVar("Twin", bound="Generating")
 
 
@@ -134,41 +150,73 @@ class Generating(ABC):
     noise [tokens, bits] or [pictures, tokens, bits] from `draw_noise`. Temperature 0 is greedy. rows: of the batch that the
     blocks run, one a picture or two with guidance. `attend` may be changed between steps; `fork` copies the state, so that
     several ways to do the last scales can start from the same coarse picture.
+
+    constants: names of the tensors, beside fhat and keys and values, that `draw` reads of a state; they stay from scale to scale.
     """
 
-    told: tuple[Tensor, ...] = ()
+    constants: tuple[str, ...] = ("noise",)
 
     def __init__(self, model: Sampled, pictures: int, rows: int, noise: Tensor, temperature: float, attend: Attend) -> None:
         if temperature < 0:
             raise ValueError(f"temperature={temperature}: want >= 0")
-        self.model, self.temperature, self.attend = model, temperature, attend
+        self.model, self.temperature = model, temperature
         c, device = model.config, model.head.weight.device
         self.noise = noise.to(device).expand(pictures, -1, -1)
-        self.scale = 0
+        self.scale, self.rows = 0, rows
         self.fhat = torch.zeros(pictures, c.bits, *model.schedule.grids[-1], device=device)
-        shape = (c.depth, 2, rows, c.heads, model.schedule.num_tokens, c.head_dim)
-        self.cache = torch.empty(shape, dtype=model.head.weight.dtype, device=device)  # k and v of every layer
+        # k and v of every layer: of `filled` tokens and nobody's to write, or this state's own with room for all tokens
+        self.cache = torch.empty(c.depth, 2, rows, c.heads, 0, c.head_dim, dtype=model.head.weight.dtype, device=device)
+        self.holder: AsOne | None = None  # what has the keys and values, where they are not in the cache
         self.filled = [0] * c.depth  # tokens in each layer's cache
         self.given: Given = {}
+        self.decided: Any = None  # the decision scale that later ones live on, for an attention that many states share
+        self.attend = self.fitted(attend)
 
     @abstractmethod
+    def draw(self, through: Callable[[Tensor], Tensor]) -> None:
+        """Draws the next scale. through: its tokens x [rows, N, width] -> the same after all blocks."""
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What `draw` depends on beside tensors and the scale."""
+        return self.fhat.shape[0], self.temperature
+
+    @property
+    def told(self) -> tuple[Tensor, ...]:
+        """What the blocks' steps get of the picture."""
+        return ()
+
+    def fitted(self, attend: Attend) -> Attend:
+        """An attention that begins with the next scale, as this state uses it."""
+        return attend
+
+    def narrow(self) -> None:
+        """Lets go of the rows that the next scale does without."""
+        return None
+
+    @torch.inference_mode()
     def step(self) -> None:
         """Draws the next scale."""
+        self.narrow()
+        as_one: AsOne | None = self.attend if hasattr(self.attend, "draw") else None  # type: ignore[assignment]
+        if as_one is None or not as_one.draw(self):
+            self.draw(self.through_blocks)
 
     def parked(self: Twin) -> Twin:
         """The same state holding only the part of the cache that is filled; `fork` it to go on."""
+        self._take_back()
         self.cache = self.cache[..., : max(self.filled), :].clone()
         return self
 
     def fork(self: Twin, attend: Attend | None = None, noise: Tensor | None = None) -> Twin:
+        self._take_back()
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        done, room = max(self.filled), self.model.schedule.num_tokens
         twin.filled, twin.given = list(self.filled), dict(self.given)
-        twin.cache = self.cache.new_empty(*self.cache.shape[:-2], room, self.cache.shape[-1])
-        twin.cache[..., :done, :] = self.cache[..., :done, :]
+        if self._owns_cache:
+            twin.cache = self._roomy(self.cache)
         if attend is not None:
-            twin.attend = attend
+            twin.attend = twin.fitted(attend)
         if noise is not None:
             twin.noise = noise.to(self.noise.device).expand_as(self.noise)
         return twin
@@ -190,6 +238,7 @@ class Generating(ABC):
 
     def through_blocks(self, x: Tensor) -> Tensor:
         """x [B, N, width], all tokens of the scale, after all blocks; their keys and values are in the cache then."""
+        self._own_cache()
         x, thinning = x.clone(), Thinning.of(self.attend, self.model.schedule)
         for layer in range(self.model.config.depth):
             budget = thinning.budget_after(self.scale, layer)
@@ -202,12 +251,52 @@ class Generating(ABC):
                 self._cut(layer, budget, window, thinning)
         return x
 
+    @torch.inference_mode()
+    def read(self, x: Tensor) -> None:
+        """x [rows, prefix, width], the tokens before the first grid, through all blocks; their keys and values stay."""
+        as_one: AsOne | None = self.attend if hasattr(self.attend, "read") else None  # type: ignore[assignment]
+        if as_one is not None and as_one.read(self, x):
+            return
+        self._own_cache()
+        x = x.clone()
+        for layer in range(self.model.config.depth):
+            self._whole(x, layer, slice(0, self.model.schedule.prefix))
+
     def take(self, logits: Tensor) -> None:
         """Draws the bits of the scale from its logits [pictures, N, bits] and adds them to what is drawn so far."""
         bits = logits + self.temperature * self.noise[:, self._span] > 0
         grid = self.model.schedule.grids[self.scale]
         self.fhat = self.model.quantiser.add(self.fhat, bits.transpose(1, 2).unflatten(2, grid), self.scale)
         self.scale += 1
+
+    # Keys and values
+
+    @property
+    def _owns_cache(self) -> bool:
+        return self.cache.shape[-2] == self.model.schedule.num_tokens
+
+    def _roomy(self, cache: Tensor) -> Tensor:
+        """A copy of what is filled, with room for all tokens."""
+        done = max(self.filled)
+        out = cache.new_empty(*cache.shape[:-2], self.model.schedule.num_tokens, cache.shape[-1])
+        out[..., :done, :] = cache[..., :done, :]
+        return out
+
+    def check_kept(self) -> None:
+        """Raises ValueError where the keys and values that the next scale needs are nowhere."""
+        if self.holder is None and self.cache.shape[-2] < max(self.filled):
+            raise ValueError("the picture's keys and values are lost: an error broke off its last scale; begin it anew")
+
+    def _own_cache(self) -> None:
+        """Before a block writes to it."""
+        self._take_back()
+        self.check_kept()
+        if not self._owns_cache:
+            self.cache = self._roomy(self.cache)
+
+    def _take_back(self) -> None:
+        if self.holder is not None:
+            self.holder.give_back(self)
 
     @property
     def _span(self) -> slice:

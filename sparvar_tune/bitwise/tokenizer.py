@@ -40,7 +40,17 @@ def _resample(x: Tensor, size: tuple[int, int], matrix: Callable[[int, int], Ten
     h, w = x.shape[-2:]
     if (h, w) == size:
         return x
-    return matrix(h, size[0]).to(x) @ x @ matrix(w, size[1]).to(x).T
+    rows, columns = (_like(matrix, source, target, x.dtype, x.device) for source, target in ((h, size[0]), (w, size[1])))
+    return rows @ x @ columns.T
+
+
+@lru_cache(maxsize=512)
+def _like(
+    matrix: Callable[[int, int], Tensor], source: int, target: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:  # fmt: skip
+    """The matrix where it is used: a copy each time would wait for a GPU."""
+    with torch.inference_mode(False):  # training may find what sampling left here
+        return matrix(source, target).to(device, dtype)
 
 
 def pool(x: Tensor, size: tuple[int, int]) -> Tensor:

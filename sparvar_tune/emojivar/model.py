@@ -7,9 +7,10 @@ runs the pictures twice, once with a caption that says nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,31 +167,33 @@ class Generation(Generating):
         if guidance < 0:
             raise ValueError(f"guidance={guidance}: want >= 0")
         rows = n if guidance == 0 else 2 * n
-        super().__init__(model, n, rows, noise, temperature, halves_apart(attend or model.attend, 2 * n))
+        super().__init__(model, n, rows, noise, temperature, attend or model.attend)
         self.guidance = guidance
         said = torch.tensor(captions, device=model.start.device)
-        self._read(said if guidance == 0 else torch.cat((said, torch.full_like(said, -1))))
+        said = said if guidance == 0 else torch.cat((said, torch.full_like(said, -1)))
+        with torch.inference_mode():
+            self.read(model.prefix(said))
 
-    @torch.inference_mode()
-    def _read(self, captions: Tensor) -> None:
-        """The prefix through all blocks, into the cache."""
-        x = self.model.prefix(captions).clone()
-        for layer in range(self.model.config.depth):
-            self._whole(x, layer, slice(0, self.model.config.prefix))
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return *super().kind, self.guidance
 
-    def fork(self, attend: Attend | None = None, noise: Tensor | None = None) -> Generation:
-        return super().fork(None if attend is None else halves_apart(attend, 2 * self.fhat.shape[0]), noise)
+    def fitted(self, attend: Attend) -> Attend:
+        fits: Attend = halves_apart(attend, 2 * self.fhat.shape[0])
+        return fits
 
-    @torch.inference_mode()
-    def step(self) -> None:
-        model, i, n = self.model, self.scale, self.fhat.shape[0]
+    def narrow(self) -> None:
         policy = getattr(self.attend, "policy", None)
         dropped = None if policy is None else drop_from(policy)
-        if dropped is not None and i >= dropped:
-            self.cache = self.cache[:, :, :n]
-        halves = self.cache.shape[2] // n
+        if dropped is not None and self.scale >= dropped:
+            self.rows = self.fhat.shape[0]
+            self.cache = self.cache[:, :, : self.rows]
+
+    def draw(self, through: Callable[[Tensor], Tensor]) -> None:
+        model, i, n = self.model, self.scale, self.fhat.shape[0]
+        halves = self.rows // n
         x = model.inputs([self.fhat.to(model.head.weight.dtype) if i else None], range(i, i + 1))
-        logits = model.logits(self.through_blocks(x.expand(n, -1, -1).repeat(halves, 1, 1)))
+        logits = model.logits(through(x.expand(n, -1, -1).repeat(halves, 1, 1)))
         if halves == 2:
             with_caption, without = logits.float().chunk(2)
             logits = (1 + self.guidance) * with_caption - self.guidance * without

@@ -14,6 +14,7 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters import steps
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts, Undoable
+from sparvar_tune.fused import boxed
 from sparvar_tune.fused.engine import FusedPath, attach
 from sparvar_tune.fused.stack import Stack
 
@@ -48,7 +49,7 @@ class OnPath(Undos):
     def __init__(self, live: Undoable | None) -> None:
         super().__init__()
         self.live = live
-        self.fused: FusedPath | None = None
+        self.fused: FusedPath | boxed.FusedSampling | None = None
         self._why_not_fused: str | None = None
         if live is not None:
             self.add(live)
@@ -112,11 +113,15 @@ def put_on(family: Any, found: Parts, attend: SparseAttention | None, path: str 
     return made
 
 
-def _fused(found: Parts, attend: SparseAttention | None, path: str, graphs: bool) -> tuple[FusedPath | None, str | None]:
+def _fused(
+    found: Parts, attend: SparseAttention | None, path: str, graphs: bool
+) -> tuple[FusedPath | boxed.FusedSampling | None, str | None]:
     """The fused path put on, or why not."""
     if path == "attention" or (path == "auto" and not found.on_gpu):
         return None, "path is attention" if path == "attention" else "the model is on no GPU; path='fused' runs it all the same"
     try:
+        if found.family in boxed.FAMILIES:
+            return boxed.attach(found, attend, graphs), None
         return attach(found, stack_of(found), attend, graphs), None
     except ValueError as error:
         return None, str(error)

@@ -15,10 +15,10 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,11 +46,39 @@ LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class _Attends(Protocol):
+    """What attends where all blocks run as one. policy: whose steps leave out tokens there, if any do."""
+
+    @property
+    def policy(self) -> Policy | None: ...
+
+    def new_attention(self, schedule: ScaleSchedule) -> SparseAttention: ...
+
+    def splits(self, schedule: ScaleSchedule) -> bool:
+        """Whether the halves of guidance need decisions of their own: one is dropped before a scale that lives on them."""
+
+
+class _Builds(Protocol):
+    """What launches binaries of its own: a `Stack`."""
+
+    def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]: ...
+
+
+def attention_like(found: Parts, a: SparseAttention | None, schedule: ScaleSchedule) -> SparseAttention:
+    """A fresh attention with the policy, schedule and launches of `a`; None: a dense one."""
+    if a is None:
+        policy = Policy(("A" * found.heads,) * found.layers)
+        return SparseAttention(policy, schedule, softmax_scale=found.softmax_scale, logit_bound=found.logit_bound)
+    return SparseAttention(
+        a.policy, a.schedule, softmax_scale=a.softmax_scale, logit_bound=a.logit_bound, launches=a.launches
+    )  # fmt: skip
+
+
 class Workspace:
     """What one kind of image needs at addresses that stay: the stream, keys and values, attention, graphs."""
 
     def __init__(
-        self, found: Parts, x: Tensor, stream: torch.dtype, dtype: torch.dtype, schedule: ScaleSchedule, path: FusedPath,
+        self, found: Parts, x: Tensor, stream: torch.dtype, dtype: torch.dtype, schedule: ScaleSchedule, path: _Attends,
         pool: Any = None,
     ) -> None:  # fmt: skip
         self.rows, self.schedule, self.dtype = x.shape[0], schedule, dtype
@@ -74,7 +102,7 @@ class Workspace:
             for rows in {self.rows, self.rows // 2 or 1}
         }
 
-    def compile(self, stack: Stack, device: torch.device) -> None:
+    def compile(self, stack: _Builds, device: torch.device) -> None:
         """Compiles what an image launches, but for the decoder's; what a later call still lacks is compiled there."""
         scales = range(len(self.schedule))
         builds = list(stack.builds(self.thinning.lengths(), self.thinning.prune is not None))
@@ -267,16 +295,9 @@ class FusedPath(Undos):
         return self.attend, DROPPED.get(self.found.model)
 
     def new_attention(self, schedule: ScaleSchedule) -> SparseAttention:
-        a, found = self.attend, self.found
-        if a is None:
-            policy = Policy(("A" * found.heads,) * found.layers)
-            return SparseAttention(policy, schedule, softmax_scale=found.softmax_scale, logit_bound=found.logit_bound)
-        return SparseAttention(
-            a.policy, a.schedule, softmax_scale=a.softmax_scale, logit_bound=a.logit_bound, launches=a.launches
-        )
+        return attention_like(self.found, self.attend, schedule)
 
     def splits(self, schedule: ScaleSchedule) -> bool:
-        """Whether the halves of guidance need decisions of their own: one is dropped before a scale that lives on them."""
         dropped = DROPPED.get(self.found.model)
         if dropped is None or self.attend is None:
             return False

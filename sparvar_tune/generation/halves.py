@@ -43,7 +43,7 @@ def halves_apart(attend: Any, rows: int) -> Any:
     target = attend
     while not isinstance(target, SparseAttention) and hasattr(target, "inner"):
         target = target.inner
-    if not isinstance(target, SparseAttention) or not _parts(target):
+    if not isinstance(target, SparseAttention) or not decides_apart(target):
         return attend
     if target not in _SECONDS:
         _SECONDS[target] = SparseAttention(
@@ -54,7 +54,8 @@ def halves_apart(attend: Any, rows: int) -> Any:
     return HalvesApart(attend, _around(attend, _SECONDS[target]), rows)
 
 
-def _parts(attend: SparseAttention) -> bool:
+def decides_apart(attend: SparseAttention) -> bool:
+    """Whether its policy drops a half before a scale that lives on a decision of both."""
     dropped = drop_from(attend.policy)
     if dropped is None:
         return False

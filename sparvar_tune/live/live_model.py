@@ -149,6 +149,7 @@ class LiveModel(WholeImages):
         self.why_not_fused = made.why_not_fused
         if made.fused is None:
             return
+        assert isinstance(made.fused, fused.FusedPath), "models in the box, which have adapters of their own, were refused before"
         self._fused, self.picture_path = made.fused, "fused path" + (", CUDA graphs" if self.parts.on_gpu else "")
         try:
             self._on_fused(FIRST, self.dense)

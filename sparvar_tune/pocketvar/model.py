@@ -7,7 +7,7 @@ most `logit_bound`) with 2-D RoPE, as in Infinity.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,6 +162,7 @@ class Generation(Generating):
     """One batch of pictures on its way from coarse to fine. classes: one class index per picture; see `Generating`."""
 
     model: PocketVAR
+    constants = ("noise", "modulation", "head_modulation")
 
     def __init__(
         self, model: PocketVAR, classes: Sequence[int], noise: Tensor, temperature: float, attend: Attend | None = None
@@ -171,14 +172,16 @@ class Generation(Generating):
             raise ValueError(f"classes={list(classes)}: want class indices 0..{known - 1}, at least one")
         super().__init__(model, len(classes), len(classes), noise, temperature, attend or model.attend)
         labels = torch.tensor(classes, device=model.start.device)
-        modulation, self.head_modulation = model.modulations(labels)
-        self.told = (modulation,)
+        self.modulation, self.head_modulation = model.modulations(labels)
 
-    @torch.inference_mode()
-    def step(self) -> None:
+    @property
+    def told(self) -> tuple[Tensor, ...]:
+        return (self.modulation,)
+
+    def draw(self, through: Callable[[Tensor], Tensor]) -> None:
         model, i = self.model, self.scale
         x = model.inputs([self.fhat.to(model.head.weight.dtype) if i else None], range(i, i + 1))
-        x = self.through_blocks(x.expand(self.fhat.shape[0], -1, -1))
+        x = through(x.expand(self.fhat.shape[0], -1, -1))
         self.take(model.logits(x, self.head_modulation).float())
 
 

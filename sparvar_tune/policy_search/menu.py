@@ -27,6 +27,7 @@ UNVERIFIED = "the policy's fidelity on this model was not measured: no activatio
 SPARSE_SCALES = 3  # the paper touches the last three scales
 PAPER_SCALES = 6  # fewer do not hold its sinks, its windows and a decision scale
 SKIP = "drop last scale"
+TOKENS, KEYS = "tokens", "cached keys"
 THIN_SHARES = (0.75, 0.5)  # of the last scale's tokens, or of the keys before it, that are kept: the first harms least
 TILES = ("8x16", "8x8")  # query tiles of the search, on the last grid
 SHARES, SAMPLE = (0.06, 0.12), 4  # of keys kept by CS4A, which ranks them by every fourth query's mass
@@ -94,7 +95,8 @@ class StepOption:
 
 def step_menu(schedule: ScaleSchedule, can: Collection[str], layers: int) -> dict[str, StepOption]:
     """Name -> steps for who can do steps of the kinds `can`: the last scale left out, the unconditional half dropped from one of
-    the last scales on, and both; tokens or cached keys thinned at the last scale, where no rule may stand then.
+    the last scales on, and both; tokens or cached keys thinned at the last scale, where no rule may stand then; the half dropped
+    early and half of the cached keys cut, which on emojivar pay together.
     """
     options: dict[str, StepOption] = {}
     skip, last = SkipScales.last(schedule), len(schedule) - 1
@@ -105,8 +107,11 @@ def step_menu(schedule: ScaleSchedule, can: Collection[str], layers: int) -> dic
         return options
     for s in range(last, decision_scale(schedule) - 1, -1):  # the latest saves and harms least
         options[_half(s)] = StepOption((DropUnconditional(s),), (_half(s + 1),) if s < last else ())
-    for s in range(last - 1, decision_scale(schedule) - 1, -1) if SKIP in options else ():
-        options[f"{_half(s)}, {SKIP}"] = StepOption((skip, DropUnconditional(s)), (_half(s), SKIP))
+    with_half = {SKIP: options[SKIP]} if SKIP in options else {}
+    with_half |= {name: option for name, option in options.items() if name == _thin(THIN_SHARES[-1], KEYS, last)}
+    for name, option in with_half.items():
+        for s in range(last - 1, decision_scale(schedule) - 1, -1):
+            options[f"{_half(s)}, {name}"] = StepOption((*option.steps, DropUnconditional(s)), (_half(s), name))
     return options
 
 
@@ -121,12 +126,16 @@ def _thinned(schedule: ScaleSchedule, layers: int) -> dict[str, StepOption]:
             PruneTokens(last, (round(tokens * share),), last - 1, edge, layers - 1),
             CacheBudget(last, ((round(past * share),) * layers,)),
         )  # fmt: skip
-        for step, what in zip(steps, ("tokens", "cached keys"), strict=True):
+        for step, what in zip(steps, (TOKENS, KEYS), strict=True):
             if step.why_not(schedule, layers) is None:
-                name = f"{share:.0%} of {what} at {last}".replace("%", " %")
+                name = _thin(share, what, last)
                 made[name] = StepOption((step,), before.get(step.kind, ()))
                 before[step.kind] = (name,)
     return made
+
+
+def _thin(share: float, what: str, s: int) -> str:
+    return f"{share:.0%} of {what} at {s}".replace("%", " %")
 
 
 def _half(s: int) -> str:

@@ -85,7 +85,8 @@ def _block(step: str) -> Around:
 
 
 def _stack(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """FusedPath._run(self, work, x, at): all blocks at one scale; where a graph of them is replayed no Python runs inside."""
+    """FusedPath._run(self, work, x, at), FusedSampling._run(self, work, state, at): all blocks at one scale; where a graph is
+    replayed no Python runs inside."""
     _, work_space, _, at = args
     replayed = (at.start, at.length, at.rows) in work_space.graphs
     with tracer.inside(at.scale_index), tracer.range("replay" if replayed else "rest"):
@@ -114,7 +115,7 @@ def _product(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _generation(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Generation.step(self): one scale of the picture."""
+    """Generating.step(self): one scale of the picture."""
     with tracer.inside(args[0].scale), tracer.range("rest"):
         return call(*args, **kwargs)
 
@@ -146,12 +147,16 @@ _STACKS = tuple(
     )
 )  # fmt: skip
 
+_BOXED_STACK = tuple(
+    Seam("sparvar_tune.fused.boxed_blocks", name, around)
+    for name, around in (("append_qkv", _step("qk path")), ("residual_norm", _step("norm")), ("BoxedBlocks._attend", _in_layer))
+)
+
 _BOXED = tuple(
     Seam(module, name, around)
     for model, module in BOXED.items()
     for name, around in (
         (f"{model}.before_attention", _block("qk path")), (f"{model}.after_attention", _block("rest")),
-        ("Generation.step", _generation),
     )
 )  # fmt: skip
 
@@ -179,14 +184,17 @@ SEAMS = (
     Seam(TRITON, "shared_stage", _step("plan")),
     Seam(SAMPLING, "DenseAttention.__call__", _dense),
     Seam(SAMPLING, "Generating.pictures", _step("decoder")),
+    Seam(SAMPLING, "Generating.step", _generation),
     *_BOXED,
     Seam("torch.nn", "Linear.forward", _step("products", work.linear)),
     Seam(FUSED, "FusedPath._run", _stack),
+    Seam("sparvar_tune.fused.boxed", "FusedSampling._run", _stack),
     Seam(FUSED, "OnePass.attend", _pass),
     Seam(FUSED, "dense_attention", _step("dense", work.dense_call)),
     Seam("sparvar_tune.fused.product", "Product.__call__", _product),
     Seam("sparvar_tune.fused.product", "Product.gelu", _product),
     *_STACKS,
+    *_BOXED_STACK,
 )
 
 _ONE_AT_A_TIME = threading.Lock()

@@ -20,8 +20,8 @@ from PIL import Image
 from places import PYTHONPATH, ROOT
 
 from sparvar_tune import runtime
-from sparvar_tune.adapters.pocketvar import PocketAdapter
 from sparvar_tune.cli import parser
+from sparvar_tune.live.pocketvar import PocketAdapter
 from sparvar_tune.policy_search import storage
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.profile import misses, overlay, schema, store

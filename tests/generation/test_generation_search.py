@@ -176,9 +176,14 @@ def test_the_menu_of_steps():
         "drop half from 11, drop last scale", "drop half from 10, drop last scale",
     ]  # fmt: skip
     assert full["drop half from 10"].after == ("drop half from 11",)
-    for option in full.values():
-        assert Policy(("A",), (), option.steps).why_not(schedule, 1, 1) is None
-        assert set(option.after) <= set(full)
+    cut = step_menu(schedule, (DROP, "cache_budget"), 1)
+    both = {name: option.after for name, option in cut.items() if len(option.steps) > 1}
+    keys = "50 % of cached keys at 12"
+    assert both == {f"drop half from {s}, {keys}": (f"drop half from {s}", keys) for s in (11, 10)}
+    for menu in (full, cut):
+        for option in menu.values():
+            assert Policy(("A",), (), option.steps).why_not(schedule, 1, 1) is None
+            assert set(option.after) <= set(menu)
 
 
 def test_prices_know_what_a_step_leaves_to_gain():

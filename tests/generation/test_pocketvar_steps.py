@@ -13,9 +13,10 @@ from token_oracles import standing_in
 
 from sparvar_kernels import Policy, Pooled, Rule, SparseAttention
 from sparvar_tune import adapters
-from sparvar_tune.adapters.pocketvar import STEPS, PocketAdapter
+from sparvar_tune.adapters.pocketvar import STEPS
 from sparvar_tune.catalog import models
 from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens
+from sparvar_tune.live.pocketvar import PocketAdapter
 from sparvar_tune.pocketvar.model import DENSE, Generation, PocketVAR, draw_noise
 from sparvar_tune.policy_search.judge import make_attention
 from sparvar_tune.policy_search.menu import step_menu

@@ -7,9 +7,9 @@ import torch
 from tiny import make_model
 
 from lab.pocketvar.train import TeacherForcing
-from sparvar_tune.adapters.pocketvar import PocketAdapter
 from sparvar_tune.bitwise.tokenizer import Quantiser, grow, pool
 from sparvar_tune.catalog.models import find_model
+from sparvar_tune.live.pocketvar import PocketAdapter
 from sparvar_tune.pocketvar.model import CLASSES, WEIGHTS, Generation, PocketConfig, draw_noise, load_pocketvar
 
 

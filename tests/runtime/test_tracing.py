@@ -32,9 +32,9 @@ from sparvar_kernels.geometry.scales import partition
 from sparvar_kernels.policy import plan_layers
 from sparvar_kernels.variants.lists import KeyLists
 from sparvar_tune import adapters, fused
-from sparvar_tune.adapters.pocketvar import PocketAdapter
 from sparvar_tune.catalog import models
 from sparvar_tune.cli import parser
+from sparvar_tune.live.pocketvar import PocketAdapter
 from sparvar_tune.measure.limits import Limits
 from sparvar_tune.tracing import Label, Span, Tracer, backends, chrome, frame, runs, seams, traced, work
 from sparvar_tune.tracing.backends import proton

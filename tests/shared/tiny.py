@@ -14,8 +14,8 @@ import torch
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune import adapters
-from sparvar_tune.adapters import pocketvar as adapter
 from sparvar_tune.catalog import models
+from sparvar_tune.live import pocketvar as adapter
 from sparvar_tune.pocketvar.model import PocketConfig, PocketVAR
 from sparvar_tune.ways import search_here
 

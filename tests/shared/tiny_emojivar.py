@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_tune.adapters import emojivar as adapter
 from sparvar_tune.catalog import models
 from sparvar_tune.emojivar.model import EmojiConfig, EmojiVAR
+from sparvar_tune.live import emojivar as adapter
 
 GRIDS = ((1, 1), (2, 2), (3, 4), (4, 6), (6, 8), (9, 12), (12, 16))
 

@@ -15,13 +15,13 @@ import torch
 from places import ROOT
 
 import sparvar_tune
-from sparvar_tune.adapters.pocketvar import YARDSTICKS, PocketAdapter
 from sparvar_tune.catalog import gpus
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.catalog.names import PRESETS
 from sparvar_tune.cli import parser
 from sparvar_tune.cli.compare_table import comparison, last_common, pair_frame
 from sparvar_tune.launch_search.log import read_log, to_frame
+from sparvar_tune.live.pocketvar import YARDSTICKS, PocketAdapter
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search

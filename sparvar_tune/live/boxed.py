@@ -1,0 +1,131 @@
+"""What driving the models in the box shares: parked states, pictures finished from them, yardsticks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from sparvar_kernels.attention import SparseAttention
+from sparvar_tune.adapters.boxed import file_hash
+from sparvar_tune.adapters.protocol import Adapter
+from sparvar_tune.adapters.registry import recognise
+from sparvar_tune.adapters.whole_images import begin_image
+from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise
+from sparvar_tune.catalog.models import Model
+from sparvar_tune.fused.boxed import FusedSampling, sampling
+from sparvar_tune.fused.engine import attention_like
+
+REDRAW = "dense, noise redrawn at the last two scales"
+DROP = "dense, last scale left out"
+MOST_TO_WARM = 4  # pictures: the first compiles, the second is captured, one more where a decision was not replayed before
+
+
+class BoxedAdapter(Adapter):
+    """A model in the box, driven. `begin` says what a pair is; `yardsticks_file` what is known of these weights."""
+
+    yardsticks_file: Path
+    classes_by_index: tuple[str, ...]
+
+    def __init__(self, model: Model, device: str, live: Any, weights: Path, temperature: float) -> None:
+        self.model, self.device, self.live = model, device, live
+        self.schedule = live.schedule
+        self.softmax_scale, self.logit_bound = live.softmax_scale, live.logit_bound
+        self.weights_sha256 = file_hash(weights)
+        self.temperature = temperature
+        self.num_classes = len(self.classes_by_index)
+        self.dense, self.dense_name = DenseAttention(live.softmax_scale), "torch scaled_dot_product_attention"
+        _, self.parts = recognise(live)
+        self.as_one = self.parts.on_gpu  # whether pictures are drawn on the path that `apply` would take on a GPU
+        self.picture_path = "fused path, CUDA graphs" if self.as_one else ""
+        self._paths: WeakKeyDictionary[Any, FusedSampling] = WeakKeyDictionary()
+        self._started: Generating | None = None
+
+    @abstractmethod
+    def begin(self, pair: tuple[int, int], noise: Tensor, attend: Attend | None = None) -> Generating:
+        """The generation of a pair before its first scale, with dense attention unless told otherwise."""
+
+    def start(self, pair: tuple[int, int], until: int) -> Generating:
+        noise = draw_noise(self.schedule, self.live.config.bits, pair[1])
+        path = self._drawn_with(self.dense)
+        begun = self.begin(pair, noise, path)
+        if self.as_one:
+            self._warm(path, begun, lambda: begun.fork().run())
+            self._started = begun
+        return begun.run(until).parked()
+
+    def finish(self, state: Generating, attend: Attend, redraw_from: int | None = None) -> Tensor:
+        begin_image(attend)  # a state is finished many times, maybe with one attention
+        noise = None
+        if redraw_from is not None:
+            begin = self.schedule.starts[redraw_from]
+            noise = state.noise[0].clone()
+            noise[begin:] = draw_noise(self.schedule, self.live.config.bits, self._seed_of(noise))[begin:]
+        return state.fork(self._drawn_with(attend), noise).run().pictures()
+
+    def prepare(self, attend: Attend) -> bool:
+        path = self._drawn_with(attend)
+        if not isinstance(path, FusedSampling) or path.why_never:
+            return False
+        state = self._started or self.start((0, 1), 0)
+        self._warm(path, state, lambda: self.finish(state, attend))
+        return True
+
+    @staticmethod
+    def _warm(path: FusedSampling, state: Generating, draw: Callable[[], object]) -> None:
+        """Draws from a state on until nothing is compiled or captured any more."""
+        for _ in range(MOST_TO_WARM):
+            if path.is_ready(state):
+                break
+            draw()
+
+    def _drawn_with(self, attend: Any) -> Any:
+        """The path with such an attention, its graphs kept as long as the attention is; what looks at each call, as a stopwatch
+        does, stays attention alone.
+        """
+        if not self.as_one or not (isinstance(attend, SparseAttention) or attend is self.dense):
+            return attend
+        path = self._paths.get(attend)
+        if path is None:
+            like = attention_like(self.parts, attend, self.schedule) if isinstance(attend, SparseAttention) else None
+            path = self._paths[attend] = sampling(self.parts, like)  # which does not hold the key
+        return attend if path.why_never else path
+
+    @staticmethod
+    def _seed_of(noise: Tensor) -> int:
+        """A number that depends on the noise alone, so that redrawing is a pure function of the pair."""
+        return int(hashlib.sha256(noise.cpu().numpy().tobytes()).hexdigest()[:10], 16)
+
+    def classes(self) -> Sequence[str]:
+        return self.classes_by_index
+
+    def required(self, preset: str) -> Mapping[str, float]:
+        if preset == "near-lossless":
+            for name, psnr_db, _ssim in self.yardsticks():
+                if name == REDRAW:
+                    return {"psnr": psnr_db, "ssim": 0.93}
+            slug = self.model.slug
+            raise ValueError(f"{self.yardsticks_file.name}: not of these weights; run python -m lab.yardsticks {slug}")
+        return super().required(preset)
+
+    def class_levels(self) -> tuple[float, ...]:
+        for row in self._yardstick_rows():
+            if row["name"] == REDRAW:
+                return tuple(row["psnr_db_by_class"])
+        return (0.0,) * self.num_classes
+
+    def yardsticks(self) -> tuple[tuple[str, float, float], ...]:
+        return tuple((row["name"], row["psnr_db"], row["ssim"]) for row in self._yardstick_rows())
+
+    def _yardstick_rows(self) -> list[dict[str, Any]]:
+        """Rows of yardsticks.json if they were measured with these weights, else none."""
+        if not self.yardsticks_file.is_file():
+            return []
+        data = json.loads(self.yardsticks_file.read_text("utf-8"))
+        return data["rows"] if data["weights_sha256"] == self.weights_sha256 else []
