@@ -160,3 +160,10 @@ def test_gpu_blocks_that_cannot_be_captured_run_without_graphs():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert all(checks.same(a, b) for a, b in zip(got, want, strict=True))
+    torch.randn(3, device="cuda")  # the device's generator is not left as if it were captured
+    with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
+        driven.blocks[1].sa.proj = old
+        with on(driven) as path:
+            got = [checks.draw(driven) for _ in range(3)]
+            assert path.fused.why_not_graphs is None, "the next capture is a good one"
+    torch.cuda.empty_cache()

@@ -153,8 +153,9 @@ class Hart(lookalikes.Hart):
         self.globals = globals()
 
     def sample(self, batch: int = 1, cfg: float = 1.5, rounds: int = 1):
-        context = torch.randn(batch, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(3)).to(self.model.stream)
         mask = torch.ones(batch, CONTEXT, dtype=torch.long)
+        context = torch.randn(batch, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(3), device="cpu")
+        context = context.to(mask.device, self.model.stream)
         for row in range(batch):
             mask[row, CONTEXT - 1 - row :] = 0
         with lookalikes.autocast(self.dtype):
