@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from sparvar_kernels.geometry.scales import Tile
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Csla
 from sparvar_tune import adapters, fused
-from sparvar_tune.generation import CacheBudget, PruneTokens
+from sparvar_tune.generation import CacheBudget, Precision, PruneTokens
 from sparvar_tune.policy_search.menu import paper_policy, paper_sinks, paper_windows
 from sparvar_tune.profile.machine import version_of
 from sparvar_tune.runtime.load import load_profile
 
 CSLA_FROM = 4  # windows at this many last scales
 DROPPED = 3  # last scales without the unconditional half
+SCALED_FROM = 6  # products of 8-bit floats at this many last scales
 
 
 def attention_of(parts: Any, driven: Any, which: str | Policy) -> SparseAttention:
@@ -90,9 +92,21 @@ class Ways:
         attend = attention_of(self.parts, self.driven, which)
         return self._way(name, lambda: adapters.apply(self.driven.model, attend))
 
-    def fused(self, name: str, which: str | Policy | None, graphs: bool = True, drop: bool = False, skipped: int = 0) -> Rung:
-        """drop: the unconditional half at the last scales; skipped: so many last scales. Its path is beneath those hooks."""
+    def fused(
+        self, name: str, which: str | Policy | None, graphs: bool = True, drop: bool = False, skipped: int = 0,
+        scaled: bool = False,
+    ) -> Rung:  # fmt: skip
+        """drop: the unconditional half at the last scales; skipped: so many last scales. Its path is beneath those hooks. scaled:
+        products of 8-bit floats in every layer.
+        """
         attend = None if which is None else attention_of(self.parts, self.driven, which)
+        if scaled:
+            assert attend is not None
+            step = Precision(max(0, len(attend.schedule) - SCALED_FROM), ((0, self.parts.layers - 1),))
+            attend = SparseAttention(
+                replace(attend.policy, steps=(*attend.policy.steps, step)), attend.schedule, softmax_scale=attend.softmax_scale,
+                logit_bound=attend.logit_bound, launches=attend.launches,
+            )  # fmt: skip
         path = fused.attach(self.parts, fused.stack_of(self.parts), attend, graphs)
         path.enabled = False
         self.paths.append(path)
@@ -173,6 +187,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         ways.fused("path, no graphs, dense", None, graphs=False), ways.fused("path, graphs, dense", None), best,
         ways.fused("path, graphs, CSLA 8x8", "windows"), ways.fused("path, graphs, profile, half dropped", "profile", drop=True),
         ways.fused("path, graphs, CSLA 8x8, half dropped", "windows", drop=True),
+        ways.fused("path, graphs, CSLA 8x8, 8-bit products", "windows", scaled=True),
+        ways.fused("path, graphs, CSLA 8x8, 8-bit products, half dropped", "windows", drop=True, scaled=True),
     ]  # fmt: skip
     for name, policy, skipped in thinned(ways.parts, driven):
         made.append(ways.fused(f"path, graphs, {name}", policy, skipped=skipped))

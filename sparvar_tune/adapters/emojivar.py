@@ -8,12 +8,12 @@ from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.emojivar.installed import place
 from sparvar_tune.emojivar.model import EmojiVAR
-from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
+from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, PruneTokens, SkipScales
 
 __all__ = ["STEPS", "attach", "parts", "weights_sha256", "why_not"]
 
 # its sampling reads them off the attention
-STEPS = {step.kind: lambda found, step: Undos() for step in (SkipScales, DropUnconditional, PruneTokens, CacheBudget)}
+STEPS = {step.kind: lambda found, step: Undos() for step in (SkipScales, DropUnconditional, PruneTokens, CacheBudget, Precision)}
 
 why_not = boxed.why_not_a(EmojiVAR)
 

@@ -10,6 +10,7 @@ from sparvar_tune.adapters import live_attention
 from sparvar_tune.adapters.guidance import run_half, stop_before
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
+from sparvar_tune.adapters.precision import scale_products
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.prune_tokens import HartBlock, prune_tokens
 from sparvar_tune.adapters.steps import by_scale
@@ -77,8 +78,19 @@ def prune(found: Parts, step: Any) -> Undos:
     return prune_tokens(step, lambda layer: HartBlock(found, step, layer, BLOCK.named))
 
 
+def linears(block: Any) -> tuple[Any, ...]:
+    """Those whose products `Precision` scales."""
+    return block.attn.qkv_proj, block.attn.proj, block.ffn.gate_proj, block.ffn.up_proj, block.ffn.down_proj
+
+
+def make_precise(found: Parts, step: Any) -> Undos:
+    """Multiplies scaled rows of 8-bit floats (`generation/precision.py`)."""
+    return scale_products(found, step, linears, BLOCK.named)
+
+
 STEPS = {
     "skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional), "prune_tokens": prune,
+    "precision": make_precise,
 }  # fmt: skip
 
 

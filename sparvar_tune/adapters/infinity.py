@@ -14,6 +14,7 @@ from sparvar_tune.adapters.cross_attention import give_cross_attention
 from sparvar_tune.adapters.guidance import GENERATE, Drop, bound, check_from
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import LiveAttention, schedule_of
+from sparvar_tune.adapters.precision import scale_products
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.prune_tokens import InfinityBlock, prune_tokens
 from sparvar_tune.adapters.steps import by_scale
@@ -145,9 +146,19 @@ def _raw_queries(attention: Any, x: Tensor) -> Tensor:
     return q.unflatten(-1, (attention.num_heads, attention.head_dim))
 
 
+def linears(block: Any) -> tuple[Any, ...]:
+    """Those whose products `Precision` scales."""
+    return block.sa.mat_qkv, block.sa.proj, block.ffn.fc1, block.ffn.fc2
+
+
+def make_precise(found: Parts, step: Any) -> Undos:
+    """Multiplies scaled rows of 8-bit floats (`generation/precision.py`)."""
+    return scale_products(found, step, linears, BLOCK.named, _is_other)
+
+
 STEPS = {
     "skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional), "cache_budget": budget_caches,
-    "prune_tokens": prune,
+    "prune_tokens": prune, "precision": make_precise,
 }  # fmt: skip
 
 

@@ -6,13 +6,13 @@ from sparvar_tune.adapters import boxed
 from sparvar_tune.adapters.boxed import attach
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.generation import CacheBudget, PruneTokens, SkipScales
+from sparvar_tune.generation import CacheBudget, Precision, PruneTokens, SkipScales
 from sparvar_tune.pocketvar.model import WEIGHTS, PocketVAR
 
 __all__ = ["STEPS", "attach", "parts", "weights_sha256", "why_not"]
 
 # its sampling reads them off the attention
-STEPS = {step.kind: lambda found, step: Undos() for step in (SkipScales, PruneTokens, CacheBudget)}
+STEPS = {step.kind: lambda found, step: Undos() for step in (SkipScales, PruneTokens, CacheBudget, Precision)}
 
 
 why_not = boxed.why_not_a(PocketVAR)

@@ -10,7 +10,7 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.policy import Step
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Family, Parts, Undoable
-from sparvar_tune.generation import why_not_steps
+from sparvar_tune.generation import why_not_steps, works_inside
 
 
 def why_not_does(family: Family, found: Parts, attend: SparseAttention) -> str | None:
@@ -18,15 +18,15 @@ def why_not_does(family: Family, found: Parts, attend: SparseAttention) -> str |
     return why_not_steps(attend.policy.steps, getattr(family, "STEPS", ()), f"the {found.family} adapter")
 
 
-def put_on(family: Family, found: Parts, attend: SparseAttention, thins: Collection[bool] = (True, False)) -> Undos:
+def put_on(family: Family, found: Parts, attend: SparseAttention, inside: Collection[bool] = (True, False)) -> Undos:
     """The steps of a policy that the family can do, for images of its schedule; one that raises takes all back.
 
-    Those that leave out tokens come first: they work inside the blocks, the others around them. thins: which of the two.
+    Those inside the blocks come first, what leaves out tokens before what multiplies them. inside: which of the two.
     """
     undos = Undos()
-    chosen = [step for step in attend.policy.steps if step.thins in thins]
+    chosen = [step for step in attend.policy.steps if works_inside(step) in inside]
     try:
-        for step in sorted(chosen, key=lambda step: not step.thins):
+        for step in sorted(chosen, key=lambda step: (not works_inside(step), not step.thins)):
             undos.add(family.STEPS[step.kind](replace(found, schedule=attend.schedule), step))  # type: ignore[attr-defined]
     except BaseException:
         undos.undo()

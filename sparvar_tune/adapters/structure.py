@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.adapters.protocol import Parts
 
@@ -54,6 +56,13 @@ def why_not_alike(modules: Iterable[Any], *names: str) -> str | None:
         if len(values) != 1:
             return f"layers differ in {name}: {', '.join(map(str, sorted(values)))}"
     return None
+
+
+def is_plain(module: Any) -> bool:
+    """True for a Linear whose product is its weight and bias and nothing else."""
+    own = module.__dict__
+    hooked = any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    return type(module) is nn.Linear and not hooked and "forward" not in own and not own.get("parametrizations")
 
 
 def uncompiled(module: Any) -> Any:

@@ -10,6 +10,7 @@ from sparvar_tune.adapters import live_attention
 from sparvar_tune.adapters.guidance import run_half, stop_before
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.live_attention import LiveAttention
+from sparvar_tune.adapters.precision import scale_products
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.steps import by_scale
 from sparvar_tune.adapters.structure import Shape, take_apart, uncompiled, why_not_blocks
@@ -57,7 +58,17 @@ def drop_unconditional(found: Parts, from_scale: int) -> Undos:
     return run_half(found, from_scale, _scale_of(found), _cut)
 
 
-STEPS = {"skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional)}
+def linears(block: Any) -> tuple[Any, ...]:
+    """Those whose products `Precision` scales."""
+    return block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2
+
+
+def make_precise(found: Parts, step: Any) -> Undos:
+    """Multiplies scaled rows of 8-bit floats (`generation/precision.py`)."""
+    return scale_products(found, step, linears, BLOCK.named)
+
+
+STEPS = {"skip_scales": by_scale(skip_scales), "drop_unconditional": by_scale(drop_unconditional), "precision": make_precise}
 
 
 def _cut(given: dict[str, Any], half: int) -> dict[str, Any]:

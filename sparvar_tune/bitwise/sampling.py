@@ -17,6 +17,7 @@ from torch import Tensor
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune.bitwise.thinning import Given, Thinning
 from sparvar_tune.bitwise.tokenizer import pool
+from sparvar_tune.generation.scaled_product import scaled_block
 
 CPU_PORTION = 512  # tokens; of 256, 512, 1024, 2048 and all at once the fastest on 2 cores
 
@@ -88,6 +89,9 @@ def grid_inputs(
             out.append(embed(pool(fhat, schedule.grids[i]).flatten(2).transpose(1, 2)) + levels[i])
     batch = max(x.shape[0] for x in out)
     return torch.cat([x.expand(batch, -1, -1) for x in out], 1)
+
+
+PRODUCTS = ("qkv", "proj", "fc1", "fc2")  # of a block, by name: what `Precision` scales
 
 
 def portions(x: Tensor) -> list[slice]:
@@ -305,9 +309,11 @@ class Generating(ABC):
 
     def _whole(self, x: Tensor, layer: int, tokens: slice) -> None:
         """One block on x [B, N, width] of such tokens, which change in place."""
-        attended, block = self._attend(x, layer, self.model.rotations[tokens]), self.model.blocks[layer]
-        for part in portions(x):
-            x[:, part] = self.model.after_attention(block, x[:, part], attended[:, :, part], *self.told)
+        block = self.model.blocks[layer]
+        with scaled_block(self.attend, self.scale if tokens == self._span else None, layer, block, *PRODUCTS):
+            attended = self._attend(x, layer, self.model.rotations[tokens])
+            for part in portions(x):
+                x[:, part] = self.model.after_attention(block, x[:, part], attended[:, :, part], *self.told)
 
     def _attend(self, x: Tensor, layer: int, angles: Tensor) -> Tensor:
         """Attention of rows x [B, n, width] turned by angles [(B, 1,) n, D / 2], which are appended to the layer's cache."""
@@ -336,8 +342,9 @@ class Generating(ABC):
         def mlp(rows: Tensor, _places: Tensor | None) -> Tensor:
             return torch.cat([model.mlp_part(block, rows[:, part], *self.told) for part in portions(rows)], 1)
 
-        x = x + thinning.part(self.given, (layer, "attention"), self.scale, x, attend)
-        return x + thinning.part(self.given, (layer, "mlp"), self.scale, x, mlp)
+        with scaled_block(self.attend, self.scale, layer, block, *PRODUCTS):
+            x = x + thinning.part(self.given, (layer, "attention"), self.scale, x, attend)
+            return x + thinning.part(self.given, (layer, "mlp"), self.scale, x, mlp)
 
     def _cut(self, layer: int, keep: int, window: Tensor, thinning: Thinning) -> None:
         """Leaves `keep` keys of the layer's cache, as window [B, w, width], tokens of x before the block, asks for."""

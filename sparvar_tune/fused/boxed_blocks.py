@@ -17,7 +17,7 @@ from sparvar_kernels.path import append_qkv, residual_norm
 from sparvar_tune.adapters.instance_forward import why_not_replace
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.bitwise.sampling import Generating
-from sparvar_tune.fused.product import Product, why_not_owned
+from sparvar_tune.fused.product import Product, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
 
 EPS = 1e-5  # of F.layer_norm, which pocketvar calls
@@ -108,7 +108,8 @@ class BoxedBlocks:
             y = residual_norm(x, update, gate, norm="layer", out_dtype=dtype, **first)
             update = self._attend(i, y, at)
             y = residual_norm(x, update, gates[0], norm="layer", out_dtype=dtype, **second)
-            update, gate = block.down(F.gelu(block.up(y))), gates[1]
+            scaled = at.scaled(i)
+            update, gate = multiplied(block.down, F.gelu(multiplied(block.up, y, scaled)), scaled), gates[1]
         residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
 
     def _norms(self, i: int, rows: int) -> list[dict[str, Any]]:
@@ -122,11 +123,11 @@ class BoxedBlocks:
     def _attend(self, i: int, y: Tensor, at: Pass) -> Tensor:
         """Apart, so that what it needs on the way is given back when it is done."""
         block, (rows, length, _) = self.blocks[i], y.shape
-        qkv = block.qkv(y).view(rows, length, 3, self.found.heads, self.found.head_dim)
+        qkv = multiplied(block.qkv, y, at.scaled(i)).view(rows, length, 3, self.found.heads, self.found.head_dim)
         places, cosine = self.rotation[at.start : at.start + length], block.q_scale is not None
         q = append_qkv(qkv, *at.cache(i), at.start, q_scale=block.q_scale, normalise=cosine, rotation=places)
         del qkv
-        return block.proj(at.attend(i, q))
+        return multiplied(block.proj, at.attend(i, q), at.scaled(i))
 
 
 def _is_shipped(kind: type[Any], name: str) -> bool:

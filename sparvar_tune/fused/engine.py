@@ -31,6 +31,7 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters.guidance import GENERATE, Enough, bound
 from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
+from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import compile_ahead, read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
@@ -38,6 +39,7 @@ from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import ThinnedPasses, why_not_thinned
 from sparvar_tune.fused.watched import Watched
+from sparvar_tune.generation.scaled_product import precision_of
 from sparvar_tune.generation.tokens import Work
 
 WARM = 2  # images of a kind: the first compiles, the second is captured
@@ -85,6 +87,7 @@ class Workspace:
         longest = max(schedule.prefix, *(schedule.num_queries(s) for s in range(len(schedule))))
         self.x = _shared(found.model, "x", (self.rows * longest * x.shape[2],), stream, x.device)
         self.thinning = ThinnedPasses(path.policy, schedule, found.layers, self.rows, x.device, partial(_shared, found.model))
+        self.precision = precision_of(path.policy)
         self.before, self.tail = schedule.starts[-2], schedule.num_queries(len(schedule) - 1)
         self.places = self.thinning.layout()
         shape = 2, self.rows, max(end for _, end in self.places), found.heads, found.head_dim
@@ -189,6 +192,10 @@ class OnePass:
             keys, values = (t[: self.rows] for t in self.cache(layer))
             self.work.thinning.cut(layer, self.scale_index, keys, values, queries)
 
+    def scaled(self, layer: int) -> bool:
+        precision = self.work.precision
+        return precision is not None and precision.at(self.scale_index, layer)
+
     def by_parts(self, layer: int) -> bool:
         return self.scale_index is not None and self.work.thinning.by_parts(layer, self.scale_index)
 
@@ -278,7 +285,7 @@ class FusedPath(Undos):
 
     def why_not_serve(self, attend: SparseAttention | None) -> str | None:
         """Why it cannot draw with another attention, or None."""
-        return _why_not_thinned(self.stack, attend)
+        return _why_not_steps(self.found, self.stack, attend)
 
     def serve(self, attend: SparseAttention | None) -> None:
         """Draws with another attention from the next image on; graphs of those before are kept, of the last few."""
@@ -471,8 +478,12 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _why_not_thinned(stack: Stack, attend: SparseAttention | None) -> str | None:
-    return None if attend is None else why_not_thinned(attend.policy, stack.thins)
+def _why_not_steps(found: Parts, stack: Stack, attend: SparseAttention | None) -> str | None:
+    """Why the steps inside the blocks cannot be done where those run as one, or None."""
+    if attend is None:
+        return None
+    reason = why_not_thinned(attend.policy, stack.thins)
+    return reason or why_not_scaled(precision_of(attend.policy), [stack.linears(block) for block in found.blocks])
 
 
 def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, graphs: bool = True) -> FusedPath:
@@ -481,7 +492,7 @@ def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, gr
     Put it on after the attention path: that one then serves the images that cannot run as one. Raises ValueError, and changes
     nothing, where the model's blocks cannot be run this way, or its unconditional half is dropped already.
     """
-    reason = _why_not_thinned(stack, attend) or stack.why_not()
+    reason = stack.why_not() or _why_not_steps(found, stack, attend)
     for i, block in enumerate(found.blocks):
         if block.__dict__.get("_forward_hooks") or block.__dict__.get("_forward_pre_hooks"):
             reason = reason or f"block {i}: another tool's hook is on it"

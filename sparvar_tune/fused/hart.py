@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.path import append_qkv, gated_silu, residual_norm
-from sparvar_tune.adapters.hart import BLOCK
+from sparvar_kernels.path import append_qkv, gated_silu, residual_norm, scaled_rows
+from sparvar_tune.adapters.hart import BLOCK, linears
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.denoiser import put_on_denoiser
-from sparvar_tune.fused.product import Product, why_not_owned
+from sparvar_tune.fused.product import Product, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
 from sparvar_tune.fused.var import learned_factor
 from sparvar_tune.generation.tokens import rows_at
@@ -49,6 +49,7 @@ class HartStack:
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = None
     thins: tuple[str, ...] = ("prune_tokens",)
+    linears = staticmethod(linears)
 
     def __init__(self, found: Parts) -> None:
         self.found = found
@@ -127,17 +128,20 @@ class HartStack:
                 update = None
                 continue
             update = self._attend(i, residual_norm(x, update, norm="rms", **norm), at)
-            update = _swiglu(block, residual_norm(x, update, norm="rms", **norm))
+            update = _swiglu(block, residual_norm(x, update, norm="rms", **norm), at.scaled(i))
         residual_norm(x, update, norm="none", eps=0.0, out_dtype=x.dtype)
 
     def _add_parts(self, i: int, x: Tensor, at: Pass, norm: dict[str, Any]) -> None:
         at.add(i, "attention", x, lambda rows, places: self._attend(i, residual_norm(rows, norm="rms", **norm), at, places))
-        at.add(i, "mlp", x, lambda rows, _: _swiglu(self.blocks[i], residual_norm(rows, norm="rms", **norm)))
+        at.add(i, "mlp", x, lambda rows, _: self._think(i, residual_norm(rows, norm="rms", **norm), at))
+
+    def _think(self, i: int, y: Tensor, at: Pass) -> Tensor:
+        return _swiglu(self.blocks[i], y, at.scaled(i))
 
     def _attend(self, i: int, y: Tensor, at: Pass, chosen: Tensor | None = None) -> Tensor:
         """Apart, so that what it needs on the way is given back when it is done."""
         block, (rows, length, _) = self.blocks[i], y.shape
-        qkv = block.qkv(y).view(rows, length, 3, self.found.heads, self.found.head_dim)
+        qkv = multiplied(block.qkv, y, at.scaled(i)).view(rows, length, 3, self.found.heads, self.found.head_dim)
         places = self.rotation[:rows, at.start : at.start + at.length]
         if chosen is not None:
             places = rows_at(places.flatten(2), chosen).unflatten(2, places.shape[2:])
@@ -145,7 +149,7 @@ class HartStack:
             qkv, *at.cache(i), at.filled(i), q_scale=block.q_scale, normalise=block.cosine, rotation=places, pairs="rotate_half"
         )
         del qkv
-        return block.proj(at.attend(i, q))
+        return multiplied(block.proj, at.attend(i, q), at.scaled(i))
 
     def around(self, drawing: Callable[[], bool], graphs: bool) -> Undos:
         """The denoiser that refines the last grid."""
@@ -156,7 +160,10 @@ def stack(found: Parts) -> HartStack:
     return HartStack(found)
 
 
-def _swiglu(block: Block, y: Tensor) -> Tensor:
+def _swiglu(block: Block, y: Tensor, scaled: bool) -> Tensor:
+    if scaled:
+        rows = scaled_rows(y)
+        return block.down.scaled()(scaled_rows(block.gate.scaled()(rows), "silu", block.up.scaled()(rows)))
     return block.down(gated_silu(block.gate(y), block.up(y)))
 
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.path import append_qkv, residual_norm, text_attention
-from sparvar_tune.adapters.infinity import BLOCK
+from sparvar_tune.adapters.infinity import BLOCK, linears
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import schedule_of
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.fused.folded_text import FoldedText, room_of
-from sparvar_tune.fused.product import Product, is_plain, why_not_owned
+from sparvar_tune.fused.product import Product, gelu_mlp, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
 
 TEXT_ROOM = 64  # text rows are kept in multiples of this, so that prompts of like lengths share graphs
@@ -52,6 +53,7 @@ class InfinityStack:
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = torch.float32
     thins: tuple[str, ...] = ("prune_tokens", "cache_budget")
+    linears = staticmethod(linears)
 
     def __init__(self, found: Parts) -> None:
         self.found = found
@@ -170,7 +172,7 @@ class InfinityStack:
             y = residual_norm(x, update, gamma1, norm="layer", out_dtype=dtype, **norm)
             update = self._attend_text(i, y)
             y = residual_norm(x, update, block.ca_gamma, norm="layer", scale=scale2, shift=shift2, eps=block.eps, out_dtype=dtype)
-            update, gate = block.down(block.up.gelu(y)), gamma2
+            update, gate = gelu_mlp(block.up, block.down, y, at.scaled(i)), gamma2
         residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
 
     def _add_parts(self, i: int, x: Tensor, at: Pass) -> None:
@@ -189,7 +191,8 @@ class InfinityStack:
             return update if block.ca_gamma is None else update * block.ca_gamma
 
         def think(rows: Tensor, _: Tensor | None) -> Tensor:
-            return block.down(block.up.gelu(norm(rows, scale=scale2, shift=shift2, eps=block.eps))) * gamma2[:, None]
+            y = norm(rows, scale=scale2, shift=shift2, eps=block.eps)
+            return gelu_mlp(block.up, block.down, y, at.scaled(i)) * gamma2[:, None]
 
         for part, work in (("attention", attend), ("text", read), ("mlp", think)):
             at.add(i, part, x, work)
@@ -198,7 +201,7 @@ class InfinityStack:
 
     def _attend(self, i: int, y: Tensor, at: Pass, chosen: Tensor | None = None) -> Tensor:
         block, (rows, length, _) = self.blocks[i], y.shape
-        qkv = block.qkv(y).view(rows, length, 3, self.found.heads, self.found.head_dim)
+        qkv = multiplied(block.qkv, y, at.scaled(i)).view(rows, length, 3, self.found.heads, self.found.head_dim)
         places = self.rotation[at.start : at.start + at.length]
         if chosen is not None:
             places = places[chosen]  # each row its own
@@ -206,7 +209,7 @@ class InfinityStack:
         del qkv
         out = at.attend(i, q)
         at.cut(i, lambda window: self._raw_queries(block, y.index_select(1, window)))
-        return block.proj(out)
+        return multiplied(block.proj, out, at.scaled(i))
 
     def _raw_queries(self, block: Block, y: Tensor) -> Tensor:
         heads, dim = self.found.heads, self.found.head_dim

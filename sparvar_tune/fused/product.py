@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparvar_kernels.path import scaled_rows
 from sparvar_tune.adapters.instance_forward import why_not_replace
-
-
-def is_plain(module: Any) -> bool:
-    """True for a Linear whose product is its weight and bias and nothing else."""
-    own = module.__dict__
-    hooked = any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
-    return type(module) is nn.Linear and not hooked and "forward" not in own and not own.get("parametrizations")
+from sparvar_tune.adapters.structure import is_plain
+from sparvar_tune.generation.scaled_product import ScaledProduct
 
 
 class Product:
@@ -37,6 +33,7 @@ class Product:
         bias = own if bias is None and self.plain else bias
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype) if self.plain else None
+        self._scaled: ScaledProduct | None = None
         # a module in another dtype ran under autocast, which the fused path has switched off around it
         self.casts = not self.plain and any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module))
 
@@ -55,12 +52,29 @@ class Product:
             out: Tensor = self.module(x)
         return out.to(self.dtype)
 
+    def scaled(self) -> ScaledProduct:
+        """The product of scaled rows (`generation.Precision`), made when it is first asked for. Of a plain module alone."""
+        if self._scaled is None:
+            assert self.weight is not None, "why_not_scaled says so"
+            self._scaled = ScaledProduct(self.weight, self.bias)
+        return self._scaled
+
     def gelu(self, x: Tensor) -> Tensor:
         """The tanh form of GELU of the product; on a GPU within the product."""
         if self.weight is None or self.bias is None or not x.is_cuda:
             return F.gelu(self(x), approximate="tanh")
         rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
         return rows.view(*x.shape[:-1], -1)
+
+
+def multiplied(product: Product, x: Tensor, scaled: bool) -> Tensor:
+    """The product of x [..., K], of scaled rows or not."""
+    return product.scaled()(x) if scaled else product(x)
+
+
+def gelu_mlp(up: Product, down: Product, x: Tensor, scaled: bool) -> Tensor:
+    """An MLP with the tanh form of GELU, of scaled rows or not."""
+    return down.scaled()(scaled_rows(up.scaled()(x), "gelu")) if scaled else down(up.gelu(x))
 
 
 def _tensors(module: Any) -> Iterator[Tensor]:

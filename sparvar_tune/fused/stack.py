@@ -41,6 +41,9 @@ class Pass(Protocol):
 
         queries(places [n] of this grid's tokens) -> [rows, n, H, D], raw from the projection."""
 
+    def scaled(self, layer: int) -> bool:
+        """Whether a layer's products are of scaled rows."""
+
     def by_parts(self, layer: int) -> bool:
         """Whether a block is to run as parts, each by `add`, since some tokens may be left out."""
 
@@ -55,12 +58,14 @@ class Stack(Protocol):
     once a scale.
 
     parameters: names of a block's arguments, in order. stream: dtype of the residual stream, None where it is the input's.
-    thins: kinds of steps that leave out tokens which `run` can do.
+    thins: kinds of steps that leave out tokens which `run` can do. linears(block): those whose products `Precision` scales.
     """
 
     parameters: Sequence[str]
     stream: torch.dtype | None
     thins: tuple[str, ...]
+
+    def linears(self, block: Any) -> Sequence[Any]: ...
 
     def why_not(self) -> str | None:
         """Why this model's blocks cannot run as one, or None; looked at when the path is put on."""

@@ -17,8 +17,8 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.path import append_qkv, residual_norm
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.adapters.var import BLOCK
-from sparvar_tune.fused.product import Product, why_not_owned
+from sparvar_tune.adapters.var import BLOCK, linears
+from sparvar_tune.fused.product import Product, gelu_mlp, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
 
 
@@ -39,6 +39,7 @@ class VarStack:
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = torch.float32
     thins: tuple[str, ...] = ()
+    linears = staticmethod(linears)
 
     def __init__(self, found: Parts) -> None:
         self.found = found
@@ -101,16 +102,16 @@ class VarStack:
             y = residual_norm(x, update, gate, norm="layer", scale=scale1, shift=shift1, eps=block.eps, out_dtype=dtype)
             update = self._attend(i, y, at)
             y = residual_norm(x, update, gamma1, norm="layer", scale=scale2, shift=shift2, eps=block.eps, out_dtype=dtype)
-            update, gate = block.down(block.up.gelu(y)), gamma2
+            update, gate = gelu_mlp(block.up, block.down, y, at.scaled(i)), gamma2
         residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
 
     def _attend(self, i: int, y: Tensor, at: Pass) -> Tensor:
         """Apart, so that what it needs on the way is given back when it is done."""
         block, (rows, length, _) = self.blocks[i], y.shape
-        qkv = block.qkv(y).view(rows, length, 3, self.found.heads, self.found.head_dim)
+        qkv = multiplied(block.qkv, y, at.scaled(i)).view(rows, length, 3, self.found.heads, self.found.head_dim)
         q = append_qkv(qkv, *at.cache(i), at.filled(i), q_scale=block.q_scale, normalise=block.cosine)
         del qkv
-        return block.proj(at.attend(i, q))
+        return multiplied(block.proj, at.attend(i, q), at.scaled(i))
 
     def around(self, drawing: Callable[[], bool], graphs: bool) -> Undos:
         """Nothing of it waits for the device."""

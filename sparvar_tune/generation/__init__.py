@@ -11,11 +11,12 @@ from __future__ import annotations
 from sparvar_tune.generation.cache_budget import CacheBudget
 from sparvar_tune.generation.drop_unconditional import DropUnconditional
 from sparvar_tune.generation.halves import decides_apart, halves_apart
+from sparvar_tune.generation.precision import Precision
 from sparvar_tune.generation.prune_tokens import PruneTokens
-from sparvar_tune.generation.registry import STEPS, drop_from, skip_from, why_not_steps
+from sparvar_tune.generation.registry import STEPS, drop_from, skip_from, why_not_steps, works_inside
 from sparvar_tune.generation.skip_scales import SkipScales
 
 __all__ = [
-    "STEPS", "CacheBudget", "DropUnconditional", "PruneTokens", "SkipScales", "decides_apart", "drop_from", "halves_apart",
-    "skip_from", "why_not_steps",
+    "STEPS", "CacheBudget", "DropUnconditional", "Precision", "PruneTokens", "SkipScales", "decides_apart", "drop_from",
+    "halves_apart", "skip_from", "why_not_steps", "works_inside",
 ]  # fmt: skip

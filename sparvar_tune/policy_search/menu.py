@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
 from sparvar_kernels.policy import Policy, Rule, Step
 from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
-from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
+from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, PruneTokens, SkipScales
 
 PAPER_WINDOWS = (1, 1, 3, 5, 7)  # the last five key scales; the ones before are sinks or unseen
 WIDE_WINDOWS = (1, 3, 5, 9, 13)
@@ -96,23 +96,35 @@ class StepOption:
 def step_menu(schedule: ScaleSchedule, can: Collection[str], layers: int) -> dict[str, StepOption]:
     """Name -> steps for who can do steps of the kinds `can`: the last scale left out, the unconditional half dropped from one of
     the last scales on, and both; tokens or cached keys thinned at the last scale, where no rule may stand then; the half dropped
-    early and half of the cached keys cut, which on emojivar pay together.
+    early and half of the cached keys cut, which on emojivar pay together; products of 8-bit floats alone, and with either.
     """
     options: dict[str, StepOption] = {}
     skip, last = SkipScales.last(schedule), len(schedule) - 1
     if SkipScales.kind in can:
         options[SKIP] = StepOption((skip,))
     options |= {name: option for name, option in _thinned(schedule, layers).items() if option.steps[0].kind in can}
+    options |= _scaled(schedule, layers) if Precision.kind in can else {}
+    narrow = next(reversed(options)) if Precision.kind in can else None  # the boldest of its kind
+    if narrow and SKIP in options:
+        options[f"{narrow}, {SKIP}"] = StepOption((skip, *options[narrow].steps), (SKIP, narrow))
     if DropUnconditional.kind not in can:
         return options
     for s in range(last, decision_scale(schedule) - 1, -1):  # the latest saves and harms least
         options[_half(s)] = StepOption((DropUnconditional(s),), (_half(s + 1),) if s < last else ())
     with_half = {SKIP: options[SKIP]} if SKIP in options else {}
-    with_half |= {name: option for name, option in options.items() if name == _thin(THIN_SHARES[-1], KEYS, last)}
+    with_half |= {name: option for name, option in options.items() if name in (_thin(THIN_SHARES[-1], KEYS, last), narrow)}
     for name, option in with_half.items():
         for s in range(last - 1, decision_scale(schedule) - 1, -1):
             options[f"{_half(s)}, {name}"] = StepOption((*option.steps, DropUnconditional(s)), (_half(s), name))
     return options
+
+
+def _scaled(schedule: ScaleSchedule, layers: int) -> dict[str, StepOption]:
+    """Products of 8-bit floats from the last scale on, then from the decision scale on; all layers but the first and the last."""
+    last, first = len(schedule) - 1, decision_scale(schedule)
+    inner = ((1, layers - 2),) if layers > 2 else ((0, layers - 1),)
+    weak, bold = (f"8-bit products from {s}" for s in (last, first))
+    return {weak: StepOption((Precision(last, inner),)), bold: StepOption((Precision(first, inner),), (weak,))}
 
 
 def _thinned(schedule: ScaleSchedule, layers: int) -> dict[str, StepOption]:

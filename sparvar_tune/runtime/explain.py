@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparvar_tune.profile import identity
 from sparvar_tune.profile.describe import describe, describe_evidence
 from sparvar_tune.profile.schema import Speedup
 
@@ -91,7 +90,7 @@ def explained(tuned: Tuned) -> Explained:
     return Explained(
         tuned.gpu.slug, tuned.gpu.name, tuned.reasons, str(tuned.path), tuned.sha256, p.preset, p.state, p.policy_state,
         p.policy_source, describe(policy),
-        tuple(f"{kind}: left out, because {why}" for kind, why in identity.refused_steps(p).items()),
+        tuple(f"{kind}: left out, because {why}" for kind, why in tuned.refused_steps().items()),
         tuple(explained_scale(tuned, row.scale_index) for row in p.rows),
         describe_evidence(p.evidence) if p.evidence else None,
     )  # fmt: skip

@@ -21,6 +21,8 @@ from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.catalog.inputs import yes_or_no
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.catalog.names import shown
+from sparvar_tune.generation import Precision
+from sparvar_tune.generation.scaled_product import why_no_gain
 from sparvar_tune.profile import identity
 from sparvar_tune.profile.overlay import DEMOTED, Overlay
 from sparvar_tune.profile.schema import Profile, Row
@@ -55,11 +57,21 @@ class Tuned:
         full = self.profile.policy
         if self.overlay is not None and self.overlay.verdict == DEMOTED:
             return Policy(full.heads, ())
-        gone = identity.refused_steps(self.profile)
+        gone = self.refused_steps()
         return replace(
             full, rules=tuple(r for r in full.rules if r.scale_index not in self.demoted),
             steps=tuple(step for step in full.steps if step.kind not in gone),
         )  # fmt: skip
+
+    def refused_steps(self) -> dict[str, str]:
+        """Kind of step -> why the generation goes without it: what it means today, or that here it would only cost time."""
+        if self.profile is None:
+            return {}
+        found = identity.refused_steps(self.profile)
+        slow = why_no_gain(None if self.gpu.device == "cpu" else self.gpu.capability)
+        if slow and any(step.kind == Precision.kind for step in self.profile.policy.steps):
+            found.setdefault(Precision.kind, slow)
+        return found
 
     def sparse_attention(self, logit_bound: float | None = 0.0) -> SparseAttention:
         """A fresh attention object for one image stream. Raises ValueError when there is no usable profile.

@@ -21,7 +21,16 @@ from sparvar_tune import adapters
 from sparvar_tune.adapters import infinity
 from sparvar_tune.catalog.gpus import find_gpu
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.generation import STEPS, CacheBudget, DropUnconditional, SkipScales, drop_from, skip_from, why_not_steps
+from sparvar_tune.generation import (
+    STEPS,
+    CacheBudget,
+    DropUnconditional,
+    Precision,
+    SkipScales,
+    drop_from,
+    skip_from,
+    why_not_steps,
+)
 from sparvar_tune.generation.tokens import kept_rows, window_places
 from sparvar_tune.policy_search.judge import make_attention
 from sparvar_tune.profile import identity, schema
@@ -116,7 +125,7 @@ def test_what_a_policy_says_of_its_steps():
 
 
 def test_who_can_do_what():
-    assert list(STEPS) == ["skip_scales", "drop_unconditional", "cache_budget", "prune_tokens"]
+    assert list(STEPS) == ["skip_scales", "drop_unconditional", "cache_budget", "prune_tokens", "precision"]
     assert why_not_steps(BOTH, STEPS, "it") is None and why_not_steps((), (), "it") is None
     assert why_not_steps(BOTH, ("skip_scales",), "it") == "drop_unconditional: it cannot do that; it can do skip_scales"
 
@@ -143,7 +152,7 @@ IN_FILES = CacheBudget(6, ((40, 30),), window=9)
 
 @pytest.mark.parametrize("steps", [
     (), (SkipScales((6,)),), (DropUnconditional(4),), (SkipScales((6,)), DropUnconditional(4)), (IN_FILES,),
-    (DropUnconditional(4), IN_FILES),
+    (DropUnconditional(4), IN_FILES), (Precision(5, ((0, 0),)),),
 ])  # fmt: skip
 def test_a_profile_keeps_its_steps(steps):
     made = holding(*steps)

@@ -1,0 +1,59 @@
+"""Precision: from some scale on, in some layers, the products of the blocks are of 8-bit floats, scaled row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+from sparvar_kernels.geometry.scales import ScaleSchedule
+
+
+@dataclass(frozen=True)
+class Precision:
+    """From scale `from_scale` on, in layers first..last of each of the groups `layers`, a block's products take E4M3 operands.
+
+    Products: qkv, attention's output projection and those of the MLP. Of Infinity's attention to the text none: its products are
+    a fourteenth of a block's, and on the fused path the text is folded into them. All must be plain Linears.
+
+    y = x W^T + b becomes: each row of x and each row of W (an output channel) in the products' dtype times 448 over its largest
+    |value|, rounded to E4M3 (4 exponent bits, 3 of mantissa; to nearest, ties to even); multiplied, summed in fp32; times both
+    scales; b added; rounded once. An x with a NaN or an infinity gives a row of NaN. Rows of W are scaled once.
+
+    Where a GPU does not multiply E4M3 (below compute capability 8.9, or on a CPU) the same is emulated, with sums in another
+    order. That is slower than no step at all: a search does not offer it there, and a profile that brings it goes without.
+
+    Oracle: the same in fp64, E4M3 by hand from its definition (tests/shared/e4m3.py). Source of the format: Micikevicius et al.,
+    FP8 Formats for Deep Learning (arXiv 2209.05433).
+    """
+
+    from_scale: int
+    layers: tuple[tuple[int, int], ...]
+    kind: ClassVar[str] = "precision"
+    meaning: ClassVar[int] = 1
+    thins: ClassVar[bool] = False
+
+    @property
+    def skips(self) -> tuple[int, ...]:
+        return ()
+
+    def at(self, scale_index: int | None, layer: int) -> bool:
+        """Whether a layer's products are so at this scale; None: before the first grid."""
+        return scale_index is not None and scale_index >= self.from_scale and any(a <= layer <= b for a, b in self.layers)
+
+    def why_not(self, schedule: ScaleSchedule, layers: int) -> str | None:
+        if not 0 <= self.from_scale < len(schedule):
+            return f"precision: from_scale={self.from_scale}, want 0..{len(schedule) - 1}"
+        if not self.layers:
+            return "precision: layers: got none, want groups (first, last)"
+        for first, last in self.layers:
+            if not 0 <= first <= last < layers:
+                return f"precision: layers {first}..{last}, want some of 0..{layers - 1}"
+        for (_, end), (begin, _) in pairwise(self.layers):
+            if begin <= end:
+                return f"precision: layers: a group begins at {begin} where one before ends at {end}; want them ascending, apart"
+        return None
+
+    def describe(self) -> str:
+        groups = ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in self.layers)
+        return f"products of 8-bit floats from scale {self.from_scale} on in layers {groups}"

@@ -1,0 +1,137 @@
+"""A product of 8-bit floats (`precision.py` has the rule): on GPUs that multiply them, and emulated elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sparvar_kernels.path import ScaledRows, scaled_rows
+from sparvar_kernels.path.scaled_rows import CAPABILITY
+from sparvar_kernels.policy import Policy
+from sparvar_tune.generation.precision import Precision
+
+# What the hardware sums in 14 bits and is faster for is not the rule's fp32. lab/whole_image measures both.
+FAST_SUMS = False
+SIDES = 16  # both sides of a weight are a multiple of this where the hardware multiplies
+
+
+def precision_of(policy: Policy | None) -> Precision | None:
+    """The step of a policy that has it."""
+    return next((step for step in policy.steps if isinstance(step, Precision)), None) if policy is not None else None
+
+
+def why_no_gain(capability: tuple[int, int] | None) -> str | None:
+    """Why a machine draws no faster for `Precision`, or None. capability: of the GPU, None on a CPU."""
+    if capability is not None and capability >= CAPABILITY:
+        return None
+    what = "a CPU" if capability is None else f"a GPU of compute capability {'.'.join(map(str, capability))}"
+    return f"{what} multiplies no 8-bit floats (8.9 or more does); emulated it would be slower than without"
+
+
+def capability_of(device: torch.device | str) -> tuple[int, int] | None:
+    """What `why_no_gain` asks."""
+    return torch.cuda.get_device_capability(device) if torch.device(device).type == "cuda" else None
+
+
+class ScaledProduct:
+    """y = x W^T + b of scaled rows. weight [N, K] and bias [N] (or None) in the dtype of the products, which y has too."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, scales = scaled_rows(weight.detach().contiguous())
+        self.scales, self.dtype = scales.flatten(), weight.dtype  # [N]
+        self.bias = None if bias is None else bias.detach()
+        on_gpu = why_no_gain(capability_of(weight.device)) is None
+        self.direct = on_gpu and not any(side % SIDES for side in weight.shape)
+        self.one = torch.ones(1, device=weight.device)
+        self.values = None if self.direct else self.weight.float()
+
+    def __call__(self, x: Tensor | ScaledRows) -> Tensor:
+        """[..., N] of x [..., K]."""
+        rows, scales = x if isinstance(x, ScaledRows) else scaled_rows(x.contiguous())
+        shape, rows, scales = rows.shape[:-1], rows.flatten(0, -2), scales.flatten(0, -2)
+        if self.direct and self.dtype == torch.bfloat16:  # the one dtype that every torch gives after row-wise scales
+            out = torch._scaled_mm(
+                rows, self.weight.t(), scales, self.scales[None], self.bias, out_dtype=self.dtype, use_fast_accum=FAST_SUMS
+            )
+        else:
+            sums = self._sums(rows).mul_(scales).mul_(self.scales)
+            out = (sums if self.bias is None else sums.add_(self.bias)).to(self.dtype)
+        return out.view(*shape, -1)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """[M, N] fp32 of E4M3 rows [M, K], before any scale."""
+        if self.values is not None:
+            with torch.autocast(rows.device.type, enabled=False):
+                return rows.float() @ self.values.t()
+        wide: Tensor = torch._scaled_mm(
+            rows, self.weight.t(), self.one, self.one, out_dtype=torch.float32, use_fast_accum=FAST_SUMS
+        )
+        return wide
+
+
+class ScaledLinears(TorchFunctionMode):
+    """While it is on, F.linear by the own weight of one of these Linears is a scaled product, whoever calls it.
+
+    The public models multiply by `mat_qkv.weight` without calling `mat_qkv`, so no forward could be replaced for it.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.linears = tuple(linears)
+        self._made: dict[tuple[int, torch.dtype], tuple[Any, ScaledProduct]] = {}
+        self.multiplied = set[int]()  # places in `linears` since `used` last began
+
+    def __torch_function__(self, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.linear:
+            return func(*args, **kwargs)
+        x, weight, bias = (*args, *(kwargs[n] for n in ("input", "weight", "bias") if n in kwargs), None)[:3]
+        place = next((i for i, linear in enumerate(self.linears) if linear.weight is weight), None)
+        if place is None:
+            return func(*args, **kwargs)
+        self.multiplied.add(place)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        product = self._product(place, dtype)
+        product.bias = None if bias is None else bias.detach().to(dtype)  # qkv's is put together anew at each call
+        return product(x.to(dtype))
+
+    def _product(self, place: int, dtype: torch.dtype) -> ScaledProduct:
+        weight = self.linears[place].weight
+        state = weight.data_ptr(), -1 if weight.is_inference() else weight._version
+        found = self._made.get((place, dtype))
+        if found is None or found[0] != state:
+            found = self._made[place, dtype] = state, ScaledProduct(weight.detach().to(dtype), None)
+        return found[1]
+
+    @contextmanager
+    def used(self, *places: int) -> Iterator[None]:
+        """On for a while in which the Linears at these places are multiplied by. Raises ValueError where one was not."""
+        self.multiplied.clear()
+        with self:
+            yield
+        missed = [i for i in places if i not in self.multiplied]
+        if missed:
+            shape = tuple(self.linears[missed[0]].weight.shape)
+            raise ValueError(f"precision: the model's code has another way to multiply by {shape} than torch's linear, which "
+                             "alone can be scaled; load it without fused MLPs")  # fmt: skip
+
+
+_OF_BLOCK: WeakKeyDictionary[Any, ScaledLinears] = WeakKeyDictionary()
+
+
+def scaled_block(attend: Any, scale_index: int | None, layer: int, block: Any, *names: str) -> AbstractContextManager[Any]:
+    """What a block of a model in the box is run in at a scale: its Linears `names` scaled where the policy says so."""
+    step = precision_of(getattr(attend, "policy", None))
+    if step is None or not step.at(scale_index, layer):
+        return nullcontext()
+    if block not in _OF_BLOCK:
+        _OF_BLOCK[block] = ScaledLinears([getattr(block, name) for name in names])
+    return _OF_BLOCK[block]

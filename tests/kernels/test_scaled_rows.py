@@ -1,0 +1,93 @@
+"""Rows scaled for a product of 8-bit floats, against the format's definition."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+import e4m3
+import pytest
+import torch
+from interpreted import in_interpreter
+
+from sparvar_kernels.path import scaled_rows
+from sparvar_kernels.path.scaled_rows import E4M3
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+JOBS = (
+    {}, {"shape": (1, 1)}, {"shape": (3, 5, 7)}, {"shape": (2, 129), "dtype": "bfloat16"}, {"shape": (5, 96), "dtype": "float16"},
+    {"shape": (4, 33), "first": "gelu", "dtype": "bfloat16"}, {"shape": (4, 40), "first": "silu"}, {"size": 1e-30},
+    {"size": 1e30},
+)  # fmt: skip
+
+
+def check(shape=(6, 48), dtype="float32", first="none", size=1.0, device="cpu") -> float:
+    """The share of numbers that are not the oracle's; where an exponential comes first a few may be rounded otherwise."""
+    g = torch.Generator().manual_seed(sum(shape))
+    x, up = ((torch.randn(shape, generator=g) * size).to(getattr(torch, dtype)) for _ in range(2))
+    x.view(-1, shape[-1])[0] = 0  # a row of zeros stays one
+    made = scaled_rows(x.to(device), first, up.to(device) if first == "silu" else None)
+    assert made.rows.dtype == E4M3 and made.rows.shape == x.shape and made.scales.shape == (*x.shape[:-1], 1)
+    want = x.double()
+    if first == "gelu":
+        want = 0.5 * want * (1 + torch.tanh(math.sqrt(2 / math.pi) * (want + 0.044715 * want**3)))
+    if first == "silu":
+        want = want / (1 + torch.exp(-want)) * up.double()
+    rows, scales = e4m3.scaled(want.to(x.dtype).reshape(-1, shape[-1]))
+    got = made.rows.cpu().float().double().reshape(rows.shape)
+    torch.testing.assert_close(
+        made.scales.cpu().double().reshape(scales.shape), scales, rtol=1e-2 if first != "none" else 1e-7, atol=0
+    )
+    return float((got != rows).double().mean())
+
+
+def worst() -> float:
+    return max(check(**job) - (0.05 if job.get("first") else 0.0) for job in JOBS)
+
+
+def test_the_format():
+    """Every value, every middle between two, and what lies around them, as PyTorch's own cast has it."""
+    table = e4m3.values()
+    assert len(table) == 127 and float(table[-1]) == 448
+    middles = (table[1:] + table[:-1]) / 2
+    x = torch.cat([table, middles, middles * (1 + 1e-6), middles * (1 - 1e-6)])
+    x = torch.cat([x, -x])
+    assert torch.equal(e4m3.rounded(x), x.float().to(E4M3).double())
+
+
+def test_on_a_cpu():
+    assert worst() <= 0
+
+
+@pytest.mark.slow
+@needs_triton
+def test_in_the_interpreter():
+    assert in_interpreter("test_scaled_rows", "t.worst()") <= 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    assert max(check(**job, device="cuda") - (0.05 if job.get("first") else 0.0) for job in JOBS) <= 0
+    x = torch.randn(64, 14336, device="cuda").bfloat16()
+    assert torch.equal(scaled_rows(x).rows.view(torch.uint8).cpu(), scaled_rows(x.cpu()).rows.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_not_hidden(bad):
+    x = torch.ones(3, 4)
+    x[1, 2] = bad
+    made = scaled_rows(x)
+    found = (made.rows.float() * made.scales).isnan().any(1)
+    assert found.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"x": torch.ones(2, 3).double()}, "x"), ({"x": torch.ones(3, 2).t()}, "contiguous"),
+    ({"x": torch.ones(2, 0)}, "C of 1..32768"),
+    ({"first": "relu"}, "want none, gelu or silu"), ({"first": "silu"}, "want one exactly with silu"),
+    ({"up": torch.ones(2, 3)}, "want one exactly with silu"), ({"first": "silu", "up": torch.ones(2, 4)}, "up"),
+])  # fmt: skip
+def test_wrong_inputs_are_one_line(given, said):
+    with pytest.raises(ValueError, match=said) as refused:
+        scaled_rows(**{"x": torch.ones(2, 3), **given})
+    assert "\n" not in str(refused.value)
