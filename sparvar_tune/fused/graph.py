@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -45,14 +46,14 @@ def _captured(
         try:
             run()
         except torch.OutOfMemoryError:
-            _ended(graph, device, pool)
+            _ended(graph, pool)
             raise
         except RuntimeError as error:  # what waits for the GPU or allocates outside PyTorch is refused while capturing
             reason = first_line(error)
         except BaseException:
-            _ended(graph, device, pool)
+            _ended(graph, pool)
             raise
-        broken = _ended(graph, device, pool)
+        broken = _ended(graph, pool)
     torch.cuda.current_stream(device).wait_stream(side)
     reason = reason or broken
     return graph if reason is None else f"its launches cannot be captured: {reason}"
@@ -64,17 +65,19 @@ def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _ended(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> str | None:
+def _ended(graph: torch.cuda.CUDAGraph, pool: Any) -> str | None:
     """Ends the capture; why what was captured is no graph, or None."""
     try:
-        graph.capture_end()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # some work is nothing for some models
+            graph.capture_end()
     except RuntimeError as error:
-        _recover(device, pool)
+        _recover(pool)
         return first_line(error)
     return None
 
 
-def _recover(device: torch.device, pool: Any) -> None:
+def _recover(pool: Any) -> None:
     """What PyTorch leaves undone where a capture was broken: without it the next random number of the device raises.
 
     Its allocator goes on giving memory of the pool to the stream, and its generator believes that it is being captured until
@@ -84,6 +87,7 @@ def _recover(device: torch.device, pool: Any) -> None:
         with contextlib.suppress(RuntimeError):  # it was ended
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     after = torch.cuda.CUDAGraph()
-    after.capture_begin(capture_error_mode="thread_local")
-    torch.empty(1, device=device).zero_()  # an empty graph would be warned of
-    after.capture_end()
+    after.capture_begin(capture_error_mode="thread_local")  # of nothing: there may be no memory left
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+        after.capture_end()

@@ -5,6 +5,7 @@ A Linear that carries hooks, parametrisations or another class (LoRA, quantised)
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -17,6 +18,13 @@ from sparvar_kernels.path import scaled_rows
 from sparvar_tune.adapters.instance_forward import why_not_replace
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.generation.scaled_product import ScaledProduct
+
+# module -> its scaled product, as long as a path of its model has it: two paths need no two copies
+_SCALED: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, ScaledProduct]] = weakref.WeakKeyDictionary()
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
 
 
 class Product:
@@ -56,7 +64,11 @@ class Product:
         """The product of scaled rows (`generation.Precision`), made when it is first asked for. Of a plain module alone."""
         if self._scaled is None:
             assert self.weight is not None, "why_not_scaled says so"
-            self._scaled = ScaledProduct(self.weight, self.bias)
+            known = _SCALED.setdefault(self.module, weakref.WeakValueDictionary())
+            state = self.dtype, self.module.weight.data_ptr(), _version(self.module.weight), self.bias is None
+            self._scaled = known.get(state)
+            if self._scaled is None:
+                self._scaled = known[state] = ScaledProduct(self.weight, self.bias)
         return self._scaled
 
     def gelu(self, x: Tensor) -> Tensor:

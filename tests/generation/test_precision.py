@@ -77,7 +77,8 @@ def assert_product(rows: int, inputs: int, outputs: int, dtype: torch.dtype, dev
     for bias in (b, None):
         got = ScaledProduct(w.to(device), None if bias is None else bias.to(device))(x.to(device)[None])[0]
         far = (got.cpu().double() - (want if bias is not None else want - b.double())).abs().max() / want.abs().max()
-        assert got.dtype == dtype and float(far) < {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+        in_fp32 = 2e-6 if device == "cpu" else 2e-4  # tensor cores keep fewer bits of a sum on the way
+        assert got.dtype == dtype and float(far) < {torch.float32: in_fp32, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
     plain = x.double() @ w.double().T + b.double()
     assert 1e-3 < float((want - plain).norm() / plain.norm()) < 0.1, "the oracle is no plain product, and near one"
 

@@ -76,7 +76,8 @@ def scaled(y: Tensor) -> ScaledRows:
     """The rule above on rows y [..., C] as they are."""
     y = y.float()
     largest = y.abs().amax(-1, keepdim=True).clamp_min(LEAST)
-    return ScaledRows((y * (LARGEST / largest)).to(E4M3), largest / LARGEST)
+    most = torch.full_like(largest, LARGEST)  # by a number torch divides as by its reciprocal, which rounds twice
+    return ScaledRows((y * (most / largest)).to(E4M3), largest / most)
 
 
 @lru_cache(maxsize=4096)
