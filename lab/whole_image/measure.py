@@ -188,6 +188,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         ways.fused("path, no graphs, dense", None, graphs=False), ways.fused("path, graphs, dense", None), best,
         ways.fused("path, graphs, CSLA 8x8", "windows"), ways.fused("path, graphs, profile, half dropped", "profile", drop=True),
         ways.fused("path, graphs, CSLA 8x8, half dropped", "windows", drop=True),
+        ways.fused("path, graphs, profile, 8-bit products", "profile", scaled=True),
+        ways.fused("path, graphs, profile, 8-bit products, half dropped", "profile", drop=True, scaled=True),
         ways.fused("path, graphs, CSLA 8x8, 8-bit products", "windows", scaled=True),
         ways.fused("path, graphs, CSLA 8x8, 8-bit products, half dropped", "windows", drop=True, scaled=True),
     ]  # fmt: skip

@@ -36,6 +36,7 @@ from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import compile_ahead, read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
 from sparvar_tune.fused.graph import captured, held_bytes
+from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import ThinnedPasses, why_not_thinned
 from sparvar_tune.fused.watched import Watched
@@ -395,6 +396,7 @@ class FusedPath(Undos):
                 self._works.clear()
                 self._watched = Watched(self.found.blocks)
                 self.stack.prepare(given, x.shape[0], dtype, schedule)
+                make_scaled(precision_of(self.policy), self.stack.blocks, [self.stack.linears(b) for b in self.found.blocks])
                 self._kind = *kind[:-1], self._watched.state()
             self.work = self._work_of(x, dtype, schedule)
             if not (self._by_graph(x) and self.work.images > 1):  # a replay runs no Python of theirs

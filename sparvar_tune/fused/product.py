@@ -5,7 +5,7 @@ A Linear that carries hooks, parametrisations or another class (LoRA, quantised)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparvar_kernels.path import scaled_rows
 from sparvar_tune.adapters.instance_forward import why_not_replace
 from sparvar_tune.adapters.structure import is_plain
+from sparvar_tune.generation import Precision
 from sparvar_tune.generation.scaled_product import ScaledProduct
 
 
@@ -53,7 +54,7 @@ class Product:
         return out.to(self.dtype)
 
     def scaled(self) -> ScaledProduct:
-        """The product of scaled rows (`generation.Precision`), made when it is first asked for. Of a plain module alone."""
+        """The product of scaled rows (`generation.Precision`), of a plain module alone. Made once, by `make_scaled`."""
         if self._scaled is None:
             assert self.weight is not None, "why_not_scaled says so"
             self._scaled = ScaledProduct(self.weight, self.bias)
@@ -75,6 +76,18 @@ def multiplied(product: Product, x: Tensor, scaled: bool) -> Tensor:
 def gelu_mlp(up: Product, down: Product, x: Tensor, scaled: bool) -> Tensor:
     """An MLP with the tanh form of GELU, of scaled rows or not."""
     return down.scaled()(scaled_rows(up.scaled()(x), "gelu")) if scaled else down(up.gelu(x))
+
+
+def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence[Sequence[Any]]) -> None:
+    """Scales the weights that a step needs, before any graph is captured: one captured at first need would be replayed by nobody.
+
+    That is a scale which the first image did not draw. linears: by block, the modules whose products the step scales.
+    """
+    for layer, (block, modules) in enumerate(zip(blocks, linears, strict=True)):
+        if step is not None and step.at(step.from_scale, layer):
+            for product in vars(block).values():
+                if isinstance(product, Product) and any(product.module is module for module in modules):
+                    product.scaled()
 
 
 def _tensors(module: Any) -> Iterator[Tensor]:
