@@ -36,6 +36,7 @@ def main() -> None:
         one.add_argument("--first", action="store_true", help="only the time of apply and of the first pictures")
         if family == "infinity":
             one.add_argument("--peer", choices=("FastVAR", "ScaleKV"), help="CHECKOUT is this method's code; time that alone")
+        one.add_argument("--fast-sums", action="store_true", help="8-bit products summed in the hardware's fewer bits")
         one.add_argument("--only", action="append", default=[], help="the start of ways' names; may be given again")
     report = commands.add_parser("report")
     report.add_argument("raw", type=Path, nargs="+")

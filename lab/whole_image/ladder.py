@@ -24,7 +24,7 @@ KINDS = (  # the first whose mark a kernel's name has; what has none is the deco
     ("attention", ("flash", "fmha", "sdpa", "gathered", "fetched", "mass_kernel", "select_kernel", "shortlist", "text_att")),
     ("convolutions", ("conv", "winograd", "implicit", "fprop")),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "splitK", "cublas")),
-    ("our elementwise", ("append_kernel", "residual_norm", "gated_silu", "group_norm")),
+    ("our elementwise", ("append_kernel", "residual_norm", "scaled_rows", "gated_silu", "group_norm")),
 )
 
 

@@ -23,7 +23,7 @@ from sparvar_kernels.geometry.scales import Tile
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Csla
 from sparvar_tune import adapters, fused
-from sparvar_tune.generation import CacheBudget, Precision, PruneTokens
+from sparvar_tune.generation import CacheBudget, Precision, PruneTokens, scaled_product
 from sparvar_tune.policy_search.menu import paper_policy, paper_sinks, paper_windows
 from sparvar_tune.profile.machine import version_of
 from sparvar_tune.runtime.load import load_profile
@@ -139,6 +139,7 @@ class Ways:
 
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
+    scaled_product.FAST_SUMS = args.fast_sums
     driven = _open(args)
     torch.cuda.synchronize()
     loaded = torch.cuda.memory_allocated()
@@ -187,6 +188,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         ways.fused("path, no graphs, dense", None, graphs=False), ways.fused("path, graphs, dense", None), best,
         ways.fused("path, graphs, CSLA 8x8", "windows"), ways.fused("path, graphs, profile, half dropped", "profile", drop=True),
         ways.fused("path, graphs, CSLA 8x8, half dropped", "windows", drop=True),
+        ways.fused("path, graphs, profile, 8-bit products", "profile", scaled=True),
+        ways.fused("path, graphs, profile, 8-bit products, half dropped", "profile", drop=True, scaled=True),
         ways.fused("path, graphs, CSLA 8x8, 8-bit products", "windows", scaled=True),
         ways.fused("path, graphs, CSLA 8x8, 8-bit products, half dropped", "windows", drop=True, scaled=True),
     ]  # fmt: skip

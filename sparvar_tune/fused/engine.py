@@ -36,6 +36,7 @@ from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import compile_ahead, read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
 from sparvar_tune.fused.graph import captured, held_bytes
+from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import ThinnedPasses, why_not_thinned
 from sparvar_tune.fused.watched import Watched
@@ -412,6 +413,7 @@ class FusedPath(Undos):
                 del self._works[next(iter(self._works))]
             if x.is_cuda and not self._works:
                 self._pool = torch.cuda.graph_pool_handle()
+            make_scaled(precision_of(self.policy), self.stack.blocks, [self.stack.linears(b) for b in self.found.blocks])
             work = Workspace(self.found, x, self.stack.stream or x.dtype, dtype, schedule, self, self._pool)
             if x.is_cuda:
                 work.compile(self.stack, x.device)

@@ -5,8 +5,9 @@ A Linear that carries hooks, parametrisations or another class (LoRA, quantised)
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,14 +18,11 @@ from torch import Tensor, nn
 from sparvar_kernels.path import scaled_rows
 from sparvar_tune.adapters.instance_forward import why_not_replace
 from sparvar_tune.adapters.structure import is_plain
+from sparvar_tune.generation import Precision
 from sparvar_tune.generation.scaled_product import ScaledProduct
 
-# module -> its scaled product, as long as a path of its model has it: two paths need no two copies
+# module -> its scaled weights, as long as a path of its model has them: two paths need no two copies
 _SCALED: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, ScaledProduct]] = weakref.WeakKeyDictionary()
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
 
 
 class Product:
@@ -42,6 +40,7 @@ class Product:
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype) if self.plain else None
         self._scaled: ScaledProduct | None = None
+        self._shared: ScaledProduct | None = None  # whose weights those are, other paths' too
         # a module in another dtype ran under autocast, which the fused path has switched off around it
         self.casts = not self.plain and any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module))
 
@@ -61,14 +60,17 @@ class Product:
         return out.to(self.dtype)
 
     def scaled(self) -> ScaledProduct:
-        """The product of scaled rows (`generation.Precision`), made when it is first asked for. Of a plain module alone."""
+        """The product of scaled rows (`generation.Precision`), of a plain module alone. Made once, by `make_scaled`."""
         if self._scaled is None:
             assert self.weight is not None, "why_not_scaled says so"
             known = _SCALED.setdefault(self.module, weakref.WeakValueDictionary())
-            state = self.dtype, self.module.weight.data_ptr(), _version(self.module.weight), self.bias is None
-            self._scaled = known.get(state)
-            if self._scaled is None:
-                self._scaled = known[state] = ScaledProduct(self.weight, self.bias)
+            own = self.module.weight
+            state = self.dtype, own.data_ptr(), -1 if own.is_inference() else own._version
+            self._shared = known.get(state)
+            if self._shared is None:
+                self._shared = known[state] = ScaledProduct(self.weight, None)
+            self._scaled = copy.copy(self._shared)
+            self._scaled.bias = self.bias
         return self._scaled
 
     def gelu(self, x: Tensor) -> Tensor:
@@ -87,6 +89,18 @@ def multiplied(product: Product, x: Tensor, scaled: bool) -> Tensor:
 def gelu_mlp(up: Product, down: Product, x: Tensor, scaled: bool) -> Tensor:
     """An MLP with the tanh form of GELU, of scaled rows or not."""
     return down.scaled()(scaled_rows(up.scaled()(x), "gelu")) if scaled else down(up.gelu(x))
+
+
+def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence[Sequence[Any]]) -> None:
+    """Scales the weights that a step needs, before any graph is captured: one captured at first need would be replayed by nobody.
+
+    That is a scale which the first image did not draw. linears: by block, the modules whose products the step scales.
+    """
+    for layer, (block, modules) in enumerate(zip(blocks, linears, strict=True)):
+        if step is not None and step.at(step.from_scale, layer):
+            for product in vars(block).values():
+                if isinstance(product, Product) and any(product.module is module for module in modules):
+                    product.scaled()
 
 
 def _tensors(module: Any) -> Iterator[Tensor]:

@@ -67,6 +67,10 @@ class Stack(Protocol):
 
     def linears(self, block: Any) -> Sequence[Any]: ...
 
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """What `prepare` made of each block: its attributes are `Product`s and constants."""
+
     def why_not(self) -> str | None:
         """Why this model's blocks cannot run as one, or None; looked at when the path is put on."""
 

@@ -14,7 +14,7 @@ class Precision:
     """From scale `from_scale` on, in layers first..last of each of the groups `layers`, a block's products take E4M3 operands.
 
     Products: qkv, attention's output projection and those of the MLP. Of Infinity's attention to the text none: its products are
-    a fourteenth of a block's, and on the fused path the text is folded into them. All must be plain Linears.
+    a seventh of a block's, and on the fused path the text is folded into them. All must be plain Linears.
 
     y = x W^T + b becomes: each row of x and each row of W (an output channel) in the products' dtype times 448 over its largest
     |value|, rounded to E4M3 (4 exponent bits, 3 of mantissa; to nearest, ties to even); multiplied, summed in fp32; times both

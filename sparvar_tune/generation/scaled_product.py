@@ -17,7 +17,7 @@ from sparvar_kernels.path.scaled_rows import CAPABILITY
 from sparvar_kernels.policy import Policy
 from sparvar_tune.generation.precision import Precision
 
-# What the hardware sums in 14 bits and is faster for is not the rule's fp32. lab/whole_image measures both.
+# Hopper is faster where it may sum in fewer bits than the rule's fp32; `lab/whole_image --fast-sums` measures that.
 FAST_SUMS = False
 SIDES = 16  # both sides of a weight are a multiple of this where the hardware multiplies
 

@@ -170,6 +170,39 @@ def test_a_live_model_on_both_paths_is_the_oracles(monkeypatch, kind, steps):
         assert max(errors(got, want)) < 0.1 * max(errors(without, want))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_scaled_before_the_first_image(kind):
+    """Also those of scales that it does not draw: made while a graph is captured they would be what nobody computes."""
+    driven = KINDS[kind]()
+    last, linears = len(driven.grids()) - 1, adapters.recognise(driven.model)[0].linears
+    step = Precision(last, STEP.layers)
+    with on(driven, attend_of(driven, step)) as path, adapters.skip_scales(driven.model, last):
+        checks.draw(driven)
+        for layer, (block, own) in enumerate(zip(path.fused.stack.blocks, driven.blocks, strict=True)):
+            for product in vars(block).values():
+                if hasattr(product, "_scaled"):
+                    wanted = step.at(last, layer) and any(product.module is m for m in linears(own))
+                    assert (product._scaled is not None) == wanted
+
+
+@pytest.mark.gpu
+def test_graphs_are_the_eager_path_bit_for_bit():
+    """Captured in the second image and replayed; the last scale is first drawn when the others are graphs already."""
+    with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
+        driven = block_lookalikes.Infinity()
+        attend, last = attend_of(driven, STEP), len(driven.grids()) - 1
+        with on(driven, attend, graphs=False):
+            want = checks.draw(driven)
+        assert not checks.same(checks.draw(driven), want)
+        with on(driven, attend, graphs=True) as path:
+            with adapters.skip_scales(driven.model, last):
+                for _ in range(3):
+                    checks.draw(driven)
+            for _ in range(3):
+                assert checks.same(checks.draw(driven), want)
+            assert path.why_not_graphs is None
+
+
 def attend_of(driven, *steps):
     return checks.attention_of(driven, Policy(("AB",) * len(driven.blocks), (), steps))[0]
 

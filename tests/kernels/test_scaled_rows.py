@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from importlib.util import find_spec
 
 import e4m3
@@ -91,3 +92,28 @@ def test_wrong_inputs_are_one_line(given, said):
     with pytest.raises(ValueError, match=said) as refused:
         scaled_rows(**{"x": torch.ones(2, 3), **given})
     assert "\n" not in str(refused.value)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_compiles_without_a_spill():
+    """Without a GPU: rows of Infinity-8B and HART, converted by the hardware's own rounding, 16 bytes at a time."""
+    from sparvar_kernels.backends.triton.binary import compile_for, machine_code
+    from sparvar_kernels.path.triton.scaled_rows import scaled_rows_build
+
+    for capability, channels, first in (((8, 9), 3584, "none"), ((9, 0), 14336, "gelu"), ((12, 0), 4096, "silu")):
+        text = machine_code(compile_for(scaled_rows_build(torch.bfloat16, channels, first), capability))
+        takes = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        assert takes["STACK"] == takes["LOCAL"] == 0 and takes["REG"] <= 64, takes
+        narrow = [m for m in re.findall(r"\b(?:LDG|STG)\.([A-Z0-9.]*)", text) if "128" not in m]
+        assert "E4M3" in text and len(narrow) == 1  # the scale
+
+
+def test_every_number_of_the_format_and_every_middle_between_two():
+    """Each is kept, and each middle goes to the even one."""
+    grid = torch.cat((torch.arange(8) / 512, *((1 + torch.arange(8) / 8) * 2.0 ** (e - 7) for e in range(1, 16))))[:-1]
+    row = torch.cat((grid, (grid[1:] + grid[:-1]) / 2))  # its largest is 448: the factor is 1
+    rows, scales = scaled_rows(torch.cat((row, -row)))
+    evens = torch.stack((grid[:-1], grid[1:]))[torch.arange(len(grid) - 1) % 2, torch.arange(len(grid) - 1)]
+    want = torch.cat((grid, evens))
+    assert float(scales) == 1 and torch.equal(rows.float(), torch.cat((want, -want)))
