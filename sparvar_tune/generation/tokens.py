@@ -49,7 +49,7 @@ def pruned(
     before = (given.pop(part) if s == step.last_scale else given[part])[: x.shape[0]]
     places = farthest(x, keep)
     whole = enlarge(before, grids[step.cached_scale], grids[s])
-    return whole.scatter(1, places[..., None].expand(-1, -1, x.shape[-1]), work(rows_at(x, places), places).to(whole.dtype))
+    return whole.scatter_(1, places[..., None].expand(-1, -1, x.shape[-1]), work(rows_at(x, places), places).to(whole.dtype))
 
 
 def window_places(grid: tuple[int, int], window: int) -> Tensor:
