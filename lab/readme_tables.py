@@ -77,11 +77,14 @@ def models() -> str:
 
 
 def pictures() -> str:
-    """Whole pictures of public models on a GPU, of reports/whole-image-h100.json: the decoder and all else included."""
-    rows = []
+    """Whole pictures of public models on a GPU, of reports/whole-image-h100.json: the decoder and all else included. The last run
+    of each model and size.
+    """
+    rows, last = [], {}
     for run in json.loads((REPORTS / "whole-image-h100.json").read_text("utf-8")):
-        if "ways" not in run:
-            continue
+        if "ways" in run and "peer" not in run:
+            last[run["model"], run["tokens"], run["images"]] = run
+    for run in last.values():
         public = run["ways"][PUBLIC]
         row = [f"{MODELS[run['model']].title}, {run['tokens']:,} tokens", f"{timing(public['wall_ms']).p50_ms:.0f}"]
         for name in PICTURES:
