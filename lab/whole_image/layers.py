@@ -18,7 +18,7 @@ from torch import Tensor
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune import adapters, fused
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
-from sparvar_tune.fused.engine import OnePass, Workspace
+from sparvar_tune.fused.workspace import OnePass, Workspace
 from sparvar_tune.generation import Precision
 
 

@@ -1,6 +1,6 @@
 """The whole block stack of a live model, scale by scale: our path around the attention.
 
-stack.py says what a family tells of its blocks, engine.py runs it (buffers, graphs, hooks), and a file each family has.
+stack.py says what a family tells of its blocks, a file a family; engine.py runs it: hooks and graphs, in a workspace of buffers.
 """
 
 from __future__ import annotations

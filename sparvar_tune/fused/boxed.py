@@ -32,9 +32,9 @@ from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.bitwise.sampling import Attend, Generating
 from sparvar_tune.fused.boxed_blocks import BoxedBlocks
 from sparvar_tune.fused.compile_ahead import read_triton
-from sparvar_tune.fused.engine import OnePass, Workspace, attention_like
 from sparvar_tune.fused.graph import captured
 from sparvar_tune.fused.watched import Watched
+from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
 from sparvar_tune.generation import decides_apart
 
 FAMILIES = ("pocketvar", "emojivar")

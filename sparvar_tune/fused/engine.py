@@ -14,18 +14,13 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_kernels.backends.dense import dense_attention
-from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters.guidance import GENERATE, Enough, bound
@@ -33,188 +28,19 @@ from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_no
 from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
 from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.fused.compile_ahead import compile_ahead, read_triton
+from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
-from sparvar_tune.fused.graph import captured, held_bytes
+from sparvar_tune.fused.graph import captured
 from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
-from sparvar_tune.fused.thinning import ThinnedPasses, why_not_thinned
+from sparvar_tune.fused.thinning import why_not_thinned
 from sparvar_tune.fused.watched import Watched
+from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
 from sparvar_tune.generation.scaled_product import precision_of
-from sparvar_tune.generation.tokens import Work
 
 WARM = 2  # images of a kind: the first compiles, the second is captured
 MOST_WORKS = 4  # attentions whose graphs a path keeps
 LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU without a graph
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class _Attends(Protocol):
-    """What attends where all blocks run as one. policy: whose steps leave out tokens there, if any do."""
-
-    @property
-    def policy(self) -> Policy | None: ...
-
-    def new_attention(self, schedule: ScaleSchedule) -> SparseAttention: ...
-
-    def splits(self, schedule: ScaleSchedule) -> bool:
-        """Whether the halves of guidance need decisions of their own: one is dropped before a scale that lives on them."""
-
-
-class _Builds(Protocol):
-    """What launches binaries of its own: a `Stack`."""
-
-    def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]: ...
-
-
-def attention_like(found: Parts, a: SparseAttention | None, schedule: ScaleSchedule) -> SparseAttention:
-    """A fresh attention with the policy, schedule and launches of `a`; None: a dense one."""
-    if a is None:
-        policy = Policy(("A" * found.heads,) * found.layers)
-        return SparseAttention(policy, schedule, softmax_scale=found.softmax_scale, logit_bound=found.logit_bound)
-    return SparseAttention(
-        a.policy, a.schedule, softmax_scale=a.softmax_scale, logit_bound=a.logit_bound, launches=a.launches
-    )  # fmt: skip
-
-
-class Workspace:
-    """What one kind of image needs at addresses that stay: the stream, keys and values, attention, graphs."""
-
-    def __init__(
-        self, found: Parts, x: Tensor, stream: torch.dtype, dtype: torch.dtype, schedule: ScaleSchedule, path: _Attends,
-        pool: Any = None,
-    ) -> None:  # fmt: skip
-        self.rows, self.schedule, self.dtype = x.shape[0], schedule, dtype
-        longest = max(schedule.prefix, *(schedule.num_queries(s) for s in range(len(schedule))))
-        self.x = _shared(found.model, "x", (self.rows * longest * x.shape[2],), stream, x.device)
-        self.thinning = ThinnedPasses(path.policy, schedule, found.layers, self.rows, x.device, partial(_shared, found.model))
-        self.precision = precision_of(path.policy)
-        self.before, self.tail = schedule.starts[-2], schedule.num_queries(len(schedule) - 1)
-        self.places = self.thinning.layout()
-        shape = 2, self.rows, max(end for _, end in self.places), found.heads, found.head_dim
-        self.cached = _shared(found.model, "keys and values", shape, dtype, x.device)
-        self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
-        self.pool = pool  # of `torch.cuda.graph_pool_handle`; those of one path share it, they are replayed one after another
-        self.room: torch.cuda.CUDAGraph | None = None  # never replayed
-        self.constants: torch.cuda.CUDAGraph | None = None
-        self.why_not_graphs: str | None = None
-        self.images = 0  # drawn to the end
-        self.sparse = [path.new_attention(schedule) for _ in range(2 if path.splits(schedule) else 1)]
-        form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
-        self.problems = {
-            rows: [AttentionProblem(schedule, s, rows, *form) for s in range(len(schedule))]
-            for rows in {self.rows, self.rows // 2 or 1}
-        }
-
-    def compile(self, stack: _Builds, device: torch.device) -> None:
-        """Compiles what an image launches, but for the decoder's; what a later call still lacks is compiled there."""
-        scales = range(len(self.schedule))
-        builds = list(stack.builds(self.thinning.lengths(), self.thinning.prune is not None))
-        for attend in self.sparse:
-            form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
-            first = [replace(p, softmax_scale=attend.softmax_scale, logit_bound=attend.logit_bound) for p in form]
-            p = first[0]
-            kind = (p.batch, p.heads, p.head_dim, self.dtype, device)
-            with torch.device("cpu"):  # plans are the host's, whatever the caller's default device
-                layers: list[Any] = attend._build(first, device)  # what its first call would make
-                builds += [build for layer in layers for s in scales for build in layer.builds(s)]
-            attend._layers[kind] = layers
-        compile_ahead(builds, device)
-
-    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values [rows, H, N, D], laid out [rows, N, H, D]."""
-        begin, end = self.places[layer]
-        keys, values = self.cached[:, :, begin:end].transpose(2, 3).unbind(0)
-        return keys, values
-
-    def why_not_pass(self, start: int, x: Tensor) -> str | None:
-        """Why x [rows, L, C] after `start` tokens is no pass of this kind of image, or None: buffers are laid out for those."""
-        schedule = self.schedule
-        lengths = {begin: schedule.num_queries(s) for s, begin in enumerate(schedule.starts[:-1])}
-        if schedule.prefix:
-            lengths[0] = schedule.prefix
-        if lengths.get(start) != x.shape[1]:
-            return f"{x.shape[1]} tokens after {start} are no scale of the image's schedule"
-        if x.shape[0] not in self.problems:
-            return f"{x.shape[0]} rows where the image began with {self.rows}; want all or half"
-        return None
-
-    def last(self, x: Tensor) -> Tensor:
-        """The stream of the last grid, as many rows and channels as x has."""
-        return self.x[: x.shape[0] * self.tail * x.shape[2]].view(x.shape[0], self.tail, x.shape[2])
-
-    def stream(self, x: Tensor) -> Tensor:
-        """The buffer in the shape of x."""
-        return self.x[: x.numel()].view(x.shape)
-
-    @property
-    def captured_bytes(self) -> int:
-        """Memory that graphs hold beside the buffers."""
-        return 0 if self.pool is None else held_bytes(self.pool)
-
-
-# model -> buffers in use, by what they are: all paths of one model draw one image at a time, so they can have the same
-_BUFFERS: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Tensor]] = weakref.WeakKeyDictionary()
-
-
-def _shared(model: Any, what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer of this model that lives as long as somebody holds it."""
-    own = _BUFFERS.setdefault(model, weakref.WeakValueDictionary())
-    found = own.get((what, shape, dtype, device))
-    if found is None:
-        with torch.inference_mode(False):
-            found = own[what, shape, dtype, device] = torch.empty(shape, dtype=dtype, device=device)
-    return found
-
-
-class OnePass:
-    """See `stack.Pass`."""
-
-    def __init__(self, work: Workspace, start: int, x: Tensor, dense: bool = False) -> None:
-        self.work, self.start, self.dense = work, start, dense
-        self.rows, self.length = x.shape[0], x.shape[1]
-        places = {begin: s for s, begin in enumerate(work.schedule.starts[:-1])}
-        self.scale_index = places.get(start) if start or not work.schedule.prefix else None
-
-    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.work.cache(layer)
-
-    def filled(self, layer: int) -> int:
-        return 0 if self.scale_index is None else self.work.thinning.filled[layer][self.scale_index]
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        end = self.filled(layer) + q.shape[2]
-        k, v = (t[: self.rows, :, :end] for t in self.cache(layer))
-        out = self._out(layer, q, k, v, self.scale_index)
-        return out.transpose(1, 2).reshape(self.rows, q.shape[2], -1)
-
-    def cut(self, layer: int, queries: Callable[[Tensor], Tensor]) -> None:
-        if self.scale_index is not None:
-            keys, values = (t[: self.rows] for t in self.cache(layer))
-            self.work.thinning.cut(layer, self.scale_index, keys, values, queries)
-
-    def scaled(self, layer: int) -> bool:
-        precision = self.work.precision
-        return precision is not None and precision.at(self.scale_index, layer)
-
-    def by_parts(self, layer: int) -> bool:
-        return self.scale_index is not None and self.work.thinning.by_parts(layer, self.scale_index)
-
-    def add(self, layer: int, part: str, x: Tensor, work: Work) -> None:
-        assert self.scale_index is not None, "by_parts says so"
-        self.work.thinning.add(layer, self.scale_index, part, x, work)
-
-    def _out(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: int | None) -> Tensor:
-        sparse = self.work.sparse[0]
-        plan = None if s is None or self.dense else sparse.plans[layer][s]
-        if plan is None or (not plan.records and all(variant.reads == "everything" for variant, _ in plan.groups)):
-            return dense_attention(q, k, v, self.work.problems[self.rows][s or 0])
-        assert s is not None
-        if len(self.work.sparse) == 1 or self.rows < self.work.rows:  # what is left after a drop is the first object's half
-            return sparse(q, k, v, layer, s)
-        half = self.rows // 2
-        halves = zip(self.work.sparse, (slice(None, half), slice(half, None)), strict=True)
-        return torch.cat([a(q[h], k[h], v[h], layer, s) for a, h in halves])
 
 
 class FusedPath(Undos):

@@ -20,7 +20,7 @@ from sparvar_tune.adapters.whole_images import begin_image
 from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.fused.boxed import FusedSampling, sampling
-from sparvar_tune.fused.engine import attention_like
+from sparvar_tune.fused.workspace import attention_like
 
 REDRAW = "dense, noise redrawn at the last two scales"
 DROP = "dense, last scale left out"

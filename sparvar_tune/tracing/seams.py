@@ -26,7 +26,8 @@ from sparvar_tune.tracing import work
 from sparvar_tune.tracing.ranges import OUTER, Tracer
 
 CPU, TRITON, VARIANTS = "sparvar_kernels.backends.cpu.layer", "sparvar_kernels.backends.triton.layer", "sparvar_kernels.variants"
-ATTENTION, SAMPLING, FUSED = "sparvar_kernels.attention", "sparvar_tune.bitwise.sampling", "sparvar_tune.fused.engine"
+ATTENTION, SAMPLING = "sparvar_kernels.attention", "sparvar_tune.bitwise.sampling"
+FUSED, PASSES = "sparvar_tune.fused.engine", "sparvar_tune.fused.workspace"
 BOXED = {"PocketVAR": "sparvar_tune.pocketvar.model", "EmojiVAR": "sparvar_tune.emojivar.model"}  # models in the box
 
 Call = Callable[..., Any]
@@ -189,8 +190,8 @@ SEAMS = (
     Seam("torch.nn", "Linear.forward", _step("products", work.linear)),
     Seam(FUSED, "FusedPath._run", _stack),
     Seam("sparvar_tune.fused.boxed", "FusedSampling._run", _stack),
-    Seam(FUSED, "OnePass.attend", _pass),
-    Seam(FUSED, "dense_attention", _step("dense", work.dense_call)),
+    Seam(PASSES, "OnePass.attend", _pass),
+    Seam(PASSES, "dense_attention", _step("dense", work.dense_call)),
     Seam("sparvar_tune.fused.product", "Product.__call__", _product),
     Seam("sparvar_tune.fused.product", "Product.gelu", _product),
     *_STACKS,

@@ -272,7 +272,7 @@ def test_auto_is_the_attention_path_on_a_cpu_and_names_are_checked():
 def test_gpu_graphs_are_the_eager_path_bit_for_bit(name, monkeypatch):
     """Captured in the second image and replayed, other prompts, guidance and a dropped half between; no binary comes late."""
     from sparvar_kernels.backends.triton import binary
-    from sparvar_tune.fused.engine import Workspace
+    from sparvar_tune.fused.workspace import Workspace
 
     if name == "folded":
         fold_all(monkeypatch)

@@ -177,7 +177,7 @@ def test_layers_of_other_lengths_lie_one_behind_the_other():
 def test_gpu_graphs_are_the_eager_path_bit_for_bit(case, monkeypatch):
     """Captured in the second image and replayed, another batch between; no binary comes late."""
     from sparvar_kernels.backends.triton import binary
-    from sparvar_tune.fused.engine import Workspace
+    from sparvar_tune.fused.workspace import Workspace
 
     ahead, late, begun = set(), set(), []
     own_compile, own_for = Workspace.compile, binary.compile_for
