@@ -9,13 +9,14 @@ from torch import Tensor
 
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.scale_count import IsOther, ScaleCount
 from sparvar_tune.generation import CacheBudget
 from sparvar_tune.generation.tokens import kept_rows, window_places
 
 
 def keep_budget(
     found: Parts, step: CacheBudget, queries: Callable[[Any, Tensor], Tensor], given: Callable[..., dict[str, Any]],
-    is_other: Callable[[Parts, dict[str, Any]], bool],
+    is_other: IsOther,
 ) -> Undos:  # fmt: skip
     """Cuts the cache after every scale that the next one's budget is smaller than.
 
@@ -29,23 +30,21 @@ def keep_budget(
 
 
 def _body(found: Parts, step: CacheBudget, layer: int, module: Any, queries: Any, given: Any, is_other: Any) -> Any:
-    schedule = found.schedule
+    schedule, count = found.schedule, ScaleCount(found, module, is_other)
     assert schedule is not None, "the policy's"
-    scale = [-1]  # of the last call; not every call says its own
 
     def forward(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        first = module.cached_k is None
-        out = inner(*args, **kwargs)
-        if not module.caching or module.cached_k is None:
-            return out
+        if not module.caching:
+            return inner(*args, **kwargs)
         call = given(*args, **kwargs)
-        if first:
-            scale[0] = -2 * len(schedule) if is_other(found, call) else -1  # the first: so that no budget is met
-        scale[0] += 1
-        keep = step.before(scale[0] + 1, layer)
+        s = count.next(lambda: call)
+        out = inner(*args, **kwargs)
+        if s is None or module.cached_k is None:
+            return out
+        keep = step.before(s + 1, layer)
         axis = 1 if module.using_flash else 2
         if keep is not None and module.cached_k.shape[axis] > keep:
-            at = window_places(schedule.grids[scale[0]], step.window).to(module.cached_k.device)
+            at = window_places(schedule.grids[s], step.window).to(module.cached_k.device)
             q = queries(module, call["x"][:, at]).transpose(1, 2)
             keys = module.cached_k.transpose(1, 2) if axis == 1 else module.cached_k
             rows = kept_rows(q, keys, at + keys.shape[2] - call["x"].shape[1], keep, step.pool)

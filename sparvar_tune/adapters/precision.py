@@ -7,6 +7,7 @@ from typing import Any
 
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.scale_count import IsOther, ScaleCount, never
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.generation import Precision
 from sparvar_tune.generation.scaled_product import ScaledLinears
@@ -14,7 +15,7 @@ from sparvar_tune.generation.scaled_product import ScaledLinears
 
 def scale_products(
     found: Parts, step: Precision, linears: Callable[[Any], Sequence[Any]], named: Callable[..., dict[str, Any]],
-    is_other: Callable[[Parts, dict[str, Any]], bool] = lambda found, call: False,
+    is_other: IsOther = never,
 ) -> Undos:  # fmt: skip
     """The step in all its layers. linears(block): those whose products are scaled. named: a block's arguments by name.
 
@@ -26,7 +27,7 @@ def scale_products(
         raise ValueError(reason)
     undos = Undos()
     for layer, block in enumerate(found.blocks):
-        if any(step.at(s, layer) for s in range(len(_schedule(found)))):
+        if step.at(step.from_scale, layer):
             undos.add(replace_method(block, "forward", _body(found, step, layer, linears(block), named, is_other)))
     return undos
 
@@ -43,24 +44,12 @@ def why_not_scaled(step: Precision | None, linears: Sequence[Sequence[Any]]) -> 
     return None
 
 
-def _schedule(found: Parts) -> Any:
-    assert found.schedule is not None, "the policy's"
-    return found.schedule
-
-
 def _body(found: Parts, step: Precision, layer: int, linears: Sequence[Any], named: Any, is_other: Any) -> Any:
     attention, scaled = found.attentions[layer], ScaledLinears(linears)
-    scale: list[int | None] = [None]  # of the last call; not every call says its own
+    count = ScaleCount(found, attention, is_other)
 
     def forward(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        if not attention.caching:
-            return inner(*args, **kwargs)
-        if attention.cached_k is None:
-            first = -1 if _schedule(found).prefix else 0
-            scale[0] = None if is_other(found, named(*args, **kwargs)) else first
-        elif scale[0] is not None:
-            scale[0] += 1
-        if not step.at(scale[0], layer):
+        if not attention.caching or not step.at(count.next(lambda: named(*args, **kwargs)), layer):
             return inner(*args, **kwargs)
         with scaled.used(*range(len(linears))):
             return inner(*args, **kwargs)

@@ -14,28 +14,29 @@ from torch import Tensor
 
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.adapters.scale_count import IsOther, ScaleCount, never
 from sparvar_tune.generation import PruneTokens
 from sparvar_tune.generation.tokens import Work, pruned, rows_at
 
 
 class PrunedBlock(Undos):
-    """One block's forward. scale: of the last call, None where the image has another schedule; cached: part -> its output.
+    """One block's forward. cached: part -> its output.
 
     given: the block's arguments by name, from a call. is_other: whether an image has another schedule than the parts'.
     """
 
     def __init__(
         self, found: Parts, step: PruneTokens, layer: int, given: Callable[..., dict[str, Any]],
-        is_other: Callable[[Parts, dict[str, Any]], bool] = lambda found, call: False,
+        is_other: IsOther = never,
     ) -> None:  # fmt: skip
         super().__init__()
         assert found.schedule is not None, "the policy's"
-        self.found, self.step, self.given, self.is_other, self.schedule = found, step, given, is_other, found.schedule
+        self.found, self.step, self.given, self.schedule = found, step, given, found.schedule
         self.block, self.attention = found.blocks[layer], found.attentions[layer]
+        self.count = ScaleCount(found, self.attention, is_other)
         reason = self.why_not()
         if reason:
             raise ValueError(f"prune_tokens: block {layer} {reason}")
-        self.scale: int | None = None
         self.cached: dict[str, Tensor] = {}
 
     def why_not(self) -> str | None:
@@ -56,10 +57,7 @@ class PrunedBlock(Undos):
         call = self.given(*args, **kwargs)
         if self.attention.cached_k is None:
             self.cached.clear()
-            self.scale = None if self.is_other(self.found, call) else -1 if self.schedule.prefix else 0  # what comes first
-        elif self.scale is not None:
-            self.scale += 1
-        s = self.scale
+        s = self.count.next(lambda: call)
         if s is None or (s != self.step.cached_scale and self.step.at(s) is None):
             return inner(*args, **kwargs)
         if call["x"].shape[1] != self.schedule.num_queries(s):  # HART's last grid in rounds

@@ -32,7 +32,6 @@ from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.bitwise.sampling import Attend, Generating
 from sparvar_tune.fused.boxed_blocks import BoxedBlocks
 from sparvar_tune.fused.compile_ahead import read_triton
-from sparvar_tune.fused.graph import captured
 from sparvar_tune.fused.watched import Watched
 from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
 from sparvar_tune.generation import decides_apart
@@ -255,7 +254,9 @@ class FusedSampling:
         graph = work.graphs.get(key) if by_graph else None
         if graph is None and by_graph:
             self._forget(work, s)
-            graph = self._capture(work, at)
+            graph = work.capture(lambda: self._pass(work, at), self._fhat.device)
+            if graph is not None:
+                work.graphs[key] = graph
         if graph is None:
             self._forget(work, s)
             self._pass(work, at)
@@ -296,16 +297,6 @@ class FusedSampling:
         if not self.use_graphs or not self.found.on_gpu:
             return "graphs are off" if self.found.on_gpu else "the model is on no GPU"
         return None if self.work is None else self.work.why_not_graphs
-
-    def _capture(self, work: Workspace, at: OnePass) -> torch.cuda.CUDAGraph | None:
-        graph = captured(lambda: self._pass(work, at), self._fhat.device, work.pool)
-        if not isinstance(graph, str):
-            work.graphs[at.start, at.length, at.rows] = graph
-            return graph
-        work.why_not_graphs = graph
-        work.graphs.clear()
-        warnings.warn(f"the fused path runs without graphs: {graph}", stacklevel=2)
-        return None
 
     # Attention, for `Workspace`
 

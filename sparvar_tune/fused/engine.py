@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
-from sparvar_tune.fused.graph import captured
 from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
@@ -270,7 +269,7 @@ class FusedPath(Undos):
         if not self._by_graph(x) or work.images == 0:
             return self.stack.derive()
         if work.constants is None:
-            work.constants = self._captured(work, x.device, self.stack.derive)
+            work.constants = work.capture(self.stack.derive, x.device)
         return self.stack.derive() if work.constants is None else work.constants.replay()
 
     def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
@@ -284,20 +283,11 @@ class FusedPath(Undos):
         if work.room is None:  # the largest first, so that the others fit into what it takes
             last = work.last(x)
             largest = OnePass(work, work.before, last, dense=True)
-            work.room = self._captured(work, x.device, lambda: self.stack.run(last, largest))
-        graph = None if work.room is None else self._captured(work, x.device, lambda: self.stack.run(x, at))
+            work.room = work.capture(lambda: self.stack.run(last, largest), x.device)
+        graph = None if work.room is None else work.capture(lambda: self.stack.run(x, at), x.device)
         if graph is not None:
             work.graphs[at.start, at.length, at.rows] = graph
         return graph
-
-    def _captured(self, work: Workspace, device: torch.device, what: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        graph = captured(what, device, work.pool)
-        if not isinstance(graph, str):
-            return graph
-        work.why_not_graphs = graph
-        work.graphs.clear()
-        warnings.warn(f"the fused path runs without graphs: {graph}", stacklevel=2)
-        return None
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -68,13 +68,17 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 def _ended(graph: torch.cuda.CUDAGraph, pool: Any) -> str | None:
     """Ends the capture; why what was captured is no graph, or None."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # some work is nothing for some models
-            graph.capture_end()
+        _end(graph)
     except RuntimeError as error:
         _recover(pool)
         return first_line(error)
     return None
+
+
+def _end(graph: torch.cuda.CUDAGraph) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # some work is nothing for some models
+        graph.capture_end()
 
 
 def _recover(pool: Any) -> None:
@@ -88,6 +92,4 @@ def _recover(pool: Any) -> None:
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     after = torch.cuda.CUDAGraph()
     after.capture_begin(capture_error_mode="thread_local")  # of nothing: there may be no memory left
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-        after.capture_end()
+    _end(after)

@@ -163,7 +163,7 @@ def stack(found: Parts) -> HartStack:
 def _swiglu(block: Block, y: Tensor, scaled: bool) -> Tensor:
     if scaled:
         rows = scaled_rows(y)
-        return block.down.scaled()(scaled_rows(block.gate.scaled()(rows), "silu", block.up.scaled()(rows)))
+        return block.down.scaled(scaled_rows(block.gate.scaled(rows), "silu", block.up.scaled(rows)))
     return block.down(gated_silu(block.gate(y), block.up(y)))
 
 

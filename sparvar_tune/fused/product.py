@@ -5,8 +5,6 @@ A Linear that carries hooks, parametrisations or another class (LoRA, quantised)
 
 from __future__ import annotations
 
-import copy
-import weakref
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -15,14 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparvar_kernels.path import scaled_rows
+from sparvar_kernels.path import ScaledRows, scaled_rows
 from sparvar_tune.adapters.instance_forward import why_not_replace
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.generation import Precision
-from sparvar_tune.generation.scaled_product import ScaledProduct
-
-# module -> its scaled weights, as long as a path of its model has them: two paths need no two copies
-_SCALED: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, ScaledProduct]] = weakref.WeakKeyDictionary()
+from sparvar_tune.generation.scaled_product import ScaledProduct, scaled_weights
 
 
 class Product:
@@ -40,7 +35,6 @@ class Product:
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype) if self.plain else None
         self._scaled: ScaledProduct | None = None
-        self._shared: ScaledProduct | None = None  # whose weights those are, other paths' too
         # a module in another dtype ran under autocast, which the fused path has switched off around it
         self.casts = not self.plain and any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module))
 
@@ -59,19 +53,15 @@ class Product:
             out: Tensor = self.module(x)
         return out.to(self.dtype)
 
-    def scaled(self) -> ScaledProduct:
-        """The product of scaled rows (`generation.Precision`), of a plain module alone. Made once, by `make_scaled`."""
+    def scale(self) -> ScaledProduct:
+        """The scaled weights, of a plain module alone, made once."""
         if self._scaled is None:
-            assert self.weight is not None, "why_not_scaled says so"
-            known = _SCALED.setdefault(self.module, weakref.WeakValueDictionary())
-            own = self.module.weight
-            state = self.dtype, own.data_ptr(), -1 if own.is_inference() else own._version
-            self._shared = known.get(state)
-            if self._shared is None:
-                self._shared = known[state] = ScaledProduct(self.weight, None)
-            self._scaled = copy.copy(self._shared)
-            self._scaled.bias = self.bias
+            self._scaled = scaled_weights(self.module, self.dtype)
         return self._scaled
+
+    def scaled(self, x: Tensor | ScaledRows) -> Tensor:
+        """The product of scaled rows (`generation.Precision`)."""
+        return self.scale()(x, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The tanh form of GELU of the product; on a GPU within the product."""
@@ -83,12 +73,12 @@ class Product:
 
 def multiplied(product: Product, x: Tensor, scaled: bool) -> Tensor:
     """The product of x [..., K], of scaled rows or not."""
-    return product.scaled()(x) if scaled else product(x)
+    return product.scaled(x) if scaled else product(x)
 
 
 def gelu_mlp(up: Product, down: Product, x: Tensor, scaled: bool) -> Tensor:
     """An MLP with the tanh form of GELU, of scaled rows or not."""
-    return down.scaled()(scaled_rows(up.scaled()(x), "gelu")) if scaled else down(up.gelu(x))
+    return down.scaled(scaled_rows(up.scaled(x), "gelu")) if scaled else down(up.gelu(x))
 
 
 def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence[Sequence[Any]]) -> None:
@@ -100,7 +90,7 @@ def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence
         if step is not None and step.at(step.from_scale, layer):
             for product in vars(block).values():
                 if isinstance(product, Product) and any(product.module is module for module in modules):
-                    product.scaled()
+                    product.scale()
 
 
 def _tensors(module: Any) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import compile_ahead
-from sparvar_tune.fused.graph import held_bytes
+from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.thinning import ThinnedPasses
 from sparvar_tune.generation.scaled_product import precision_of
 from sparvar_tune.generation.tokens import Work
@@ -97,6 +98,16 @@ class Workspace:
                 builds += [build for layer in layers for s in scales for build in layer.builds(s)]
             attend._layers[kind] = layers
         compile_ahead(builds, device)
+
+    def capture(self, what: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
+        """A graph of what is launched, in the memory that all of them share; from one that cannot be on, none is replayed."""
+        graph = captured(what, device, self.pool)
+        if not isinstance(graph, str):
+            return graph
+        self.why_not_graphs = graph
+        self.graphs.clear()
+        warnings.warn(f"the fused path runs without graphs: {graph}", stacklevel=2)
+        return None
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [rows, H, N, D], laid out [rows, N, H, D]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -41,28 +41,27 @@ def capability_of(device: torch.device | str) -> tuple[int, int] | None:
 
 
 class ScaledProduct:
-    """y = x W^T + b of scaled rows. weight [N, K] and bias [N] (or None) in the dtype of the products, which y has too."""
+    """y = x W^T + b of scaled rows. weight [N, K] in the dtype of the products, which b and y have too."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.weight, scales = scaled_rows(weight.detach().contiguous())
         self.scales, self.dtype = scales.flatten(), weight.dtype  # [N]
-        self.bias = None if bias is None else bias.detach()
         on_gpu = why_no_gain(capability_of(weight.device)) is None
         self.direct = on_gpu and not any(side % SIDES for side in weight.shape)
         self.one = torch.ones(1, device=weight.device)
         self.values = None if self.direct else self.weight.float()
 
-    def __call__(self, x: Tensor | ScaledRows) -> Tensor:
-        """[..., N] of x [..., K]."""
+    def __call__(self, x: Tensor | ScaledRows, bias: Tensor | None = None) -> Tensor:
+        """[..., N] of x [..., K]; bias [N]."""
         rows, scales = x if isinstance(x, ScaledRows) else scaled_rows(x.contiguous())
         shape, rows, scales = rows.shape[:-1], rows.flatten(0, -2), scales.flatten(0, -2)
         if self.direct and self.dtype == torch.bfloat16:  # the one dtype that every torch gives after row-wise scales
             out = torch._scaled_mm(
-                rows, self.weight.t(), scales, self.scales[None], self.bias, out_dtype=self.dtype, use_fast_accum=FAST_SUMS
+                rows, self.weight.t(), scales, self.scales[None], bias, out_dtype=self.dtype, use_fast_accum=FAST_SUMS
             )
         else:
             sums = self._sums(rows).mul_(scales).mul_(self.scales)
-            out = (sums if self.bias is None else sums.add_(self.bias)).to(self.dtype)
+            out = (sums if bias is None else sums.add_(bias)).to(self.dtype)
         return out.view(*shape, -1)
 
     def _sums(self, rows: Tensor) -> Tensor:
@@ -76,6 +75,21 @@ class ScaledProduct:
         return wide
 
 
+# Linear -> its scaled weights, as long as somebody holds them: several who use one model need no copies of their own
+_KNOWN: WeakKeyDictionary[nn.Linear, WeakValueDictionary[Any, ScaledProduct]] = WeakKeyDictionary()
+
+
+def scaled_weights(linear: nn.Linear, dtype: torch.dtype) -> ScaledProduct:
+    """The product by a Linear's weights as they are now, made once for all who hold it."""
+    weight = linear.weight
+    state = dtype, weight.data_ptr(), -1 if weight.is_inference() else weight._version
+    known = _KNOWN.setdefault(linear, WeakValueDictionary())
+    found = known.get(state)
+    if found is None:
+        found = known[state] = ScaledProduct(weight.detach().to(dtype))
+    return found
+
+
 class ScaledLinears(TorchFunctionMode):
     """While it is on, F.linear by the own weight of one of these Linears is a scaled product, whoever calls it.
 
@@ -85,7 +99,7 @@ class ScaledLinears(TorchFunctionMode):
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.linears = tuple(linears)
-        self._made: dict[tuple[int, torch.dtype], tuple[Any, ScaledProduct]] = {}
+        self._held: dict[tuple[int, torch.dtype], ScaledProduct] = {}
         self.multiplied = set[int]()  # places in `linears` since `used` last began
 
     def __torch_function__(self, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,17 +113,8 @@ class ScaledLinears(TorchFunctionMode):
         self.multiplied.add(place)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        product = self._product(place, dtype)
-        product.bias = None if bias is None else bias.detach().to(dtype)  # qkv's is put together anew at each call
-        return product(x.to(dtype))
-
-    def _product(self, place: int, dtype: torch.dtype) -> ScaledProduct:
-        weight = self.linears[place].weight
-        state = weight.data_ptr(), -1 if weight.is_inference() else weight._version
-        found = self._made.get((place, dtype))
-        if found is None or found[0] != state:
-            found = self._made[place, dtype] = state, ScaledProduct(weight.detach().to(dtype), None)
-        return found[1]
+        product = self._held[place, dtype] = scaled_weights(self.linears[place], dtype)
+        return product(x.to(dtype), None if bias is None else bias.detach().to(dtype))
 
     @contextmanager
     def used(self, *places: int) -> Iterator[None]:

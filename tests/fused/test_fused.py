@@ -8,7 +8,7 @@ import adapter_checks as checks
 import block_lookalikes
 import pytest
 import torch
-from fused_checks import BOUND, assert_called, errors, on
+from fused_checks import BOUND, assert_called, compiled, errors, on
 from torch import nn
 
 from sparvar_tune import adapters, fused
@@ -271,23 +271,10 @@ def test_auto_is_the_attention_path_on_a_cpu_and_names_are_checked():
 @pytest.mark.parametrize("name", ["dense", "windows", "reuse", "folded"])
 def test_gpu_graphs_are_the_eager_path_bit_for_bit(name, monkeypatch):
     """Captured in the second image and replayed, other prompts, guidance and a dropped half between; no binary comes late."""
-    from sparvar_kernels.backends.triton import binary
-    from sparvar_tune.fused.workspace import Workspace
-
     if name == "folded":
         fold_all(monkeypatch)
         name = "dense"
-    ahead, late, begun = set(), set(), []
-    own_compile, own_for = Workspace.compile, binary.compile_for
-
-    def compile_ahead(*args):
-        begun.append(True)
-        own_compile(*args)
-        begun.pop()
-
-    monkeypatch.setattr(Workspace, "compile", compile_ahead)
-    monkeypatch.setattr(binary, "compile_for", lambda b, c: (ahead if begun else late).add(b) or own_for(b, c))
-    binary.launcher.cache_clear()
+    ahead, late = compiled(monkeypatch)
     kinds, found = [{}, {}, {"batch": 2}, {"batch": 2}, {"batch": 2}, {}, {}, {"batch": 2, "cfg": 1.0}], []
     with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
         driven = block_lookalikes.Infinity()

@@ -7,7 +7,7 @@ import block_lookalikes
 import pytest
 import torch
 import var_hart_lookalikes
-from fused_checks import BOUND, errors, on
+from fused_checks import BOUND, compiled, errors, on
 
 from sparvar_kernels import Policy, Reuse, Rule
 from sparvar_kernels.geometry.scales import ScaleSchedule
@@ -176,20 +176,7 @@ def test_layers_of_other_lengths_lie_one_behind_the_other():
                                   "hart", "hart, every layer"])  # fmt: skip
 def test_gpu_graphs_are_the_eager_path_bit_for_bit(case, monkeypatch):
     """Captured in the second image and replayed, another batch between; no binary comes late."""
-    from sparvar_kernels.backends.triton import binary
-    from sparvar_tune.fused.workspace import Workspace
-
-    ahead, late, begun = set(), set(), []
-    own_compile, own_for = Workspace.compile, binary.compile_for
-
-    def compile_ahead(*args):
-        begun.append(True)
-        own_compile(*args)
-        begun.pop()
-
-    monkeypatch.setattr(Workspace, "compile", compile_ahead)
-    monkeypatch.setattr(binary, "compile_for", lambda b, c: (ahead if begun else late).add(b) or own_for(b, c))
-    binary.launcher.cache_clear()
+    ahead, late = compiled(monkeypatch)
     kind, steps, _ = CASES[case]
     found, kinds = [], [{}, {}, {}, {"batch": 2}, {"batch": 2}, {"batch": 2}]
     with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):

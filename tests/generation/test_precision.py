@@ -75,7 +75,7 @@ def assert_product(rows: int, inputs: int, outputs: int, dtype: torch.dtype, dev
     x, w, b = (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
     want = e4m3.product(x, w, b)
     for bias in (b, None):
-        got = ScaledProduct(w.to(device), None if bias is None else bias.to(device))(x.to(device)[None])[0]
+        got = ScaledProduct(w.to(device))(x.to(device)[None], None if bias is None else bias.to(device))[0]
         far = (got.cpu().double() - (want if bias is not None else want - b.double())).abs().max() / want.abs().max()
         in_fp32 = 2e-6 if device == "cpu" else 2e-4  # tensor cores keep fewer bits of a sum on the way
         assert got.dtype == dtype and float(far) < {torch.float32: in_fp32, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
@@ -86,7 +86,7 @@ def assert_product(rows: int, inputs: int, outputs: int, dtype: torch.dtype, dev
 def test_a_row_with_nan_is_nan_and_no_other():
     x = torch.ones(3, 16)
     x[1, 3] = torch.nan
-    out = ScaledProduct(torch.randn(8, 16), None)(x)
+    out = ScaledProduct(torch.randn(8, 16))(x)
     assert out.isnan().all(1).tolist() == [False, True, False] and bool(out[::2].isfinite().all())
 
 

@@ -19,6 +19,25 @@ def on(driven, attend=None, **options):
     return fused.put_on(family, parts, attend, "fused", **options)
 
 
+def compiled(monkeypatch) -> tuple[set, set]:
+    """The binaries that are compiled ahead of an image from now on, and those that are compiled when they are launched."""
+    from sparvar_kernels.backends.triton import binary
+    from sparvar_tune.fused.workspace import Workspace
+
+    ahead, late, begun = set(), set(), []
+    own_compile, own_for = Workspace.compile, binary.compile_for
+
+    def compile_ahead(*args):
+        begun.append(True)
+        own_compile(*args)
+        begun.pop()
+
+    monkeypatch.setattr(Workspace, "compile", compile_ahead)
+    monkeypatch.setattr(binary, "compile_for", lambda b, c: (ahead if begun else late).add(b) or own_for(b, c))
+    binary.launcher.cache_clear()
+    return ahead, late
+
+
 def assert_called(driven, where: str, bound: float) -> None:
     """A module of block 1 that is no plain Linear is called: what it adds is in our logits."""
     plain = checks.draw(driven)
