@@ -1,11 +1,14 @@
 """Time of a whole picture against PSNR, of a model in the box: every saving alone, and those together that may win.
 
     python -m lab.fronts pocketvar --pairs 10
-    python -m lab.fronts emojivar --pairs 10 --device cuda
+    python -m lab.fronts emojivar --pairs 4 --images 16 --device cuda
 
 All ways of a pair are drawn one after the other in rotating order with dense among them, so that a busy machine ranks them as an
 idle one does; on a GPU on the fused path, once all graphs are captured. Points are means over the pairs and no certificates. The
 raw numbers go beside the report and the plot; with `--from FILE` both are made from them again.
+
+`--images`: so many pictures are drawn at once, by every way. One picture of a small model does not fill a big GPU: what is timed
+then is launches, which no saving makes fewer.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ from sparvar_kernels.policy import Policy, Step
 from sparvar_tune.adapters import ADAPTERS, Adapter, Pair, load_adapter
 from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales, drop_from
+from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, PruneTokens, SkipScales, drop_from
+from sparvar_tune.live.boxed import BoxedAdapter
 from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.measure.pairs import MOST_PAIRS, search_pairs
 from sparvar_tune.measure.timing import Stopwatch
-from sparvar_tune.policy_search.judge import first_touched, make_attention, prepare
+from sparvar_tune.policy_search.judge import first_touched, make_attention, offered, prepare
 from sparvar_tune.policy_search.menu import OptionTable, assign
 from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
 from sparvar_tune.profile.machine import here_or_named, silicon, versions
@@ -41,8 +45,8 @@ from sparvar_tune.profile.store import write_atomic
 from sparvar_tune.ways.search_here import measure_options
 
 ATTENTION, SKIP, TOKENS, KEYS = "sparse attention", "last scale left out", "tokens pruned", "cached keys cut"
-HALF = "half of guidance dropped"
-ALONE = (ATTENTION, SKIP, TOKENS, KEYS, HALF)
+HALF, SCALED = "half of guidance dropped", "8-bit products"
+ALONE = (ATTENTION, SKIP, TOKENS, KEYS, HALF, SCALED)
 PRICES, SKIP_PRICES, THIN_PRICE = (100.0, 25.0, 8.0, 2.5, 0.8), (25.0, 6.0, 1.5, 0.4), 25.0
 SHARES = {TOKENS: (0.9, 0.5, 0.25, 0.1), KEYS: (0.75, 0.5, 0.25, 0.1)}  # kept
 # (scales before the end from which the half is dropped, what else is done)
@@ -50,7 +54,12 @@ HALVES, HALF_SKIPS = range(5), (2, 4)
 HALF_PRICES = ((0, 25.0), (1, 25.0), (1, 8.0), (1, 2.5), (2, 25.0), (2, 8.0), (2, 2.5))
 HALF_SHARES = {TOKENS: ((0, 0.9), (1, 0.9), (2, 0.5)), KEYS: ((1, 0.75), (1, 0.5), (1, 0.25), (1, 0.1), (2, 0.75), (2, 0.5))}
 HALF_KEYS_PRICES = ((1, 0.5, 100.0), (1, 0.5, 25.0))
+# (scales before the end from which products are of 8-bit floats, price or scales before the end from which the half is dropped)
+SCALES_SCALED, SCALED_PRICES, SCALED_SKIP_PRICES = (0, 1, 2, 4), ((0, 25.0), (2, 25.0), (2, 8.0), (2, 2.5), (2, 0.8)), (6.0, 0.4)
+SCALED_HALVES = ((0, 0), (2, 0), (4, 0), (0, 1), (2, 1), (2, 2), (4, 4))
+SCALED_HALF_PRICES = ((2, 0, 25.0), (0, 1, 25.0), (2, 1, 25.0), (2, 1, 8.0), (2, 2, 8.0))
 PRESETS = ("near-lossless", "paper")
+MOST_IMAGES = 64
 T = TypeVar("T")
 
 
@@ -89,14 +98,36 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
     for what, (share, *_) in SHARES.items():
         policy = priced(THIN_PRICE, thin(what, share))
         out.append(Candidate(f"{what} + {ATTENTION}", f"{share:.0%} kept, price {THIN_PRICE:g}", policy))
+
+    def at(before: int) -> str:
+        return f"from scale {last - before}"
+
+    def scaled(before: int) -> Step:
+        return Precision(last - before, ((0, layers - 1),))
+
+    can_scale = Precision.kind in offered(adapter)
+    if can_scale:
+        out += [Candidate(SCALED, at(i), dense(scaled(i))) for i in SCALES_SCALED]
+        made = [(f"{at(i)}, price {price:g}", priced(price, scaled(i))) for i, price in SCALED_PRICES]
+        out += [Candidate(f"{SCALED} + {ATTENTION}", setting, policy) for setting, policy in made]
+        out.append(Candidate(f"{SCALED} + {SKIP}", at(2), dense(skip, scaled(2))))
+        made = [(f"{at(2)}, price {price:g}", priced(price, skip, scaled(2))) for price in SCALED_SKIP_PRICES]
+        out += [Candidate(f"{SCALED} + {SKIP} + {ATTENTION}", setting, policy) for setting, policy in made]
     if DropUnconditional.kind not in adapter.steps:
         return out
 
     def half(before: int) -> Step:
         return DropUnconditional(last - before)
 
-    def at(before: int) -> str:
-        return f"from scale {last - before}"
+    if can_scale:
+        for i, j in SCALED_HALVES:
+            out.append(Candidate(f"{HALF} + {SCALED}", f"{at(j)}, products {at(i)}", dense(half(j), scaled(i))))
+        for i, j, price in SCALED_HALF_PRICES:
+            policy = priced(price, half(j), scaled(i))
+            out.append(Candidate(f"{HALF} + {SCALED} + {ATTENTION}", f"{at(j)}, products {at(i)}, price {price:g}", policy))
+        policy = priced(SKIP_PRICES[-1], skip, half(2), scaled(2))
+        out.append(Candidate(f"{HALF} + {SCALED} + {SKIP}", at(2), dense(skip, half(2), scaled(2))))
+        out.append(Candidate(f"{HALF} + {SCALED} + {SKIP} + {ATTENTION}", f"{at(2)}, price {SKIP_PRICES[-1]:g}", policy))
 
     out += [Candidate(HALF, at(i), dense(half(i))) for i in HALVES]
     out += [Candidate(f"{HALF} + {ATTENTION}", f"{at(i)}, price {price:g}", priced(price, half(i))) for i, price in HALF_PRICES]
@@ -113,10 +144,10 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture drawn one way. as_one: all blocks ran as one, else attention alone."""
+    """What a pair stands for, drawn one way: PSNR (dB) by picture. as_one: all blocks ran as one, else attention alone."""
 
     ms: float
-    psnr: float
+    psnr: list[float]
     as_one: bool
 
 
@@ -138,7 +169,8 @@ def draw_pairs(
             made[name] = picture, shared + ms, as_one
             say(f"pair {i + 1}/{len(pairs)}: {name}, {ms:.0f} ms")
         for name, (picture, ms, as_one) in made.items():
-            drawn[name].append(Drawn(ms, compare_pictures(picture, made["dense"][0])[LEAD.name], as_one))
+            each = zip(picture.split(1), made["dense"][0].split(1), strict=True)
+            drawn[name].append(Drawn(ms, [compare_pictures(*both)[LEAD.name] for both in each], as_one))
     return drawn
 
 
@@ -149,9 +181,11 @@ def timed(stopwatch: Stopwatch, work: Callable[[], T]) -> tuple[T, float]:
     return made[0], ms
 
 
-def measure(model: str, pairs: int, device: str) -> dict[str, Any]:
-    """The raw numbers, as the JSON file has them; nothing is rounded."""
+def measure(model: str, pairs: int, device: str, images: int = 1) -> dict[str, Any]:
+    """The raw numbers, as the JSON file has them; nothing is rounded. pairs: one a picture, the first pictures' first."""
     adapter = load_adapter(find_model(model), device)
+    assert isinstance(adapter, BoxedAdapter)
+    adapter.images = images
 
     def say(text: str) -> None:
         print(f"\r{text[:150]:150}", end="", file=sys.stderr, flush=True)
@@ -165,12 +199,13 @@ def measure(model: str, pairs: int, device: str) -> dict[str, Any]:
     return {
         "model": adapter.model.slug, "date": datetime.date.today().isoformat(),
         "machine": dataclasses.asdict(silicon(gpu, True)), "versions": dataclasses.asdict(versions()),
-        "pairs": [list(pair) for pair in drawn], "class_levels": list(adapter.class_levels()),
+        "pairs": [list(own) for pair in drawn for own in adapter.pictures_of(pair)], "images": images,
+        "class_levels": list(adapter.class_levels()),
         "wanted": {preset: adapter.required(preset)[LEAD.name] for preset in PRESETS},
         "dense_ms": [o.ms for o in found["dense"]], "load": os.getloadavg()[1], "processors": os.cpu_count(),
         "ways": [
             {"method": way.method, "setting": way.setting, "ms": [o.ms for o in pictures],
-             LEAD.name: [o.psnr for o in pictures], "as_one": pictures[0].as_one}
+             LEAD.name: [db for o in pictures for db in o.psnr], "as_one": pictures[0].as_one}
             for way, pictures in ((way, found[f"{way.method}, {way.setting}"]) for way in made)
         ],
     }  # fmt: skip
@@ -228,9 +263,10 @@ def markdown(raw: Mapping[str, Any], plot: str) -> str:
         f"# Time against PSNR: {raw['model']} on {'a CPU' if on_cpu else machine['name']}", "",
         f"{where}; torch {raw['versions']['torch']}; {raw['date']}; "
         f"load {raw['load']:.1f} on {raw['processors']} processors. {drawn_on(raw)}"
-        f"{len(raw['pairs'])} (class, seed) pairs, every way in rotating order with dense in one run. Speed-ups are of whole "
-        "pictures, medians of paired ratios. PSNR is against the dense picture with the same noise, brought to all classes by "
-        "their known levels. These are means; a profile's certificate is on held-out pictures and takes the lower bound.", "",
+        f"{len(raw['pairs'])} (class, seed) pairs{at_once(raw)}, every way in rotating order with dense in one run. Speed-ups "
+        "are of whole pictures, medians of paired ratios. PSNR is against the dense picture with the same noise, brought to all "
+        "classes by their known levels. These are means; a profile's certificate is on held-out pictures and takes the lower "
+        "bound.", "",
         f"![The front]({plot})", "", "## At a preset's PSNR", "",
         "| method | " + " | ".join(f"{preset}, {wanted:.2f} dB" for preset, wanted in raw["wanted"].items()) + " |",
         "|---" * (len(raw["wanted"]) + 1) + "|",
@@ -259,6 +295,12 @@ def markdown(raw: Mapping[str, Any], plot: str) -> str:
     lines += ["", "## Every point", "", "| method | setting | speed-up | PSNR, dB |", "|---|---|---|---|"]
     lines += [f"| {p.method} | {p.setting} | {p.speedup:.2f}x | {p.psnr:.2f} |" for p in found]
     return "\n".join(lines) + "\n"
+
+
+def at_once(raw: Mapping[str, Any]) -> str:
+    images = raw.get("images", 1)
+    ms = median(raw["dense_ms"])
+    return f", {images} at once (dense {ms / images:.1f} ms a picture)" if images > 1 else f" (dense {ms:.0f} ms)"
 
 
 def drawn_on(raw: Mapping[str, Any]) -> str:
@@ -299,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.fronts", description="time against PSNR, each saving alone and together")
     parser.add_argument("model", choices=list(ADAPTERS), nargs="?", default="pocketvar")
     parser.add_argument("--pairs", type=int, default=10, help="(class, seed) pairs, drawn every way")
+    parser.add_argument("--images", type=int, default=1, help="pictures drawn at once, so many a pair")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="raw numbers of an earlier run: measure nothing")
     parser.add_argument("--out", type=Path, help="the report, such as reports/fronts-h100-MODEL.md")
@@ -306,8 +349,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 1 <= given.pairs <= MOST_PAIRS:
         print(f"fronts: --pairs: got {given.pairs}, want 1..{MOST_PAIRS}", file=sys.stderr)
         return 2
-    raw = json.loads(given.source.read_text("utf-8")) if given.source else measure(given.model, given.pairs, given.device)
+    if not 1 <= given.images <= MOST_IMAGES:
+        print(f"fronts: --images: got {given.images}, want 1..{MOST_IMAGES}", file=sys.stderr)
+        return 2
+    if given.source:
+        raw = json.loads(given.source.read_text("utf-8"))
+    else:
+        raw = measure(given.model, given.pairs, given.device, given.images)
     own = "" if raw["model"] == "pocketvar" else f"-{raw['model']}"
+    own += f"-images-{raw['images']}" if raw.get("images", 1) > 1 else ""
     slug = raw["machine"].get("gpu", "cpu").removesuffix("-sxm")
     out: Path = given.out or Path(f"reports/fronts-{slug}{own}.md")
     plot = out.with_suffix(".svg")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
 from sparvar_tune.adapters.boxed import file_hash
-from sparvar_tune.adapters.protocol import Adapter
+from sparvar_tune.adapters.protocol import Adapter, Pair
 from sparvar_tune.adapters.registry import recognise
 from sparvar_tune.adapters.whole_images import begin_image
 from sparvar_tune.bitwise.sampling import Attend, DenseAttention, Generating, draw_noise
@@ -24,6 +25,7 @@ from sparvar_tune.fused.workspace import attention_like
 
 REDRAW = "dense, noise redrawn at the last two scales"
 DROP = "dense, last scale left out"
+APART = 10_000_000  # above every seed of `measure.pairs`
 MOST_TO_WARM = 4  # pictures: the first compiles, the second is captured, one more where a decision was not replayed before
 
 
@@ -32,6 +34,7 @@ class BoxedAdapter(Adapter):
 
     yardsticks_file: Path
     classes_by_index: tuple[str, ...]
+    images: int = 1  # pictures drawn at once: those of `pictures_of` a pair
 
     def __init__(self, model: Model, device: str, live: Any, weights: Path, temperature: float) -> None:
         self.model, self.device, self.live = model, device, live
@@ -48,13 +51,19 @@ class BoxedAdapter(Adapter):
         self._started: Generating | None = None
 
     @abstractmethod
-    def begin(self, pair: tuple[int, int], noise: Tensor, attend: Attend | None = None) -> Generating:
-        """The generation of a pair before its first scale, with dense attention unless told otherwise."""
+    def begin(self, pairs: Sequence[Pair], noise: Tensor, attend: Attend | None = None) -> Generating:
+        """The generation of pairs, each with its noise, before its first scale, with dense attention unless told otherwise."""
 
-    def start(self, pair: tuple[int, int], until: int) -> Generating:
-        noise = draw_noise(self.schedule, self.live.config.bits, pair[1])
+    def pictures_of(self, pair: Pair) -> list[Pair]:
+        """The pairs that are drawn at once with this one, which comes first: other classes, seeds that no other pair has."""
+        label, seed = pair
+        return [((label + i) % self.num_classes, seed + i * APART) for i in range(self.images)]
+
+    def start(self, pair: Pair, until: int) -> Generating:
+        pairs = self.pictures_of(pair)
+        noise = torch.stack([draw_noise(self.schedule, self.live.config.bits, seed) for _, seed in pairs])
         path = self._drawn_with(self.dense)
-        begun = self.begin(pair, noise, path)
+        begun = self.begin(pairs, noise, path)
         if self.as_one:
             self._warm(path, begun, lambda: begun.fork().run())
             self._started = begun
@@ -64,9 +73,9 @@ class BoxedAdapter(Adapter):
         begin_image(attend)  # a state is finished many times, maybe with one attention
         noise = None
         if redraw_from is not None:
-            begin = self.schedule.starts[redraw_from]
-            noise = state.noise[0].clone()
-            noise[begin:] = draw_noise(self.schedule, self.live.config.bits, self._seed_of(noise))[begin:]
+            begin, noise = self.schedule.starts[redraw_from], state.noise.clone()
+            for own in noise:
+                own[begin:] = draw_noise(self.schedule, self.live.config.bits, self._seed_of(own))[begin:]
         return state.fork(self._drawn_with(attend), noise).run().pictures()
 
     def prepare(self, attend: Attend) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from sparvar_tune.adapters.emojivar import STEPS
+from sparvar_tune.adapters.protocol import Pair
 from sparvar_tune.bitwise.sampling import Attend
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.emojivar.installed import place
@@ -26,8 +29,9 @@ class EmojiAdapter(BoxedAdapter):
         self.yardsticks_file = place("yardsticks.json")
         super().__init__(model, device, load_emojivar(device=device), place("emojivar.safetensors"), temperature=0.7)
 
-    def begin(self, pair: tuple[int, int], noise: Tensor, attend: Attend | None = None) -> Generation:
-        return Generation(self.live, [caption(*pair)], noise, self.temperature, GUIDANCE, attend or self.dense)
+    def begin(self, pairs: Sequence[Pair], noise: Tensor, attend: Attend | None = None) -> Generation:
+        captions = [caption(*pair) for pair in pairs]
+        return Generation(self.live, captions, noise, self.temperature, GUIDANCE, attend or self.dense)
 
 
 def open_model(model: Model, device: str) -> EmojiAdapter:

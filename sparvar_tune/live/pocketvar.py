@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from sparvar_tune.adapters.pocketvar import STEPS
+from sparvar_tune.adapters.protocol import Pair
 from sparvar_tune.bitwise.sampling import Attend
 from sparvar_tune.catalog.models import Model
 from sparvar_tune.live.boxed import DROP, REDRAW, BoxedAdapter
@@ -26,8 +28,8 @@ class PocketAdapter(BoxedAdapter):
     def __init__(self, model: Model, device: str) -> None:
         super().__init__(model, device, load_pocketvar(device=device), WEIGHTS, temperature=0.7)
 
-    def begin(self, pair: tuple[int, int], noise: Tensor, attend: Attend | None = None) -> Generation:
-        return Generation(self.live, [pair[0]], noise, self.temperature, attend or self.dense)
+    def begin(self, pairs: Sequence[Pair], noise: Tensor, attend: Attend | None = None) -> Generation:
+        return Generation(self.live, [label for label, _ in pairs], noise, self.temperature, attend or self.dense)
 
 
 def open_model(model: Model, device: str) -> PocketAdapter:

@@ -342,8 +342,8 @@ def shipped(name: str, device: str, pairs) -> list[float]:
     path = fused.boxed.sampling(adapters.recognise(adapter.live)[1])
     for pair in pairs:
         noise = draw_noise(adapter.schedule, adapter.live.config.bits, pair[1])
-        own = adapter.begin(pair, noise).run().pictures()
-        state = adapter.begin(pair, noise).fork(path)
+        own = adapter.begin([pair], noise).run().pictures()
+        state = adapter.begin([pair], noise).fork(path)
         for _ in range(3 if device == "cuda" else 1):  # eager, captured, replayed
             ours = state.fork().run().pictures()
             found.append(compare_pictures(ours, own)["psnr"])
@@ -407,7 +407,7 @@ def test_shipped_pictures_in_half_precision(name):
     for pair in [(label, seed) for seed in (1, 2) for label in range(4)]:
         noise = draw_noise(exact.schedule, exact.live.config.bits, pair[1])
         ways = ((exact, exact.dense), (half, half.dense), (half, path))
-        want, own, ours = (adapter.begin(pair, noise, way).run().pictures() for adapter, way in ways)
+        want, own, ours = (adapter.begin([pair], noise, way).run().pictures() for adapter, way in ways)
         for kind, a, b in (("own", own, want), ("ours", ours, want), ("ours to own", ours, own)):
             found[kind].append(compare_pictures(a, b)["psnr"])
     assert path.reason is None and path.why_not_graphs is None
