@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparvar_kernels.path import append_qkv, residual_norm
 from sparvar_tune.adapters.instance_forward import why_not_replace
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.bitwise.sampling import Generating
-from sparvar_tune.fused.product import Product, multiplied, why_not_owned
+from sparvar_tune.fused.product import Product, exact_gelu_mlp, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
 
 EPS = 1e-5  # of F.layer_norm, which pocketvar calls
@@ -108,8 +107,7 @@ class BoxedBlocks:
             y = residual_norm(x, update, gate, norm="layer", out_dtype=dtype, **first)
             update = self._attend(i, y, at)
             y = residual_norm(x, update, gates[0], norm="layer", out_dtype=dtype, **second)
-            scaled = at.scaled(i)
-            update, gate = multiplied(block.down, F.gelu(multiplied(block.up, y, scaled)), scaled), gates[1]
+            update, gate = exact_gelu_mlp(block.up, block.down, y, at.scaled(i)), gates[1]
         residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
 
     def _norms(self, i: int, rows: int) -> list[dict[str, Any]]:

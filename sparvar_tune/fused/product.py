@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparvar_kernels.path import ScaledRows, scaled_rows
+from sparvar_kernels.path.scaled_product import Then
 from sparvar_tune.adapters.instance_forward import why_not_replace
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.generation import Precision
@@ -59,9 +60,9 @@ class Product:
             self._scaled = scaled_weights(self.module, self.dtype)
         return self._scaled
 
-    def scaled(self, x: Tensor | ScaledRows) -> Tensor:
-        """The product of scaled rows (`generation.Precision`)."""
-        return self.scale()(x, self.bias)
+    def scaled(self, x: Tensor | ScaledRows, then: Then = "none") -> Tensor:
+        """The product of scaled rows (`generation.Precision`). then: "gelu" for the exact form of GELU of it."""
+        return self.scale()(x, self.bias, then)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The tanh form of GELU of the product; on a GPU within the product."""
@@ -79,6 +80,11 @@ def multiplied(product: Product, x: Tensor, scaled: bool) -> Tensor:
 def gelu_mlp(up: Product, down: Product, x: Tensor, scaled: bool) -> Tensor:
     """An MLP with the tanh form of GELU, of scaled rows or not."""
     return down.scaled(scaled_rows(up.scaled(x), "gelu")) if scaled else down(up.gelu(x))
+
+
+def exact_gelu_mlp(up: Product, down: Product, x: Tensor, scaled: bool) -> Tensor:
+    """The same with the exact form."""
+    return down.scaled(up.scaled(x, "gelu")) if scaled else down(F.gelu(up(x)))
 
 
 def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence[Sequence[Any]]) -> None:

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparvar_kernels.path import ScaledRows, scaled_rows
+from sparvar_kernels.path import ScaledRows, scaled_product, scaled_rows
+from sparvar_kernels.path.scaled_product import SIDE, Then
 from sparvar_kernels.path.scaled_rows import CAPABILITY
 from sparvar_kernels.policy import Policy
 from sparvar_tune.generation.precision import Precision
 
 # Hopper is faster where it may sum in fewer bits than the rule's fp32; `lab/whole_image --fast-sums` measures that.
 FAST_SUMS = False
-SIDES = 16  # both sides of a weight are a multiple of this where the hardware multiplies
 
 
 def precision_of(policy: Policy | None) -> Precision | None:
@@ -44,35 +44,21 @@ class ScaledProduct:
     """y = x W^T + b of scaled rows. weight [N, K] in the dtype of the products, which b and y have too."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight, scales = scaled_rows(weight.detach().contiguous())
-        self.scales, self.dtype = scales.flatten(), weight.dtype  # [N]
+        self.weight, self.dtype = scaled_rows(weight.detach().contiguous()), weight.dtype  # scales [N, 1]
         on_gpu = why_no_gain(capability_of(weight.device)) is None
-        self.direct = on_gpu and not any(side % SIDES for side in weight.shape)
-        self.one = torch.ones(1, device=weight.device)
-        self.values = None if self.direct else self.weight.float()
+        # bf16 is the one dtype that every torch gives after row-wise scales
+        self.by_library = on_gpu and self.dtype == torch.bfloat16 and not any(side % SIDE for side in weight.shape)
 
-    def __call__(self, x: Tensor | ScaledRows, bias: Tensor | None = None) -> Tensor:
-        """[..., N] of x [..., K]; bias [N]."""
-        rows, scales = x if isinstance(x, ScaledRows) else scaled_rows(x.contiguous())
-        shape, rows, scales = rows.shape[:-1], rows.flatten(0, -2), scales.flatten(0, -2)
-        if self.direct and self.dtype == torch.bfloat16:  # the one dtype that every torch gives after row-wise scales
-            out = torch._scaled_mm(
-                rows, self.weight.t(), scales, self.scales[None], bias, out_dtype=self.dtype, use_fast_accum=FAST_SUMS
-            )
-        else:
-            sums = self._sums(rows).mul_(scales).mul_(self.scales)
-            out = (sums if bias is None else sums.add_(bias)).to(self.dtype)
-        return out.view(*shape, -1)
-
-    def _sums(self, rows: Tensor) -> Tensor:
-        """[M, N] fp32 of E4M3 rows [M, K], before any scale."""
-        if self.values is not None:
-            with torch.autocast(rows.device.type, enabled=False):
-                return rows.float() @ self.values.t()
-        wide: Tensor = torch._scaled_mm(
-            rows, self.weight.t(), self.one, self.one, out_dtype=torch.float32, use_fast_accum=FAST_SUMS
+    def __call__(self, x: Tensor | ScaledRows, bias: Tensor | None = None, then: Then = "none") -> Tensor:
+        """[..., N] of x [..., K]; bias [N]. then: of `scaled_product`."""
+        x = x if isinstance(x, ScaledRows) else scaled_rows(x.contiguous())
+        if not self.by_library or then != "none":
+            return scaled_product(x, self.weight, bias, self.dtype, then)
+        rows, scales, columns = x.rows.flatten(0, -2), x.scales.flatten(0, -2), self.weight.rows.t()
+        out = torch._scaled_mm(
+            rows, columns, scales, self.weight.scales.t(), bias, out_dtype=self.dtype, use_fast_accum=FAST_SUMS
         )
-        return wide
+        return out.view(*x.rows.shape[:-1], -1)
 
 
 # Linear -> its scaled weights, as long as somebody holds them: several who use one model need no copies of their own
