@@ -33,6 +33,7 @@ def main() -> None:
         one.add_argument("--rounds", type=int, default=7)
         one.add_argument("--profiled", type=int, default=2)
         one.add_argument("--layers", action="store_true", help="also each block against the public one")
+        one.add_argument("--apart", action="store_true", help="the public code before ours: their caches do not fit side by side")
         one.add_argument("--first", action="store_true", help="only the time of apply and of the first pictures")
         if family == "infinity":
             one.add_argument("--peer", choices=("FastVAR", "ScaleKV"), help="CHECKOUT is this method's code; time that alone")

@@ -165,23 +165,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
             "captured_bytes": path.fused.work.captured_bytes, "reason": path.fused.reason,
         }  # fmt: skip
         return
-    with flash():
-        wall_ms(driven.draw)
-        public_peak = peak_bytes(driven.draw)
-    say(f"public code: peak {public_peak / 2**30:.2f} GiB")
     best = ways.fused("path, graphs, profile", "profile")
-    with using(best):
-        for _ in range(3):
-            driven.draw()
-        ours_peak = peak_bytes(driven.draw)
-    work = ways.paths[-1].work
-    assert work is not None, ways.paths[-1].reason
-    say(f"ours: peak {ours_peak / 2**30:.2f} GiB, graphs hold {work.captured_bytes / 2**30:.2f} GiB")
-    yield {"peak_bytes": {"public": public_peak, "ours": ours_peak}, "captured_bytes": work.captured_bytes}
-    if args.layers:
-        last = len(ways.parts.blocks) - 1
-        with flash():
-            yield {"layers": compare(driven, (0, last // 2, last), say)}
     made = [
         ways.public("public, FlashAttention-2", flash), ways.public("public, cuDNN", cudnn),
         ways.attention("public, our attention (profile)", "profile"),
@@ -196,7 +180,29 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
     for name, policy, skipped in thinned(ways.parts, driven):
         made.append(ways.fused(f"path, graphs, {name}", policy, skipped=skipped))
     chosen = {way.name: way for way in made if not args.only or way.name.startswith(tuple(args.only))}
-    yield {"ways": climb(driven.draw, chosen, args.rounds, args.profiled, driven.decoding, say)}
+    with flash():
+        wall_ms(driven.draw)
+        public_peak = peak_bytes(driven.draw)
+    say(f"public code: peak {public_peak / 2**30:.2f} GiB")
+    found: dict[str, Any] = {}
+    if args.apart:
+        for name in [name for name in chosen if name.startswith("public")]:
+            found |= climb(driven.draw, {name: chosen.pop(name)}, args.rounds, args.profiled, driven.decoding, say)
+        torch.cuda.empty_cache()
+        yield {"apart": True, "ways": found}
+    with using(best):
+        for _ in range(3):
+            driven.draw()
+        ours_peak = peak_bytes(driven.draw)
+    work = ways.paths[0].work
+    assert work is not None, ways.paths[0].reason
+    say(f"ours: peak {ours_peak / 2**30:.2f} GiB, graphs hold {work.captured_bytes / 2**30:.2f} GiB")
+    yield {"peak_bytes": {"public": public_peak, "ours": ours_peak}, "captured_bytes": work.captured_bytes}
+    if args.layers:
+        last = len(ways.parts.blocks) - 1
+        with flash():
+            yield {"layers": compare(driven, (0, last // 2, last), say)}
+    yield {"ways": found | climb(driven.draw, chosen, args.rounds, args.profiled, driven.decoding, say)}
 
 
 def _open(args: argparse.Namespace) -> Any:

@@ -60,7 +60,8 @@ def decoding(run: dict[str, Any]) -> dict[str, float]:
 def _ladder(run: dict[str, Any]) -> list[str]:
     ways = {name: way for name, way in run["ways"].items() if "error" not in way}
     public, dense, decoder = ways.get(PUBLIC), ways.get(DENSE), decoding(run)
-    note = " " + run["note"] if "note" in run else ""
+    note = " The public code was timed before ours, as the caches of both do not fit side by side." if run.get("apart") else ""
+    note += " " + run["note"] if "note" in run else ""
     lines = [
         f"## {title(run)}", "",
         f"{run['date']}, {run['gpu']}, torch {run['torch']}, triton {run['triton']}, host {run['host']}; "
