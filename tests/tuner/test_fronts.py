@@ -53,3 +53,18 @@ def test_report_and_plot_come_out_of_the_raw_numbers(raw, tmp_path):
     assert fronts.main(["--from", str(source), "--out", str(out)]) == 0 and out.with_suffix(".svg").read_bytes() == first
     assert b"near-lossless" in first and out.read_text() == fronts.markdown(raw, "report.svg")
     assert fronts.main(["--pairs", "0"]) == 2
+
+
+def test_a_certificate_is_by_the_bound(raw):
+    """Of pairs that chose nothing, every class twice: the fastest that was drawn and whose bound holds, and nothing between."""
+    raw |= {"pairs": [[c, i] for c in range(3) for i in range(2)], "held_out": True, "dense_ms": [1000.0] * 6}
+    for way, ratio, spread in zip(raw["ways"], (2.0, 3.0, 2.4, 2.5, 4.0), (0.1, 0.1, 0.1, 3.0, 0.1), strict=True):
+        base = 35.0 if ratio < 4 else 33.0
+        way |= {"ms": [1000 / ratio] * 6, "psnr": [base + c + d for c in (-4, 0, 4) for d in (-spread, spread)]}
+    found = fronts.points(raw)
+    assert found[0].psnr == pytest.approx(35.0) and 34.6 < found[0].bound < 35.0 and found[3].bound < 34.0
+    both = f"{fronts.SKIP} + {fronts.ATTENTION}"
+    assert [fronts.certified(found, m, 34.0) for m in (fronts.ATTENTION, fronts.SKIP, both)] == [3.0, 2.4, None]
+    assert f"- paper: {both} reaches 4.00x. The best alone is sparse attention, 3.00x. Ratio: 1.33" in fronts.markdown(
+        raw, "plot.svg"
+    )
