@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lab.emojivar.pictures import Scenes
 from lab.training import BlockCausal, Phase, adamw, autocast, psnr, save_png, scale_weights, set_rate, train_tokenizer
+from sparvar_tune.bitwise.sampling import turns_of
 from sparvar_tune.emojivar.caption import CLASSES, say
 from sparvar_tune.emojivar.coder import Encoder
 from sparvar_tune.emojivar.model import EmojiConfig, EmojiVAR, Generation, draw_noise, load_emojivar, save_weights
@@ -46,8 +47,9 @@ class TeacherForcing:
         model = self.model
         drawn = model.inputs([None, *states[:-1]], range(len(states)))
         x = torch.cat((model.prefix(captions), drawn.expand(len(captions), -1, -1)), 1)
+        turns = turns_of(model.rotations)
         for block in model.blocks:
-            q, k, v = self.before(block, x, model.rotations)
+            q, k, v = self.before(block, x, turns)
             x = self.after(block, x, self.attention(q, k, v))
         return model.logits(x[:, model.schedule.prefix :])
 

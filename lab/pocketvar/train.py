@@ -28,6 +28,7 @@ from lab.training import (
     set_rate,
     train_tokenizer,
 )  # fmt: skip
+from sparvar_tune.bitwise.sampling import turns_of
 from sparvar_tune.pocketvar.coder import Encoder
 from sparvar_tune.pocketvar.model import CLASSES, Generation, PocketConfig, PocketVAR, draw_noise, save_weights
 
@@ -48,8 +49,9 @@ class TeacherForcing:
         model = self.model
         x = model.inputs([None, *states[:-1]], range(len(states)))
         mod, head_mod = model.modulations(labels)
+        turns = turns_of(model.rotations)
         for block in model.blocks:
-            q, k, v = self.before(block, x, model.rotations, mod)
+            q, k, v = self.before(block, x, turns, mod)
             x = self.after(block, x, self.attention(q, k, v), mod)
         return model.logits(x, head_mod)
 

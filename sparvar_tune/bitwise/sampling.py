@@ -60,11 +60,15 @@ def rope_angles(schedule: ScaleSchedule, head_dim: int) -> Tensor:
     return torch.cat(angles)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x [..., N, D] with its neighbouring pairs turned by angles [N, D / 2]."""
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+def turns_of(angles: Tensor) -> Tensor:
+    """[N, D / 2] complex numbers of length 1, as `rotate` takes them, of angles [N, D / 2]."""
+    angles = angles.float()
+    return torch.complex(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """x [..., N, D] of floats, its neighbouring pairs turned by turns [N, D / 2] of `turns_of`: one pass over x."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
 
 
 def draw_noise(schedule: ScaleSchedule, bits: int, seed: int) -> Tensor:
@@ -104,9 +108,9 @@ def portions(x: Tensor) -> list[slice]:
 class Sampled(Protocol):
     """What sampling asks of a model. Its methods get a block first, and last what blocks are told of the picture (`told`).
 
-    before_attention(block, x [B, N, width], angles [(B, 1,) N, D / 2]) -> q, k, v [B, H, N, D]. attention_part(block, attended
-    [B, H, N, D]) and mlp_part(block, x) -> what they add to x; after_attention(block, x, attended) -> x after both.
-    raw_queries(block, x) -> [B, H, N, D] without bias, norm, rotation or learned factor.
+    before_attention(block, x [B, N, width], turns [(B, 1,) N, D / 2] of `turns_of`) -> q, k, v [B, H, N, D].
+    attention_part(block, attended [B, H, N, D]) and mlp_part(block, x) -> what they add to x; after_attention(block, x, attended)
+    -> x after both. raw_queries(block, x) -> [B, H, N, D] without bias, norm, rotation or learned factor.
     """
 
     config: Any  # depth, heads, head_dim, bits
@@ -244,13 +248,14 @@ class Generating(ABC):
         """x [B, N, width], all tokens of the scale, after all blocks; their keys and values are in the cache then."""
         self._own_cache()
         x, thinning = x.clone(), Thinning.of(self.attend, self.model.schedule)
+        turns = turns_of(self.model.rotations[self._span])
         for layer in range(self.model.config.depth):
             budget = thinning.budget_after(self.scale, layer)
             window = None if budget is None else thinning.window_of(x, self.scale)
             if thinning.by_parts(self.scale, layer):
-                x = self._by_parts(x, layer, thinning)
+                x = self._by_parts(x, layer, thinning, turns)
             else:
-                self._whole(x, layer, self._span)
+                self._whole(x, layer, self._span, turns)
             if budget is not None and window is not None:
                 self._cut(layer, budget, window, thinning)
         return x
@@ -262,9 +267,9 @@ class Generating(ABC):
         if as_one is not None and as_one.read(self, x):
             return
         self._own_cache()
-        x = x.clone()
+        x, tokens = x.clone(), slice(0, self.model.schedule.prefix)
         for layer in range(self.model.config.depth):
-            self._whole(x, layer, slice(0, self.model.schedule.prefix))
+            self._whole(x, layer, tokens, turns_of(self.model.rotations[tokens]))
 
     def take(self, logits: Tensor) -> None:
         """Draws the bits of the scale from its logits [pictures, N, bits] and adds them to what is drawn so far."""
@@ -307,16 +312,16 @@ class Generating(ABC):
         """The scale's tokens among all."""
         return slice(*self.model.schedule.starts[self.scale : self.scale + 2])
 
-    def _whole(self, x: Tensor, layer: int, tokens: slice) -> None:
-        """One block on x [B, N, width] of such tokens, which change in place."""
+    def _whole(self, x: Tensor, layer: int, tokens: slice, turns: Tensor) -> None:
+        """One block on x [B, N, width] of such tokens, which change in place; turns: theirs."""
         block = self.model.blocks[layer]
         with scaled_block(self.attend, self.scale if tokens == self._span else None, layer, block, *PRODUCTS):
-            attended = self._attend(x, layer, self.model.rotations[tokens])
+            attended = self._attend(x, layer, turns)
             for part in portions(x):
                 x[:, part] = self.model.after_attention(block, x[:, part], attended[:, :, part], *self.told)
 
-    def _attend(self, x: Tensor, layer: int, angles: Tensor) -> Tensor:
-        """Attention of rows x [B, n, width] turned by angles [(B, 1,) n, D / 2], which are appended to the layer's cache."""
+    def _attend(self, x: Tensor, layer: int, turns: Tensor) -> Tensor:
+        """Attention of rows x [B, n, width], whose turns are [(B, 1,) n, D / 2]; their keys and values join the layer's cache."""
         model, c, begin = self.model, self.model.config, self.filled[layer]
         end = self.filled[layer] = begin + x.shape[1]
         q = x.new_empty(x.shape[0], c.heads, x.shape[1], c.head_dim)  # fresh: it may be captured
@@ -324,19 +329,19 @@ class Generating(ABC):
         new_keys, new_values = keys[:, :, begin:], values[:, :, begin:]
         for part in portions(x):
             q[:, :, part], new_keys[:, :, part], new_values[:, :, part] = model.before_attention(
-                model.blocks[layer], x[:, part], angles[..., part, :], *self.told
+                model.blocks[layer], x[:, part], turns[..., part, :], *self.told
             )
         if slice(begin, end) == self._span:
             return self.attend(q, keys, values, layer, self.scale)
         # no call of the schedule, so no rule may stand there: a prefix, or what is left of the tokens
         return DenseAttention(model.softmax_scale)(q, keys, values, layer, self.scale)
 
-    def _by_parts(self, x: Tensor, layer: int, thinning: Thinning) -> Tensor:
+    def _by_parts(self, x: Tensor, layer: int, thinning: Thinning, turns: Tensor) -> Tensor:
         """The same block, each of its parts on the tokens that it chooses, or on all where later scales need what it gives."""
-        model, block, angles = self.model, self.model.blocks[layer], self.model.rotations[self._span]
+        model, block = self.model, self.model.blocks[layer]
 
         def attend(rows: Tensor, places: Tensor | None) -> Tensor:
-            attended = self._attend(rows, layer, angles if places is None else angles[places][:, None])
+            attended = self._attend(rows, layer, turns if places is None else turns[places][:, None])
             return model.attention_part(block, attended, *self.told)
 
         def mlp(rows: Tensor, _places: Tensor | None) -> Tensor:

@@ -111,10 +111,10 @@ class EmojiVAR(nn.Module):
         """[B, tokens of `scales`, width] from fhat [B, C, H, W] *before* each scale (None: nothing drawn yet)."""
         return grid_inputs(self.schedule, self.start, self.levels.weight, self.embed, states, scales)
 
-    def before_attention(self, block: Block, x: Tensor, angles: Tensor) -> tuple[Tensor, ...]:
-        """x [B, N, width] -> q, k, v [B, H, N, D]."""
+    def before_attention(self, block: Block, x: Tensor, turns: Tensor) -> tuple[Tensor, ...]:
+        """x [B, N, width], turns of `turns_of` -> q, k, v [B, H, N, D]."""
         q, k, v = block.qkv(block.norm1(x)).unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(q.float(), angles).to(v), rotate(k.float(), angles).to(v), v
+        return rotate(q.float(), turns).to(v), rotate(k.float(), turns).to(v), v
 
     def after_attention(self, block: Block, x: Tensor, attended: Tensor) -> Tensor:
         """x [B, N, width] after the attention output [B, H, N, D] and the MLP."""

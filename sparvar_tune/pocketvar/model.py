@@ -120,12 +120,17 @@ class PocketVAR(nn.Module):
         c = F.silu(self.class_embedding(labels))
         return self.condition(c).unflatten(-1, (6, -1)), self.head_modulation(c).unflatten(-1, (2, -1))
 
-    def before_attention(self, block: Block, x: Tensor, angles: Tensor, mod: Tensor) -> tuple[Tensor, ...]:
-        """x [B, N, width] -> q, k, v [B, H, N, D]; q carries the head's learned scale."""
-        q, k, v = block.qkv(self._attention_input(block, x, mod)).unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+    def before_attention(self, block: Block, x: Tensor, turns: Tensor, mod: Tensor) -> tuple[Tensor, ...]:
+        """x [B, N, width], turns of `turns_of` -> q, k, v [B, H, N, D]; q carries the head's learned scale."""
+        qk, v = (
+            block.qkv(self._attention_input(block, x, mod))
+            .unflatten(-1, (3 * self.config.heads, -1))
+            .transpose(1, 2)
+            .split((2 * self.config.heads, self.config.heads), 1)
+        )
+        q, k = F.normalize(qk.float(), dim=-1).chunk(2, 1)
         q = q * self.head_scale(block).view(1, -1, 1, 1)
-        return rotate(q, angles).to(v), rotate(k, angles).to(v), v
+        return rotate(q, turns).to(v), rotate(k, turns).to(v), v
 
     def after_attention(self, block: Block, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
         """x [B, N, width] after the attention output [B, H, N, D] and the MLP."""

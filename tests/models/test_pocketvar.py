@@ -7,6 +7,7 @@ import torch
 from tiny import make_model
 
 from lab.pocketvar.train import TeacherForcing
+from sparvar_tune.bitwise.sampling import rotate, turns_of
 from sparvar_tune.bitwise.tokenizer import Quantiser, grow, pool
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.live.pocketvar import PocketAdapter
@@ -57,6 +58,16 @@ def test_teacher_forcing_equals_sampling():
     with torch.no_grad():
         forced = TeacherForcing(model, False)(states, torch.tensor([3]))
     assert torch.allclose(torch.cat(seen[:-1], 1), forced, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of a model's table
+def test_rotation_turns_neighbouring_pairs(dtype):
+    x, angles = torch.randn(2, 3, 5, 8)[..., 2:], (torch.randn(5, 3) * 30).to(dtype)
+    cos, sin = angles.double().cos(), angles.double().sin()
+    want = torch.empty(2, 3, 5, 6, dtype=torch.float64)
+    want[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
+    want[..., 1::2] = x[..., 0::2] * sin + x[..., 1::2] * cos
+    assert torch.allclose(rotate(x, turns_of(angles)).double(), want, atol=1e-5)
 
 
 def test_resampling_matrices():
