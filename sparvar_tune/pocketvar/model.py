@@ -143,9 +143,8 @@ class PocketVAR(nn.Module):
 
     def mlp_part(self, block: Block, x: Tensor, mod: Tensor) -> Tensor:
         """[B, N, width]: what the MLP adds to x [B, N, width]."""
-        shift, scale, gate = (mod + block.modulation)[:, 3:].unsqueeze(2).unbind(1)
-        y = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-        return gate * block.fc2(F.gelu(block.fc1(y)))
+        shift, scale, gate = (mod + block.modulation)[:, 3:].unbind(1)
+        return gate[:, None] * block.fc2(F.gelu(block.fc1(modulated_norm(x, shift, scale))))
 
     def raw_queries(self, block: Block, x: Tensor, mod: Tensor) -> Tensor:
         """[B, H, N, D] of x [B, N, width]: no bias, norm, rotation or learned factor."""
@@ -154,13 +153,18 @@ class PocketVAR(nn.Module):
 
     @staticmethod
     def _attention_input(block: Block, x: Tensor, mod: Tensor) -> Tensor:
-        shift, scale = (mod + block.modulation)[:, :2].unsqueeze(2).unbind(1)
-        return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+        return modulated_norm(x, *(mod + block.modulation)[:, :2].unbind(1))
 
     def logits(self, x: Tensor, mod: Tensor) -> Tensor:
         """[B, N, bits] from the last block's x [B, N, width]."""
-        shift, scale = mod.unsqueeze(2).unbind(1)
-        return self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+        return self.head(modulated_norm(x, *mod.unbind(1)))
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm of x [B, N, width] times 1 + scale, plus shift, both [B, width]; of one picture in one pass."""
+    if len(x) == 1 and x.dtype == scale.dtype == shift.dtype:  # under autocast they are not
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0])
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale)[:, None] + shift[:, None]
 
 
 class Generation(Generating):
