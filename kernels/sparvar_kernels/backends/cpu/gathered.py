@@ -2,7 +2,8 @@
 
 For a few tiles at a time the listed keys and values are copied side by side (`index_select` into buffers that are used
 again) and two batched matrix products with a softmax between them run while everything is still in cache. When the
-problem bounds its logits the running maximum, and with it a pass over the scores, is left out.
+problem bounds its logits the running maximum, and with it a pass over the scores, is left out. PyTorch raises 2 to the scores
+in half the time that it takes for e, so the queries carry log2(e).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from sparvar_kernels.backends.configs import CpuConfig
 from sparvar_kernels.backends.dense import SAFE_LOGIT
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.variants.lists import KeyLists
+
+LOG2_E = math.log2(math.e)
 
 
 def gathered_attention(
@@ -40,8 +43,7 @@ def gathered_attention(
             keys = lists.keys[at]
             counts = None if lists.counts is None else lists.counts[at].tolist()
             queries = q[b, h].to(work).index_select(0, flat_rows).view(num_tiles, each, dim)
-            if problem.softmax_scale != 1:
-                queries = queries.mul_(problem.softmax_scale)
+            queries = queries.mul_(problem.softmax_scale * LOG2_E)
             for t in range(0, num_tiles, step):
                 n = min(step, num_tiles - t)
                 listed = keys[t : t + n].reshape(-1)
@@ -55,7 +57,7 @@ def gathered_attention(
                         near_v[j * width + count : (j + 1) * width] = 0  # 0 times what may be NaN
                 if not bounded:
                     s.sub_(s.amax(-1, keepdim=True))
-                s.exp_()
+                s.exp2_()
                 total = s.sum(-1, keepdim=True)
                 torch.bmm(s, near_v.view(n, width, dim).to(work), out=tiled[t : t + n])
                 tiled[t : t + n].div_(total)
