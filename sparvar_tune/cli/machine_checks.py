@@ -26,6 +26,7 @@ ROOM_BYTES = 1 << 30  # binaries and trials of a long search
 # Extra of pyproject.toml -> its packages and what they give.
 EXTRAS = {
     "gpu": (("triton", "nvidia-ml-py"), "kernels on NVIDIA GPUs; clocks and power beside their times"),
+    "flash3": (("fa3-fwd",), "FlashAttention-3 for bf16 dense passes on Hopper"),
     "profile": (("nvtx",), "named ranges in Nsight's timelines"),
     "monitor": (("prometheus-client", "opentelemetry-api"), "what a server runs, told to Prometheus or OpenTelemetry"),
     "report": (("matplotlib", "jinja2", "scipy"), "sparvar-tune report, and the sampler study"),

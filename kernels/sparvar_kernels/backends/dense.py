@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -24,10 +26,53 @@ def out_like(q: Tensor) -> Tensor:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Tensor:
-    """The fastest dense attention PyTorch has here: cuDNN where it runs, else its own choice of backend. [B, H, Nq, D]."""
+    """The fastest dense attention there is here: FlashAttention-3 where it is installed and fits, cuDNN where it runs, else
+    PyTorch's own choice of backend. [B, H, Nq, D]."""
+    if q.is_cuda and why_not_flash3(q, k, v) is None:
+        return _flash3(q, k, v, problem.softmax_scale)[0]
     if q.is_cuda and _cudnn_runs(q):
         return _cudnn(q, k, v, problem.softmax_scale, False)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=problem.softmax_scale)
+
+
+def why_not_flash3(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why FlashAttention-3 (package fa3-fwd, for Hopper, bf16 alone) does not take these tensors, or None.
+
+    Its copies want addresses and strides that are multiples of 16 bytes.
+    """
+    if torch.compiler.is_compiling():  # addresses are not known yet
+        return "got a call that is being compiled, want one that runs"
+    if q.dtype != torch.bfloat16:
+        return f"got {q.dtype}, want torch.bfloat16: fa3-fwd is built for no other"
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        return f"got head_dim {q.shape[-1]}, want a multiple of 8 up to 256"
+    for t in (q, k, v):
+        batch, head, row, last = t.stride()
+        if last != 1 or (batch | head | row) % 8 or t.data_ptr() % 16:
+            return f"got strides {t.stride()} at an address that is {t.data_ptr() % 16} mod 16, want 16-byte steps"
+    return _why_no_flash3(q.device.index or 0) if q.is_cuda else f"got tensors on {q.device}, want a Hopper GPU"
+
+
+@lru_cache(maxsize=16)
+def _why_no_flash3(device: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"got a GPU of capability {major}.{minor}, want 9.0"
+    if importlib.util.find_spec("fa3_fwd") is None:
+        return "the package fa3-fwd is not installed"
+    try:
+        importlib.import_module("fa3_fwd._C")  # registers its operators
+    except (ImportError, OSError) as error:  # a build for another PyTorch or CUDA
+        return f"the package fa3-fwd does not load: {str(error).splitlines()[0][:120]}"
+    return None
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The output is laid out as q. One split of the keys: a sum in parts would need memory of its own."""
+    out = out_like(q)
+    rows = (t.transpose(1, 2) for t in (q, k, v))
+    lse = torch.ops.fa3_fwd.fwd(*rows, out=out.transpose(1, 2), softmax_scale=scale, num_splits=1)[1]
+    return out, lse
 
 
 def _cudnn_runs(q: Tensor) -> bool:
@@ -53,6 +98,8 @@ def dense_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         scores = (q.float() @ k.float().transpose(-1, -2)) * scale
         lse = torch.logsumexp(scores, -1)
         return (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype), lse
+    if why_not_flash3(q, k, v) is None:
+        return _flash3(q, k, v, scale)
     if _cudnn_runs(q):
         out, lse = _cudnn(q, k, v, scale, True)
         return out, lse.reshape(q.shape[:3])
