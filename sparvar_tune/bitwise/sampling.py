@@ -7,7 +7,8 @@ attention get the same noise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -208,7 +209,8 @@ class Generating(ABC):
         self.narrow()
         as_one: AsOne | None = self.attend if hasattr(self.attend, "draw") else None  # type: ignore[assignment]
         if as_one is None or not as_one.draw(self):
-            self.draw(self.through_blocks)
+            with self._again():
+                self.draw(self.through_blocks)
 
     def parked(self: Twin) -> Twin:
         """The same state holding only the part of the cache that is filled; `fork` it to go on."""
@@ -295,6 +297,18 @@ class Generating(ABC):
         """Raises ValueError where the keys and values that the next scale needs are nowhere."""
         if self.holder is None and self.cache.shape[-2] < max(self.filled):
             raise ValueError("the picture's keys and values are lost: an error broke off its last scale; begin it anew")
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Around a scale: one that breaks off may be drawn again, but where it cuts caches, whose keys are lost then."""
+        filled, given = list(self.filled), dict(self.given)
+        try:
+            yield
+        except BaseException:
+            self.filled, self.given = filled, given
+            if Thinning.of(self.attend, self.model.schedule).budget_after(self.scale, 0) is not None:
+                self.cache = self.cache[..., :0, :]
+            raise
 
     def _own_cache(self) -> None:
         """Before a block writes to it."""

@@ -37,9 +37,9 @@ class Thinning:
         return self.prune is not None and self.prune.by_parts(s, layer)
 
     def part(self, given: Given, name: tuple[int, str], s: int, x: Tensor, work: Work) -> Tensor:
-        """What a part adds to all tokens of x [B, N, C]."""
+        """What a part adds to all tokens of x [B, N, C], in their dtype: the fused path gives fp32."""
         assert self.prune is not None, "by_parts"
-        return pruned(self.prune, self.schedule.grids, s, x, work, given, name)
+        return pruned(self.prune, self.schedule.grids, s, x, work, given, name).to(x.dtype)
 
     def budget_after(self, s: int, layer: int) -> int | None:
         """The keys that a layer's cache is cut to once scale `s` is in it; None: it is not cut."""

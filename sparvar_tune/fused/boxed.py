@@ -5,6 +5,7 @@ CUDA graph.
     draw                            takes the state's keys and values into the model's buffers, if they are not there, and runs
     give_back                       copies them out, when the state is parked or forked or another one needs the buffers
 
+What parts of blocks gave that later scales live on (FastVAR) goes in and out with them.
 So states may be begun, parked, forked and finished in any order, as a search does. The first run of a scale is eager (kernels
 compile, tables are built), the second is captured, later ones are replayed. A scale that lives on a decision is replayed only
 where the decision was, and refused where the buffers hold another picture's.
@@ -32,6 +33,7 @@ from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.bitwise.sampling import Attend, Generating
 from sparvar_tune.fused.boxed_blocks import BoxedBlocks
 from sparvar_tune.fused.compile_ahead import read_triton
+from sparvar_tune.fused.thinning import Lengths, why_not_thinned
 from sparvar_tune.fused.watched import Watched
 from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
 from sparvar_tune.generation import decides_apart
@@ -87,6 +89,7 @@ class FusedSampling:
         self._hook: Attached | None = None
         plans = [] if attend is None else attend.plans
         scales = range(len(self.model.schedule))
+        self.lengths = Lengths(self.policy, self.model.schedule, found.layers)
         self._deciding = [s for s in scales if any(plan[s].records for plan in plans)]
         self._living = [s for s in scales if any(v.decision_scale is not None for plan in plans for v, _ in plan[s].groups)]
 
@@ -106,11 +109,13 @@ class FusedSampling:
             schedule, s = self.model.schedule, state.scale
             x = self._stream(state.rows, schedule.num_queries(s))
             at = OnePass(self.work, schedule.starts[s], x)
+            self.work.thinning.check(state.given, s)
             self._fhat.copy_(state.fhat)
             with self._whole(state):
                 self._run(self.work, state, at)
             state.fhat = self._fhat.clone()
-            state.scale, state.filled = s + 1, [at.start + at.length] * self.found.layers
+            state.given = self.work.thinning.after(state.given, s)
+            state.scale, state.filled = s + 1, self.lengths.before(s + 1)
         return True
 
     def read(self, state: Generating, x: Tensor) -> bool:
@@ -129,11 +134,11 @@ class FusedSampling:
             state.holder = self._held.state = None
             if state.scale == len(self.model.schedule):
                 return  # the last grid's keys ran over those of other layers, and nobody needs them
-            done = state.filled[0]
-            state.cache = state.cache.new_empty(*state.cache.shape[:-2], done, state.cache.shape[-1])
-            for layer in range(self.found.layers):
+            state.given = self.work.thinning.end(state.given, state.rows)
+            state.cache = state.cache.new_empty(*state.cache.shape[:-2], max(state.filled), state.cache.shape[-1])
+            for layer, done in enumerate(state.filled):
                 for own, t in zip(state.cache[layer], self.work.cache(layer), strict=True):
-                    own.copy_(t[: state.rows, :, :done])
+                    own[..., :done, :] = t[: state.rows, :, :done]
 
     # A picture
 
@@ -156,21 +161,13 @@ class FusedSampling:
         self._begin(state)
         return True
 
-    @property
-    def why_never(self) -> str | None:
-        """Why no picture with such a policy runs here, or None."""
-        steps = self.policy.steps if self.policy is not None else ()
-        return next((f"{step.kind} works inside them" for step in steps if step.thins), None)
-
     def _why_not(self, state: Generating) -> str | None:
         if self.model.training:
             return "the model is in training mode"
         if torch.is_autocast_enabled(state.fhat.device.type):
             return "autocast is on; load the model in the dtype that its products shall have"
-        if self.why_never:
-            return self.why_never
-        begun = self.model.schedule.starts[state.scale] if any(state.filled) else 0
-        return None if set(state.filled) == {begun} else "earlier scales of it left keys out of its caches"
+        fits = not any(state.filled) or state.filled == self.lengths.before(state.scale)
+        return None if fits else "earlier scales of it left other keys out of its caches than here"
 
     def _begin(self, state: Generating) -> None:
         """Buffers for this kind of picture, and in them what is known of it."""
@@ -181,10 +178,10 @@ class FusedSampling:
         for name in state.constants:
             getattr(self._picture, name).copy_(getattr(state, name))
         self.stack.begin(self._picture)
-        if done := state.filled[0]:
-            for layer in range(self.found.layers):
-                for t, own in zip(self.work.cache(layer), state.cache[layer], strict=True):
-                    t[: state.rows, :, :done].copy_(own[..., :done, :])
+        for layer, done in enumerate(state.filled):
+            for t, own in zip(self.work.cache(layer), state.cache[layer], strict=True):
+                t[: state.rows, :, :done].copy_(own[..., :done, :])
+        state.given = self.work.thinning.begin(state.given, state.rows, self.work.x.dtype)
         state.cache = self._nothing(state)
         state.holder, self._held.state = self, weakref.ref(state)
 
@@ -215,7 +212,7 @@ class FusedSampling:
         pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
         self.work = Workspace(self.found, x, torch.float32, dtype, self.model.schedule, self, pool)
         self._fhat, self._picture = torch.empty_like(state.fhat), copy.copy(state)
-        self._picture.attend, self._picture.cache = self.own, self._nothing(state)
+        self._picture.attend, self._picture.cache, self._picture.given = self.own, self._nothing(state), {}
         for name in state.constants:
             given = getattr(state, name)
             setattr(self._picture, name, torch.empty(given.shape, dtype=given.dtype, device=device))
@@ -232,11 +229,11 @@ class FusedSampling:
 
     @contextmanager
     def _whole(self, state: Generating) -> Iterator[None]:
-        """Around a pass. What breaks off the last grid's has written over keys of other layers, so they are lost."""
+        """Around a pass. What breaks off one that writes over keys of before loses them."""
         try:
             yield
         except BaseException:
-            if state.scale == len(self.model.schedule) - 1:
+            if self.lengths.overwrites(state.scale):
                 state.holder = self._held.state = None
             else:
                 self.give_back(state)
@@ -324,7 +321,7 @@ def sampling(found: Parts, attend: SparseAttention | None = None, graphs: bool =
     """The same for who gives a state its attention himself: nothing is put into the model."""
     path = FusedSampling(found, attend, graphs)
     reason = None if attend is None else attend.policy.why_not(found.model.schedule, found.layers, found.heads)
-    reason = reason or path.stack.why_not()
+    reason = reason or (None if attend is None else why_not_thinned(attend.policy, path.stack.thins)) or path.stack.why_not()
     if reason:
         raise ValueError(f"the blocks cannot run as one: {reason}")
     if found.on_gpu:

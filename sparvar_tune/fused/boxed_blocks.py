@@ -40,7 +40,12 @@ class Block:
 
 
 class BoxedBlocks:
-    """See the module docstring. `prepare` comes once per kind of picture, `begin` once a picture, `run` once a scale."""
+    """See the module docstring. `prepare` comes once per kind of picture, `begin` once a picture, `run` once a scale.
+
+    thins: kinds of steps that leave out tokens which `run` can do.
+    """
+
+    thins: tuple[str, ...] = ("prune_tokens", "cache_budget")
 
     def __init__(self, found: Parts) -> None:
         self.found, self.model = found, found.model
@@ -101,14 +106,38 @@ class BoxedBlocks:
         update: Tensor | None = None
         gate: Tensor | None = None
         for i, block in enumerate(self.blocks):
-            dtype = block.qkv.dtype
+            if at.by_parts(i):
+                residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
+                self._add_parts(i, x, at)
+                update = gate = None
+                continue
+            dtype, gates = block.qkv.dtype, self._gates(i, x.shape[0])
             first, second = self._norms(i, x.shape[0])
-            gates = self.modulation[i, : x.shape[0], 2::3].unbind(1) if self.modulated else (None, None)
             y = residual_norm(x, update, gate, norm="layer", out_dtype=dtype, **first)
             update = self._attend(i, y, at)
             y = residual_norm(x, update, gates[0], norm="layer", out_dtype=dtype, **second)
-            update, gate = exact_gelu_mlp(block.up, block.down, y, at.scaled(i)), gates[1]
+            update, gate = self._think(i, y, at), gates[1]
         residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
+
+    def _add_parts(self, i: int, x: Tensor, at: Pass) -> None:
+        def gated(update: Tensor, gate: Tensor | None) -> Tensor:
+            return update.float() if gate is None else update * gate[:, None]
+
+        def attend(rows: Tensor, places: Tensor | None) -> Tensor:
+            y = residual_norm(rows, norm="layer", out_dtype=self.blocks[i].qkv.dtype, **first)
+            return gated(self._attend(i, y, at, places), gates[0])
+
+        def think(rows: Tensor, _: Tensor | None) -> Tensor:
+            y = residual_norm(rows, norm="layer", out_dtype=self.blocks[i].qkv.dtype, **second)
+            return gated(self._think(i, y, at), gates[1])
+
+        (first, second), gates = self._norms(i, x.shape[0]), self._gates(i, x.shape[0])
+        at.add(i, "attention", x, attend)
+        at.add(i, "mlp", x, think)
+
+    def _gates(self, i: int, rows: int) -> Sequence[Tensor | None]:
+        """The factors [rows, C] of both parts of a block; None is 1."""
+        return self.modulation[i, :rows, 2::3].unbind(1) if self.modulated else (None, None)
 
     def _norms(self, i: int, rows: int) -> list[dict[str, Any]]:
         """The operands of both norms of a block."""
@@ -118,14 +147,22 @@ class BoxedBlocks:
         pairs = ((shift1, scale1), (shift2, scale2))
         return [{"shift": shift, "scale": scale, "eps": EPS} for shift, scale in pairs]
 
-    def _attend(self, i: int, y: Tensor, at: Pass) -> Tensor:
-        """Apart, so that what it needs on the way is given back when it is done."""
+    # Apart, so that what they need on the way is given back when they are done
+
+    def _attend(self, i: int, y: Tensor, at: Pass, chosen: Tensor | None = None) -> Tensor:
         block, (rows, length, _) = self.blocks[i], y.shape
         qkv = multiplied(block.qkv, y, at.scaled(i)).view(rows, length, 3, self.found.heads, self.found.head_dim)
-        places, cosine = self.rotation[at.start : at.start + length], block.q_scale is not None
-        q = append_qkv(qkv, *at.cache(i), at.start, q_scale=block.q_scale, normalise=cosine, rotation=places)
+        places, cosine = self.rotation[at.start : at.start + at.length], block.q_scale is not None
+        if chosen is not None:
+            places = places[chosen]  # each row its own
+        q = append_qkv(qkv, *at.cache(i), at.filled(i), q_scale=block.q_scale, normalise=cosine, rotation=places)
         del qkv
-        return multiplied(block.proj, at.attend(i, q), at.scaled(i))
+        out = at.attend(i, q)
+        at.cut(i, lambda window: block.qkv.raw_queries(y.index_select(1, window), self.found.heads, self.found.head_dim))
+        return multiplied(block.proj, out, at.scaled(i))
+
+    def _think(self, i: int, y: Tensor, at: Pass) -> Tensor:
+        return exact_gelu_mlp(self.blocks[i].up, self.blocks[i].down, y, at.scaled(i))
 
 
 def _is_shipped(kind: type[Any], name: str) -> bool:

@@ -208,12 +208,8 @@ class InfinityStack:
         q = append_qkv(qkv, *at.cache(i), at.filled(i), q_scale=block.q_scale, normalise=block.cosine, rotation=places)
         del qkv
         out = at.attend(i, q)
-        at.cut(i, lambda window: self._raw_queries(block, y.index_select(1, window)))
+        at.cut(i, lambda window: block.qkv.raw_queries(y.index_select(1, window), self.found.heads, self.found.head_dim))
         return multiplied(block.proj, out, at.scaled(i))
-
-    def _raw_queries(self, block: Block, y: Tensor) -> Tensor:
-        heads, dim = self.found.heads, self.found.head_dim
-        return block.qkv.bare(y, heads * dim).unflatten(2, (heads, dim))
 
     def _attend_text(self, i: int, y: Tensor) -> Tensor:
         block, (rows, length, width) = self.blocks[i], y.shape

@@ -49,6 +49,10 @@ class Product:
         """The first `outputs` numbers of the module's product, without the bias in the place of its own."""
         return self._called(x)[..., :outputs] if self.weight is None else F.linear(x, self.weight[:outputs])
 
+    def raw_queries(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
+        """[B, N, H, D] of x [B, N, C], of a product whose first outputs are a query's: no bias, norm, rotation or factor."""
+        return self.bare(x, heads * head_dim).unflatten(2, (heads, head_dim))
+
     def _called(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, self.dtype, enabled=self.casts, cache_enabled=False):
             out: Tensor = self.module(x)

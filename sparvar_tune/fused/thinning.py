@@ -1,12 +1,13 @@
 """Steps that leave out tokens, where all blocks run as one: how long each layer's cache is, and what is done to it.
 
 Every length follows from the policy and the schedule alone, so a scale is one CUDA graph as ever. Which tokens are kept, and what
-stands for the others, `generation/tokens.py` says.
+stands for the others, `generation/tokens.py` says. What parts gave at one scale lies at addresses that stay, so a later scale's
+graph may read it whatever ran there, a graph or launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,35 +16,32 @@ from torch import Tensor
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_tune.generation import CacheBudget, PruneTokens
-from sparvar_tune.generation.tokens import Work, kept_rows, pruned, window_places
+from sparvar_tune.generation.tokens import Work, is_given, kept_rows, not_given, pruned, window_places
 
 Buffer = Callable[[Any, tuple[int, ...], torch.dtype, torch.device], Tensor]  # what for, shape, ... -> memory that stays
 
 
-class ThinnedPasses:
-    """Of images of one schedule and so many rows. Where the policy has no such step all is as the schedule says.
+class Lengths:
+    """Of images of one schedule. Where the policy has no such step all is as the schedule says.
 
-    filled: [layer][scale], tokens in a layer's cache before that scale.
+    filled: [layer][scale], tokens in a layer's cache before that scale; the last one: after all. cuts: scales after which some
+    layer's may be cut.
     """
 
-    def __init__(
-        self, policy: Policy | None, schedule: ScaleSchedule, layers: int, rows: int, device: torch.device, buffer: Buffer
-    ) -> None:
+    def __init__(self, policy: Policy | None, schedule: ScaleSchedule, layers: int) -> None:
         steps = () if policy is None else policy.steps
         self.prune = next((step for step in steps if isinstance(step, PruneTokens)), None)
         self.budget = next((step for step in steps if isinstance(step, CacheBudget)), None)
-        self.schedule, self.given = schedule, Given(rows, buffer)
+        self.schedule = schedule
         self.filled: list[list[int]] = []
         for layer in range(layers):
             self.filled.append([schedule.prefix])
             for s in range(len(schedule)):
                 held = self.held(layer, s)
                 self.filled[layer].append(min(held, self._budget(layer, s) or held))
-        cut = range(self.budget.from_scale - 1, len(schedule) - 1) if self.budget else ()
-        with torch.inference_mode(False):
-            self.windows = {s: window_places(schedule.grids[s], self.budget.window).to(device) for s in cut if self.budget}
-
-    # Lengths
+        self.cuts = (
+            range(self.budget.from_scale - 1, len(schedule) - 1) if self.budget else range(0)
+        )  # scales after which it does
 
     def new(self, layer: int, s: int) -> int:
         """Tokens that a layer appends at a scale."""
@@ -73,11 +71,32 @@ class ThinnedPasses:
             at += max(self.schedule.prefix, *held[:-1])
         return places[::-1]
 
-    # Work
+    def before(self, s: int) -> list[int]:
+        """By layer, the tokens in its cache before a scale."""
+        return [filled[s] for filled in self.filled]
+
+    def overwrites(self, s: int) -> bool:
+        """Whether a pass that breaks off there has lost what the caches held before: the last one, and one that cuts them."""
+        return s == len(self.schedule) - 1 or s in self.cuts
 
     def by_parts(self, layer: int, s: int) -> bool:
         """Whether a block runs part by part: some tokens are left out, or what its parts give is kept for then."""
         return self.prune is not None and self.prune.by_parts(s, layer)
+
+    def _budget(self, layer: int, s: int) -> int | None:
+        return None if self.budget is None else self.budget.before(s + 1, layer)
+
+
+class ThinnedPasses(Lengths):
+    """What is done in passes of so many rows, or fewer."""
+
+    def __init__(
+        self, policy: Policy | None, schedule: ScaleSchedule, layers: int, rows: int, device: torch.device, buffer: Buffer
+    ) -> None:
+        super().__init__(policy, schedule, layers)
+        self.given = Given(rows, buffer)
+        with torch.inference_mode(False):
+            self.windows = {s: window_places(schedule.grids[s], self.budget.window).to(device) for s in self.cuts if self.budget}
 
     def add(self, layer: int, s: int, part: str, x: Tensor, work: Work) -> None:
         """x [rows, L, C] += what a part gives, or stands for it."""
@@ -97,8 +116,36 @@ class ThinnedPasses:
         for cache in (keys, values):
             cache[:, :, :keep] = cache.gather(2, rows)
 
-    def _budget(self, layer: int, s: int) -> int | None:
-        return None if self.budget is None else self.budget.before(s + 1, layer)
+    # What parts gave a picture, where pictures take turns
+
+    def begin(self, given: Mapping[Any, Tensor], rows: int, dtype: torch.dtype) -> dict[Any, Tensor]:
+        """Takes in what parts gave a picture elsewhere; it is then, as long as the picture is the one here, what is returned."""
+        known = {part: out for part, out in given.items() if self._knows(part, out)}
+        for part, out in known.items():
+            self.given[part] = out[:rows].to(dtype)
+        return {**given, **{part: self.given[part] for part in known}}
+
+    def check(self, given: Mapping[Any, Tensor], s: int) -> None:
+        """Raises ValueError where scale s lives on what parts did not give, as `pruned` does; a graph of it would not."""
+        if self.prune is None or self.prune.at(s) is None:
+            return
+        layers = {part[0] for part, out in given.items() if self._knows(part, out)}
+        if len(layers) <= self.prune.last_layer - self.prune.first_layer:
+            raise not_given(self.prune)
+
+    def after(self, given: dict[Any, Tensor], s: int) -> dict[Any, Tensor]:
+        """What parts have given a picture once scale s of it is drawn."""
+        if self.prune is None or not (s == self.prune.cached_scale or s >= self.prune.last_scale):
+            return given
+        return dict(self.given) if s == self.prune.cached_scale else {}
+
+    def end(self, given: Mapping[Any, Tensor], rows: int) -> dict[Any, Tensor]:
+        """The same in memory of its own: another picture comes."""
+        return {part: out[:rows].clone() if out is self.given.get(part) else out for part, out in given.items()}
+
+    def _knows(self, part: Any, out: Tensor) -> bool:
+        step = self.prune
+        return step is not None and step.first_layer <= part[0] <= step.last_layer and is_given(step, self.schedule.grids, out)
 
 
 class Given(MutableMapping[Any, Tensor]):

@@ -43,13 +43,23 @@ def pruned(
     if keep is None:
         out = given[part] = work(x, None)
         return out
-    if part not in given:
-        raise ValueError(f"prune_tokens: scale {step.cached_scale} was drawn before the step was known; begin before it")
+    if not is_given(step, grids, given.get(part)):
+        raise not_given(step)
     # with Infinity-2B at 1024x1024 it is 28 MB a layer; conditional rows come first, where the others are dropped since
     before = (given.pop(part) if s == step.last_scale else given[part])[: x.shape[0]]
     places = farthest(x, keep)
     whole = enlarge(before, grids[step.cached_scale], grids[s])
     return whole.scatter_(1, places[..., None].expand(-1, -1, x.shape[-1]), work(rows_at(x, places), places).to(whole.dtype))
+
+
+def is_given(step: PruneTokens, grids: Sequence[tuple[int, int]], out: Tensor | None) -> bool:
+    """Whether that is what a part gave at the cached scale [B, N, C]; other steps have others."""
+    return out is not None and out.shape[1] == math.prod(grids[step.cached_scale])
+
+
+def not_given(step: PruneTokens) -> ValueError:
+    """What is raised where a part has nothing that stands for the tokens left out."""
+    return ValueError(f"prune_tokens: scale {step.cached_scale} was drawn before the step was known; begin before it")
 
 
 def window_places(grid: tuple[int, int], window: int) -> Tensor:

@@ -80,7 +80,7 @@ class BoxedAdapter(Adapter):
 
     def prepare(self, attend: Attend) -> bool:
         path = self._drawn_with(attend)
-        if not isinstance(path, FusedSampling) or path.why_never:
+        if not isinstance(path, FusedSampling):
             return False
         state = self._started or self.start((0, 1), 0)
         self._warm(path, state, lambda: self.finish(state, attend))
@@ -104,7 +104,7 @@ class BoxedAdapter(Adapter):
         if path is None:
             like = attention_like(self.parts, attend, self.schedule) if isinstance(attend, SparseAttention) else None
             path = self._paths[attend] = sampling(self.parts, like)  # which does not hold the key
-        return attend if path.why_never else path
+        return path
 
     @staticmethod
     def _seed_of(noise: Tensor) -> int:

@@ -3,103 +3,31 @@ left. Pictures of the shipped weights, and graphs, at the end."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
 import pytest
 import tiny
 import tiny_emojivar
 import torch
+from boxed_checks import BOUND, NAMES, Driven, error, logits_of, poison
 from torch import nn
 
 import sparvar_tune
-from sparvar_kernels import Cs4a, Policy, Rule, SparseAttention, Tile
+from sparvar_kernels import Cs4a, Rule, Tile
 from sparvar_tune import adapters, fused
 from sparvar_tune.adapters import load_adapter
-from sparvar_tune.bitwise.sampling import Generating
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.emojivar.model import Generation as Emoji
 from sparvar_tune.emojivar.model import draw_noise
 from sparvar_tune.generation import CacheBudget, DropUnconditional, PruneTokens, SkipScales
 from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.measure.timing import Stopwatch
-from sparvar_tune.pocketvar.model import Generation as Pocket
 from sparvar_tune.policy_search.certify import TimedByScale
 from sparvar_tune.policy_search.judge import first_touched
-from sparvar_tune.policy_search.menu import paper_policy
-
-BOUND = 2e-5  # relative, of logits: two fp32 orders of summation
-NAMES = ("pocketvar", "emojivar")
-WORDS = (3, 2, 1, 2, 3, 4, 5)
-
-
-class Driven:
-    """A tiny model, what begins a picture of it, and the logits of every scale that it drew."""
-
-    def __init__(self, name: str, device: str = "cpu") -> None:
-        self.name, self.model = name, tiny.make_model() if name == "pocketvar" else tiny_emojivar.make_model()
-        self.model.requires_grad_(False).to(device)
-        self.last = len(self.model.schedule) - 1
-
-    def begin(self, seed: int = 1, attend=None, pictures: int = 1, guidance: float = 1.5) -> Generating:
-        noise = torch.stack([draw_noise(self.model.schedule, self.model.config.bits, seed + i) for i in range(pictures)])
-        if self.name == "pocketvar":
-            return Pocket(self.model, list(range(3, 3 + pictures)), noise, 0.7, attend)
-        return Emoji(self.model, [(i, *WORDS[1:]) for i in range(pictures)], noise, 0.7, guidance, attend)
-
-    def attention(self, *steps, rules=None) -> SparseAttention:
-        c, schedule = self.model.config, self.model.schedule
-        if rules is None:
-            skipped = {s for step in steps for s in step.skips}
-            rules = [r for r in paper_policy(schedule, c.depth, c.heads).rules if r.scale_index not in skipped]
-        policy = Policy((("AB" * c.heads)[: c.heads],) * c.depth, tuple(rules), tuple(steps))
-        return SparseAttention(policy, schedule, softmax_scale=self.model.softmax_scale, logit_bound=self.model.logit_bound)
-
-    def everything(self) -> list[tuple[str, int]]:
-        """What hangs on the model and its modules, by name and identity."""
-        found = [(f"{name}.{key}", id(v)) for name, m in self.model.named_modules() for key, v in vars(m).items()]
-        return [*found, *((name, id(t)) for name, t in self.model.state_dict(keep_vars=True).items())]
-
-    @contextlib.contextmanager
-    def on(self, attend=None, **options):
-        family, parts = adapters.recognise(self.model)
-        path = fused.put_on(family, parts, attend, "fused", **options)
-        try:
-            yield path
-        finally:
-            path.undo()
 
 
 @pytest.fixture(params=NAMES)
 def driven(request) -> Driven:
     return Driven(request.param)
-
-
-def logits_of(run: Generating) -> list[torch.Tensor]:
-    """What the rest of a picture's scales are drawn from."""
-    seen, take = [], Generating.take
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generating, "take", lambda self, logits: (seen.append(logits.clone()), take(self, logits)))
-        run.run()
-    return seen
-
-
-def error(got, want) -> float:
-    assert len(got) == len(want)
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
-
-
-def poison(path: fused.boxed.FusedSampling) -> None:
-    """NaN in every buffer that a picture has to write before it reads."""
-    picture = path._picture
-    for t in (
-        path.work.x,
-        path.work.cached,
-        path.stack.modulation,
-        path._fhat,
-        *(getattr(picture, n) for n in picture.constants),
-    ):
-        t.fill_(float("nan"))
 
 
 @pytest.mark.parametrize("given", [{}, {"pictures": 2}, {"guidance": 0.0}], ids=str)
@@ -172,28 +100,17 @@ def test_a_decision_of_another_picture_is_refused(driven):
         assert torch.equal(second.fhat, driven.begin(2).run().fhat)
 
 
-@pytest.mark.parametrize("step", [PruneTokens, CacheBudget])
-def test_what_cannot_run_as_one_goes_its_own_way(driven, step):
-    last, c, schedule = driven.last, driven.model.config, driven.model.schedule
-    made = PruneTokens(last, (80,), last - 1, 1, 1) if step is PruneTokens else CacheBudget(last, ((60,) * c.depth,), window=4)
-    attend = driven.attention(made, rules=[])
-    want, parts = driven.begin(attend=attend).run(), adapters.recognise(driven.model)[1]
-    path = fused.boxed.sampling(parts, attend)
-    with pytest.warns(UserWarning, match=f"own blocks run for this image: {step.kind} works inside them"):
-        ours = driven.begin(attend=path).run()
+def test_a_cut_state_goes_its_own_way_where_caches_are_whole(driven):
+    last, c = driven.last, driven.model.config
+    cut = CacheBudget(last - 1, ((20,) * c.depth, (30,) * c.depth), window=4)
+    state = driven.begin(attend=driven.attention(cut, rules=[])).run(last - 1)
+    want, path = state.fork(driven.model.attend).run(), fused.boxed.sampling(adapters.recognise(driven.model)[1])
+    with pytest.warns(UserWarning, match="own blocks run for this image: earlier scales of it left other keys"):
+        ours = state.fork(path).run()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        driven.begin(attend=path).run()
-    assert step.kind in path.reason
-    assert torch.equal(ours.fhat, want.fhat) and ours.filled == want.filled
-    assert not torch.equal(ours.fhat, driven.begin().run().fhat)
-    cut = driven.begin(
-        attend=driven.attention(CacheBudget(last - 1, ((20,) * c.depth, (30,) * c.depth), window=4), rules=[])
-    ).run(last - 1)
-    path = fused.boxed.sampling(parts)
-    with pytest.warns(UserWarning, match="left keys out of its caches"):
-        cut.fork(path).step()
-    assert path.reason and schedule.starts[last - 1] > 20
+        state.fork(path).run()
+    assert path.reason and torch.equal(ours.fhat, want.fhat) and not torch.equal(ours.fhat, driven.begin().run().fhat)
 
 
 def test_paused_training_and_autocast_are_the_models_own_way(driven):
@@ -316,8 +233,9 @@ def test_tuning_draws_on_it(driven, monkeypatch):
     adapter, last = load_adapter(find_model(driven.name), "cpu"), driven.last
     rules = [Rule(last, "A", Cs4a(last - 2, 0.3, Tile(4, 4)))]
     steps = [DropUnconditional(last - 1)] if driven.name == "emojivar" else []
+    thin = [CacheBudget(last, ((60,) * driven.model.config.depth,), window=4), PruneTokens(last, (60,), last - 1, 0, 1)]
     ways = [adapter.dense, driven.attention(rules=rules), driven.attention(*steps, rules=rules)]
-    thinned = driven.attention(CacheBudget(last, ((60,) * driven.model.config.depth,), window=4), rules=[])
+    ways += [driven.attention(step, rules=[]) for step in thin]
     state = adapter.start((3, 1), first_touched(adapter))
     want = [adapter.finish(state, way) for way in ways]
     assert not adapter.picture_path and not any(adapter.prepare(way) for way in ways)
@@ -329,11 +247,11 @@ def test_tuning_draws_on_it(driven, monkeypatch):
             assert torch.allclose(adapter.finish(state, way), picture, atol=1e-4)
             timed = TimedByScale(way, Stopwatch("cpu"))
             assert torch.allclose(adapter.finish(state, timed), picture, atol=1e-4)
-            assert set(timed.spent_ms) == {last - 2, last - 1, last} and adapter._paths[way].reason is None
-        assert not adapter.prepare(thinned) and adapter.finish(state, thinned).isfinite().all()
-    assert len(adapter._paths) == 4
+            thinned = {last} if way in ways[3:] else set()  # there blocks attend on their own
+            assert set(timed.spent_ms) == {last - 2, last - 1, last} - thinned and adapter._paths[way].reason is None
+    assert len(adapter._paths) == len(ways)
     del ways, way, timed
-    assert len(adapter._paths) == 2  # with a policy its graphs go
+    assert len(adapter._paths) == 1  # with a policy its graphs go
 
 
 def shipped(name: str, device: str, pairs) -> list[float]:
