@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -70,7 +71,8 @@ class Workspace:
         self.before, self.tail = schedule.starts[-2], schedule.num_queries(len(schedule) - 1)
         self.places = self.thinning.layout()
         shape = 2, self.rows, max(end for _, end in self.places), found.heads, found.head_dim
-        self.cached = _shared(found.model, "keys and values", shape, dtype, x.device)
+        self.keys_and_values = _shared(found.model, "keys and values", (math.prod(shape),), dtype, x.device)
+        self.cached = self.keys_and_values[: math.prod(shape)].view(shape)
         self.graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self.pool = pool  # of `torch.cuda.graph_pool_handle`; those of one path share it, they are replayed one after another
         self.room: torch.cuda.CUDAGraph | None = None  # never replayed
@@ -146,9 +148,12 @@ _BUFFERS: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Tensor
 
 
 def _shared(model: Any, what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer of this model that lives as long as somebody holds it."""
+    """A buffer of this model that lives as long as somebody holds it; of one axis it may be longer, that of a longer cache."""
     own = _BUFFERS.setdefault(model, weakref.WeakValueDictionary())
     found = own.get((what, shape, dtype, device))
+    if found is None and len(shape) == 1:
+        longer = [t for key, t in own.items() if key[0] == what and key[2:] == (dtype, device) and key[1] > shape]
+        found = min(longer, key=Tensor.numel, default=None)
     if found is None:
         with torch.inference_mode(False):
             found = own[what, shape, dtype, device] = torch.empty(shape, dtype=dtype, device=device)

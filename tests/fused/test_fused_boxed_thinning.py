@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from boxed_checks import BOUND, NAMES, Driven, error, logits_of, poison
+from fused_checks import compiled
 
 from sparvar_kernels import Cs4a, Pooled, Rule, Tile
 from sparvar_tune import adapters, fused
@@ -173,7 +174,39 @@ def test_with_products_of_8_bits(driven):
     assert error(ours[5:6], want[5:6]) < error(plain[5:6], want[5:6]) / 5
 
 
+def test_paths_share_one_cache(driven):
+    """Many ways are held at once where ways are compared: a thinned one lies in the cache of a dense one."""
+    dense, thinned = path_of(driven, driven.attention(rules=[])), [path_of(driven, attention(driven, s)) for s in (PRUNE, BUDGET)]
+    want = [driven.begin(attend=path).run().fhat for path in (dense, *thinned)]
+    caches = [path.work.cached for path in (dense, *thinned)]
+    assert len({cache.data_ptr() for cache in caches}) == 1 and len({cache.shape for cache in caches}) == 3
+    assert all(torch.equal(driven.begin(attend=p).run().fhat, fhat) for p, fhat in zip((dense, *thinned), want, strict=True))
+
+
 def test_what_its_blocks_cannot_thin_is_refused_in_one_line(driven, monkeypatch):
     monkeypatch.setattr(fused.boxed_blocks.BoxedBlocks, "thins", ("prune_tokens",))
     with pytest.raises(ValueError, match="cannot run as one: cache_budget works inside the model's own"):
         path_of(driven, attention(driven, BUDGET))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(("name", "case"), BOTH)
+def test_gpu_graphs_draw_what_launches_draw(name, case, sparse, monkeypatch):
+    """Whole pictures, and states parked at every scale from what is kept or cut on; no binary comes late."""
+    ahead, late = compiled(monkeypatch)
+    driven = Driven(name, "cuda")
+    attend = attention(driven, *CASES[case], sparse=sparse)
+    eager, path = path_of(driven, attend, graphs=False), path_of(driven, attend)
+    want = [driven.begin(seed, eager).run() for seed in (1, 2)]
+    for _ in range(4):
+        got = [driven.begin(seed, path).run() for seed in (1, 2)]
+        assert all(torch.equal(a.fhat, b.fhat) and a.filled == b.filled for a, b in zip(got, want, strict=True))
+    scales = LAST + 1 - len(attend.skip_scales)
+    assert path.why_not_graphs is path.reason is None and len(path.work.graphs) == scales + (name == "emojivar")
+    if not sparse:  # the decision of one picture would be lost by the other
+        for s in range(3, scales):
+            parked = [driven.begin(seed, way).run(s).parked() for way in (path, eager) for seed in (1, 2)]
+            poison(path)
+            assert all(torch.equal(p.fork(path).run().fhat, want[i % 2].fhat) for i, p in enumerate(parked))
+    assert ahead and not late, late
