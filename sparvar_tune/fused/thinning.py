@@ -39,9 +39,7 @@ class Lengths:
             for s in range(len(schedule)):
                 held = self.held(layer, s)
                 self.filled[layer].append(min(held, self._budget(layer, s) or held))
-        self.cuts = (
-            range(self.budget.from_scale - 1, len(schedule) - 1) if self.budget else range(0)
-        )  # scales after which it does
+        self.cuts = range(self.budget.from_scale - 1, len(schedule) - 1) if self.budget else range(0)
 
     def new(self, layer: int, s: int) -> int:
         """Tokens that a layer appends at a scale."""

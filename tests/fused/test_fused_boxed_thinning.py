@@ -15,7 +15,7 @@ from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, P
 LAST = 6  # of both tiny models: 48, 108 and 192 tokens at emojivar's last three grids, 64, 144 and 256 at pocketvar's
 PRUNE = PruneTokens(5, (40, 70), 3, 0, 1)  # what parts gave stays over a scale that does not read it
 ONE_LAYER = PruneTokens(4, (20, 40, 60), 3, 1, 1)
-BUDGET = CacheBudget(4, ((99, 16), (44, 30), (90, 60)), window=4)  # at first one layer keeps all
+BUDGET = CacheBudget(4, ((16, 99), (30, 44), (60, 90)), window=4)  # at first one layer keeps all
 CASES = {
     "pruned": (PRUNE,), "one layer": (ONE_LAYER,), "not at the last scale": (PruneTokens(4, (20, 40), 3, 0, 1),),
     "pruned, skipped": (PRUNE, SkipScales((LAST,))), "budget": (BUDGET,), "budget, skipped": (BUDGET, SkipScales((LAST,))),
@@ -24,6 +24,9 @@ CASES = {
 }  # fmt: skip
 HALVES = [case for case in CASES if "half" in case]
 BOTH = [(name, case) for name in NAMES for case in CASES if name == "emojivar" or case not in HALVES]  # pocketvar has no guidance
+
+ON_GPU = [("pocketvar", "pruned"), ("pocketvar", "budget"), ("emojivar", "one layer"), ("emojivar", "half dropped behind it"),
+          ("emojivar", "half dropped, budget")]  # fmt: skip
 
 
 @pytest.fixture(params=NAMES)
@@ -55,9 +58,7 @@ def test_a_thinned_picture_equals_the_models_own(name, case, sparse):
         assert ours.filled == own.filled and ours.given.keys() == own.given.keys()
         assert float((ours.pictures() - own.pictures()).square().flatten(1).mean(1).max()) <= 1e-6  # 60 dB
         poison(path)
-    others = [step for step in attend.policy.steps if not step.thins]
-    plain = logits_of(driven.begin(attend=driven.attention(*others, rules=attend.policy.rules), pictures=2))
-    assert max(error([a], [b]) for a, b in zip(want, plain, strict=True)) > 1e-3  # the step does something
+    assert min(own.filled) < driven.model.schedule.starts[own.scale]  # the step does something
 
 
 @pytest.mark.parametrize("step", [PRUNE, BUDGET], ids=lambda step: step.kind)
@@ -74,11 +75,10 @@ def test_thinned_states_go_on_in_any_order(driven, step):
     assert all(torch.equal(run.fhat, fhat) for run, fhat in zip(runs, want, strict=True))
     for s in range(3, LAST + 1):
         parked = driven.begin(1, path).run(s).parked()
-        assert parked.cache.shape[-2] == max(parked.filled) and parked.given.keys() == driven.begin(1, path).run(s).given.keys()
+        assert parked.cache.shape[-2] == max(parked.filled) and bool(parked.given) == (step is PRUNE and s > 3)
         driven.begin(2, path).run(LAST)
         poison(path)
-        for _ in range(2):
-            assert torch.equal(parked.fork().run().fhat, want[0])
+        assert torch.equal(parked.fork().run().fhat, want[0])
     assert path.reason is None
 
 
@@ -87,7 +87,7 @@ def test_thinned_states_change_the_path(driven, step):
     """The model's own way, this path, one that had no picture yet."""
     attend = attention(driven, step)
     path, want = path_of(driven, attend), driven.begin(attend=attend).run()
-    for s in range(3, LAST + 1):
+    for s in (4, 6):
         other = path_of(driven, attend)
         for first, then in ((path, attend), (attend, path), (attend, other), (path, other)):
             run = driven.begin(attend=first).run(s).fork(then).run()
@@ -191,7 +191,7 @@ def test_what_its_blocks_cannot_thin_is_refused_in_one_line(driven, monkeypatch)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize(("name", "case"), BOTH)
+@pytest.mark.parametrize(("name", "case"), ON_GPU)
 def test_gpu_graphs_draw_what_launches_draw(name, case, sparse, monkeypatch):
     """Whole pictures, and states parked at every scale from what is kept or cut on; no binary comes late."""
     ahead, late = compiled(monkeypatch)
