@@ -20,7 +20,7 @@ from sparvar_kernels.path import group_norm_silu
 from sparvar_kernels.path.door import FLOATS
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.catalog.names import first_line
-from sparvar_tune.fused.compile_ahead import compile_ahead
+from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
 from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
 
@@ -48,26 +48,59 @@ def attach_decoder(decoder: nn.Module, channels_last: bool = True, graphs: bool 
     second one on, unless that would hold much memory or somebody's hook is in the decoder.
     Raises ValueError in one line, with nothing changed, for a decoder that it does not know whole.
     """
-    reason = why_not_decoder(decoder)
-    if reason:
-        raise ValueError(f"{type(decoder).__name__}: {reason}")
-    weight: Tensor = conv_of(decoder.conv_in).weight  # type: ignore[union-attr]
-    z = torch.randn(1, weight.shape[1], *LATENT, generator=torch.Generator().manual_seed(0)).to(weight)
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    return Untouched(decoder).attach(channels_last, graphs)
+
+
+class Untouched:
+    """A decoder before anything in it was changed, with its own picture of a small latent; raises as `attach_decoder` does.
+
+    Under the caller's autocast, so that it needs what later pictures need. On a GPU our kernels are compiled meanwhile.
+    likely: sides (height, width) of the latent that is to be decoded, and how many.
+    """
+
+    def __init__(self, decoder: nn.Module, likely: tuple[int, int, int] | None = None) -> None:
+        reason = why_not_decoder(decoder)
+        if reason:
+            raise self._refusal(decoder, reason)
+        self.decoder = decoder
+        weight: Tensor = conv_of(decoder.conv_in).weight  # type: ignore[union-attr]
+        self.z = torch.randn(1, weight.shape[1], *LATENT, generator=torch.Generator().manual_seed(0)).to(weight)
+        self.dtype = _made_by_convolutions(self.z)
+        if self.z.is_cuda:
+            shapes = [tuple(self.z.shape)]
+            if likely is not None:
+                shapes.append((likely[2], weight.shape[1], *likely[:2]))
+            Ahead((b for shape in shapes for b in decoder_builds(decoder, shape, self.dtype)), self.z.device)
+        with torch.no_grad(), self._autocast():
+            try:
+                self.want: Tensor = decoder(self.z)
+            except Exception as error:
+                raise self._refusal(decoder, f"decoding a small latent: {first_line(error)}") from None
+
+    def attach(self, channels_last: bool = True, graphs: bool = True) -> FusedDecoder:
+        """See `attach_decoder`."""
         path = None
-        try:
-            want = decoder(z)
-            path = FusedDecoder(decoder, channels_last, graphs)
-            path.compile(z)
-            reason = _why_not_alike(path(z), want)
-        except Exception as error:
-            reason = f"decoding a small latent: {first_line(error)}"
-    if path is None:
-        raise ValueError(f"{type(decoder).__name__}: {reason}")
-    if reason:
-        path.undo()
-        raise ValueError(f"{type(decoder).__name__}: {reason}")
-    return path
+        with torch.no_grad(), self._autocast():
+            try:
+                path = FusedDecoder(self.decoder, channels_last, graphs)
+                path.compile(self.z)
+                reason = _why_not_alike(path(self.z), self.want)
+            except Exception as error:
+                reason = f"decoding a small latent: {first_line(error)}"
+        if path is None or reason:
+            if path is not None:
+                path.undo()
+            raise self._refusal(self.decoder, reason or "")
+        return path
+
+    def _autocast(self) -> torch.autocast:
+        """As it was when this was made; nobody finds copies of weights afterwards."""
+        on = self.dtype != self.z.dtype
+        return torch.autocast(self.z.device.type, self.dtype if on else None, enabled=on, cache_enabled=False)
+
+    @staticmethod
+    def _refusal(decoder: nn.Module, reason: str) -> ValueError:
+        return ValueError(f"{type(decoder).__name__}: {reason}")
 
 
 def why_not_decoder(decoder: Any) -> str | None:
@@ -137,39 +170,12 @@ class FusedDecoder(Undos):
         out: Tensor = decoder.conv_out(_normed(decoder.norm_out, x))
         return out.contiguous()  # as the model's own code gives it: a caller may view() it
 
-    def builds(self, latent: tuple[int, int, int, int], dtype: torch.dtype) -> list[Any]:
-        """Binaries (`backends.triton.binary.Build`) that a picture of `latent` [B, z, h, w] launches, to be compiled ahead.
-
-        dtype: what convolutions make, autocast's where it is on. Every upsampling is taken to double both sides, and pictures to
-        be channels_last; what is foreseen wrongly costs its compilation, what is missed is compiled when it is needed.
-        """
-        from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
-
-        decoder, (batch, _, height, width) = self.decoder, latent
-        plain = {id(norm_of(m.norm)) for m in decoder.modules() if is_attention(m)}
-        sides: list[list[nn.Module]] = [[decoder.mid]]  # what runs before the first upsampling, between it and the second, ...
-        for level in reversed(decoder.up):
-            sides[-1].append(level)
-            if hasattr(level, "upsample"):
-                sides.append([])
-        sides[-1].append(decoder.norm_out)
-        found: dict[Any, None] = {}
-        for i, parts in enumerate(sides):
-            for norm in (m for part in parts for m in part.modules() if isinstance(m, nn.GroupNorm)):
-                shape = Cut(batch, norm.num_channels, height * width * 4**i, last=True)
-                weight, bias = (None if t is None else t.dtype for t in (norm.weight, norm.bias))
-                silu = id(norm) not in plain
-                made = group_norm_builds(shape, norm.num_groups, dtype, dtype, weight, bias, silu, shape.aligned)
-                found |= dict.fromkeys(made)
-        return list(found)
-
     def compile(self, z: Tensor) -> None:
         """Makes ready what latents of z's shape launch."""
         if not z.is_cuda or z.shape in self.compiled:
             return
         self.compiled.add(z.shape)
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else z.dtype
-        compile_ahead(self.builds((z.shape[0], z.shape[1], z.shape[2], z.shape[3]), dtype), z.device)
+        compile_ahead(decoder_builds(self.decoder, tuple(z.shape), _made_by_convolutions(z)), z.device)
 
     def _forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         self.reason = self._why_not(args, kwargs)
@@ -188,6 +194,39 @@ class FusedDecoder(Undos):
         if torch.is_grad_enabled() and (z.requires_grad or any(t.requires_grad for t in self.decoder.parameters())):
             return "a gradient is asked for; call it under torch.no_grad() or torch.inference_mode()"
         return None
+
+
+def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
+    """Binaries (`backends.triton.binary.Build`) that a picture of `latent` [B, z, h, w] launches, to be compiled ahead.
+
+    dtype: what convolutions make, autocast's where it is on. Every upsampling is taken to double both sides, and pictures to
+    be channels_last; what is foreseen wrongly costs its compilation, what is missed is compiled when it is needed.
+    """
+    from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
+
+    batch, _, height, width = latent
+    plain = {id(norm_of(m.norm)) for m in decoder.modules() if is_attention(m)}
+    sides: list[list[nn.Module]] = [[decoder.mid]]  # what runs before the first upsampling, between it and the second, ...
+    for level in reversed(decoder.up):
+        sides[-1].append(level)
+        if hasattr(level, "upsample"):
+            sides.append([])
+    sides[-1].append(decoder.norm_out)
+    found: dict[Any, None] = {}
+    for i, parts in enumerate(sides):
+        for norm in (m for part in parts for m in part.modules() if isinstance(m, nn.GroupNorm)):
+            shape = Cut(batch, norm.num_channels, height * width * 4**i, last=True)
+            weight, bias = (None if t is None else t.dtype for t in (norm.weight, norm.bias))
+            silu = id(norm) not in plain
+            made = group_norm_builds(shape, norm.num_groups, dtype, dtype, weight, bias, silu, shape.aligned)
+            found |= dict.fromkeys(made)
+    return list(found)
+
+
+def _made_by_convolutions(z: Tensor) -> torch.dtype:
+    """The dtype of a convolution of z."""
+    kind = z.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
 
 
 class ChannelsLast:
@@ -283,8 +322,7 @@ def _normed(module: Any, x: Tensor, silu: bool = True) -> Tensor:
     """silu(norm(x)) in the dtype that a convolution casts it to."""
     norm = norm_of(module)
     assert norm is not None
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = _made_by_convolutions(x)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous(memory_format=torch.channels_last)
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, out_dtype=dtype)

@@ -29,12 +29,12 @@ from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
 from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
-from sparvar_tune.fused.decoder import FusedDecoder, attach_decoder, decoder_of
+from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
 from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
 from sparvar_tune.fused.watched import Watched
-from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
+from sparvar_tune.fused.workspace import Foreseen, OnePass, Workspace, attention_like
 from sparvar_tune.generation.scaled_product import precision_of
 
 WARM = 2  # images of a kind: the first compiles, the second is captured
@@ -55,6 +55,8 @@ class FusedPath(Undos):
         self.decoder: FusedDecoder | None = None
         self.why_not_decoder: str | None = "no image was drawn yet"
         self._decodes: Any = None  # the decoder of the last image
+        self._untouched: Untouched | None = None  # it, until the first block of an image
+        self._foreseen: Foreseen | None = None
         self._enabled = True
         self.images = 0  # begun
         self._since = 0  # images drawn since it was switched on
@@ -92,13 +94,31 @@ class FusedPath(Undos):
         if self.decoder is not None and self.decoder.decoder is not decoder:
             self.decoder.undo()
             self.decoder = None
-        if decoder is None or self.decoder is not None:
-            return
+        self._untouched = None
+        if decoder is not None and self.decoder is None:
+            self._begin_decoder(decoder)
+            self._end_decoder()
+
+    def _begin_decoder(self, decoder: Any) -> None:
+        """What its kernels are not needed for, while they and those of the blocks are compiled."""
         self._decodes, self.why_not_decoder = decoder, None
         try:
-            self.decoder = attach_decoder(decoder, graphs=self.use_graphs)
+            self._untouched = Untouched(decoder, self._likely_latent())
         except ValueError as error:
             self.why_not_decoder = str(error)
+
+    def _end_decoder(self) -> None:
+        untouched, self._untouched = self._untouched, None
+        if untouched is None:
+            return
+        try:
+            self.decoder = untouched.attach(graphs=self.use_graphs)
+        except ValueError as error:
+            self.why_not_decoder = str(error)
+
+    def _likely_latent(self) -> tuple[int, int, int] | None:
+        schedule = self.stack.schedule(self._given) if self._given else None
+        return (*schedule.grids[-1], 1) if isinstance(schedule, ScaleSchedule) else None
 
     def _is_small(self) -> bool:
         """Whether the image is so small that its decoder waits for the host where it has no graph: an H100 took 35 ms instead of
@@ -127,7 +147,16 @@ class FusedPath(Undos):
     def _served(self) -> Any:
         return self.attend, DROPPED.get(self.found.model)
 
+    def foresee(self, dtype: torch.dtype) -> None:
+        """Begins with the attention of one picture with guidance: its tables, and what it launches in `dtype`."""
+        if self.attend is not None and self.work is None and self._foreseen is None and self.found.on_gpu:
+            made = self.new_attention(self.attend.schedule)
+            self._foreseen = Foreseen(self.attend, made, self.found, dtype)
+
     def new_attention(self, schedule: ScaleSchedule) -> SparseAttention:
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen.of is self.attend and schedule == foreseen.of.schedule:
+            return foreseen.taken()
         return attention_like(self.found, self.attend, schedule)
 
     def splits(self, schedule: ScaleSchedule) -> bool:
@@ -151,12 +180,16 @@ class FusedPath(Undos):
         try:
             self._given, self._start, self.reason = bound(self.found, args, kwargs), 0, None
             self.images += 1
+            if torch.is_autocast_enabled("cuda"):
+                self.foresee(torch.get_autocast_dtype("cuda"))
             decoder = None if self._is_small() else decoder_of(self.found.model, self._given)
             if decoder is not self._decodes:
-                self._put_on_decoder(decoder)
-                if decoder is None:
-                    self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
+                self._put_on_decoder(None)
                 self._decodes = decoder
+                if decoder is not None:
+                    self._begin_decoder(decoder)
+                else:
+                    self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
             out = inner(*args, **kwargs)
             self._drew()
             return out
@@ -182,6 +215,7 @@ class FusedPath(Undos):
         given = {**dict(zip(self.stack.parameters, args, strict=False)), **kwargs}
         if self._start == 0:
             self._begin(given)
+            self._end_decoder()
         if self._start is None:
             return inner(*args, **kwargs)
         work = self.work
@@ -238,10 +272,10 @@ class FusedPath(Undos):
                 del self._works[next(iter(self._works))]
             if x.is_cuda and not self._works:
                 self._pool = torch.cuda.graph_pool_handle()
-            make_scaled(precision_of(self.policy), self.stack.blocks, [self.stack.linears(b) for b in self.found.blocks])
             work = Workspace(self.found, x, self.stack.stream or x.dtype, dtype, schedule, self, self._pool)
             if x.is_cuda:
                 work.compile(self.stack, x.device)
+            make_scaled(work.precision, self.stack.blocks, [self.stack.linears(b) for b in self.found.blocks])
         self._works[self._served] = work
         return work
 
@@ -322,6 +356,9 @@ def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, gr
     if found.on_gpu:
         read_triton()
     path = FusedPath(found, stack, attend, graphs)
+    likely = next(found.blocks[0].parameters()).dtype
+    if likely != torch.float32:  # such a model runs under autocast, of which the first image tells
+        path.foresee(likely)
     for i, block in enumerate(found.blocks):
         path.add(replace_method(block, "forward", path.first_block if i == 0 else path.other_block))
     path.add(replace_method(found.model, GENERATE, path.generate))

@@ -103,6 +103,17 @@ def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence
                     product.scale()
 
 
+def scaled_builds(blocks: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """Binaries that make scaled rows for the plain products of blocks, and for those behind an MLP's activation."""
+    from sparvar_kernels.path.triton.scaled_rows import scaled_rows_build
+
+    products = {name: p for b in blocks for name, p in vars(b).items() if isinstance(p, Product) and p.weight is not None}
+    made = [scaled_rows_build(dtype, p.weight.shape[1]) for p in products.values() if p.weight is not None]
+    if "down" in products and products["down"].weight is not None:
+        made.append(scaled_rows_build(dtype, products["down"].weight.shape[1], "silu" if "gate" in products else "gelu"))
+    return list(dict.fromkeys(made))
+
+
 def _tensors(module: Any) -> Iterator[Tensor]:
     return chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else iter(())
 

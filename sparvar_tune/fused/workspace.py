@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_kernels.backends.dense import dense_attention
+from sparvar_kernels.backends.dense import dense_attention, dense_with_lse
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_kernels.policy import Policy
+from sparvar_kernels.policy import LayerPlan, Policy
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.fused.compile_ahead import compile_ahead
+from sparvar_tune.fused.compile_ahead import Ahead
 from sparvar_tune.fused.graph import captured, held_bytes
+from sparvar_tune.fused.product import scaled_builds
 from sparvar_tune.fused.thinning import ThinnedPasses
 from sparvar_tune.generation.scaled_product import precision_of
 from sparvar_tune.generation.tokens import Work
@@ -43,6 +46,9 @@ class _Attends(Protocol):
 class _Builds(Protocol):
     """What launches binaries of its own: a `Stack`."""
 
+    @property
+    def blocks(self) -> Sequence[Any]: ...
+
     def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]: ...
 
 
@@ -54,6 +60,55 @@ def attention_like(found: Parts, a: SparseAttention | None, schedule: ScaleSched
     return SparseAttention(
         a.policy, a.schedule, softmax_scale=a.softmax_scale, logit_bound=a.logit_bound, launches=a.launches
     )  # fmt: skip
+
+
+def attention_builds(
+    attend: SparseAttention, problems: Sequence[AttentionProblem], dtype: torch.dtype, device: torch.device
+) -> list[Any]:
+    """Binaries that an attention launches for problems of these forms, by the layers that its first call would make."""
+    first = [replace(p, softmax_scale=attend.softmax_scale, logit_bound=attend.logit_bound) for p in problems]
+    kind = (first[0].batch, first[0].heads, first[0].head_dim, dtype, device)
+    if kind not in attend._layers:
+        with torch.device("cpu"):  # plans are the host's, whatever the caller's default device
+            attend._layers[kind] = attend._build(first, device)
+    layers: list[Any] = attend._layers[kind]
+    return [build for layer in layers for s in range(len(first)) for build in layer.builds(s)]
+
+
+def _is_dense(plan: LayerPlan) -> bool:
+    return not plan.records and all(variant.reads == "everything" for variant, _ in plan.groups)
+
+
+def _dense_kind(plan: LayerPlan) -> str | None:
+    """How all heads of a layer attend densely at a scale: as nothing else, as those that decide, or not."""
+    return "alone" if _is_dense(plan) else "decides" if plan.records else None
+
+
+class Foreseen:
+    """An attention that is made ready in the background before the first image: its tables are built and its binaries compiled.
+
+    of: what it is like. It is for two rows, a picture with guidance; others build it once more. What is wrong is said there.
+    """
+
+    def __init__(self, of: SparseAttention, made: SparseAttention, found: Parts, dtype: torch.dtype) -> None:
+        self.of, self._made = of, made
+        schedule, device = made.schedule, next(found.attentions[0].parameters()).device
+        form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
+
+        def build() -> None:
+            with contextlib.suppress(Exception), torch.no_grad(), torch.cuda.device(device):
+                problems = [AttentionProblem(schedule, s, 2, *form) for s in range(len(schedule))]
+                builds = attention_builds(made, problems, dtype, device)
+                torch.cuda.current_stream().synchronize()  # of this thread, on which nobody else waits
+                Ahead(builds, device)
+
+        self._thread = threading.Thread(target=build, daemon=True)
+        self._thread.start()
+
+    def taken(self) -> SparseAttention:
+        """The attention, when its tables are built."""
+        self._thread.join()
+        return self._made
 
 
 class Workspace:
@@ -88,18 +143,34 @@ class Workspace:
 
     def compile(self, stack: _Builds, device: torch.device) -> None:
         """Compiles what an image launches, but for the decoder's; what a later call still lacks is compiled there."""
-        scales = range(len(self.schedule))
         builds = list(stack.builds(self.thinning.lengths(), self.thinning.prune is not None))
+        form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
         for attend in self.sparse:
-            form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
-            first = [replace(p, softmax_scale=attend.softmax_scale, logit_bound=attend.logit_bound) for p in form]
-            p = first[0]
-            kind = (p.batch, p.heads, p.head_dim, self.dtype, device)
-            with torch.device("cpu"):  # plans are the host's, whatever the caller's default device
-                layers: list[Any] = attend._build(first, device)  # what its first call would make
-                builds += [build for layer in layers for s in scales for build in layer.builds(s)]
-            attend._layers[kind] = layers
-        compile_ahead(builds, device)
+            builds += attention_builds(attend, form, self.dtype, device)
+        if self.precision is not None:
+            builds += scaled_builds(stack.blocks, self.dtype)
+        ahead = Ahead(builds, device)
+        self.plan_dense(device)
+        ahead.wait()
+
+    def plan_dense(self, device: torch.device) -> None:
+        """Runs each dense attention of an image once, of whatever the buffers hold: cuDNN plans a shape for 50 to 200 ms.
+
+        PyTorch keeps plans by thread, shape and strides, so this is for the thread that draws.
+        """
+        rows, decided = self.rows, self.rows // len(self.sparse)
+        for s in range(len(self.schedule)):
+            problem = self.problems[rows][s]
+            kinds = dict.fromkeys(kind for plans in self.sparse[0].plans if (kind := _dense_kind(plans[s])))
+            for kind in kinds:
+                each = decided if kind == "decides" else rows
+                q = torch.empty(each, problem.num_queries, problem.heads, problem.head_dim, dtype=self.dtype, device=device)
+                end = self.thinning.filled[0][s] + problem.num_queries
+                k, v = (t[:each, :, :end] for t in self.cache(0))
+                if kind == "decides":
+                    dense_with_lse(q.transpose(1, 2), k, v, problem.softmax_scale)
+                else:
+                    dense_attention(q.transpose(1, 2), k, v, problem)
 
     def capture(self, what: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
         """A graph of what is launched, in the memory that all of them share; from one that cannot be on, none is replayed."""
@@ -200,7 +271,7 @@ class OnePass:
     def _out(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: int | None) -> Tensor:
         sparse = self.work.sparse[0]
         plan = None if s is None or self.dense else sparse.plans[layer][s]
-        if plan is None or (not plan.records and all(variant.reads == "everything" for variant, _ in plan.groups)):
+        if plan is None or _is_dense(plan):
             return dense_attention(q, k, v, self.work.problems[self.rows][s or 0])
         assert s is not None
         if len(self.work.sparse) == 1 or self.rows < self.work.rows:  # what is left after a drop is the first object's half

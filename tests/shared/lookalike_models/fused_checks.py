@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import adapter_checks as checks
 from torch import nn
 
@@ -20,20 +22,17 @@ def on(driven, attend=None, **options):
 
 
 def compiled(monkeypatch) -> tuple[set, set]:
-    """The binaries that are compiled ahead of an image from now on, and those that are compiled when they are launched."""
+    """The binaries that are made in the background from now on, and those that are made when they are launched."""
     from sparvar_kernels.backends.triton import binary
-    from sparvar_tune.fused.workspace import Workspace
 
-    ahead, late, begun = set(), set(), []
-    own_compile, own_for = Workspace.compile, binary.compile_for
+    ahead, late, own = set(), set(), binary.compile_for
+    drawing = threading.current_thread()
 
-    def compile_ahead(*args):
-        begun.append(True)
-        own_compile(*args)
-        begun.pop()
+    def compile_for(build, capability):
+        (late if threading.current_thread() is drawing else ahead).add(build)
+        return own(build, capability)
 
-    monkeypatch.setattr(Workspace, "compile", compile_ahead)
-    monkeypatch.setattr(binary, "compile_for", lambda b, c: (ahead if begun else late).add(b) or own_for(b, c))
+    monkeypatch.setattr(binary, "compile_for", compile_for)
     binary.launcher.cache_clear()
     return ahead, late
 

@@ -11,7 +11,9 @@ import importlib
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,10 +90,46 @@ class Build:
         return GluonASTSource(**parts)
 
 
+class NotMade(LookupError):
+    """A binary is not in Triton's cache on disk, and `only_made` is on."""
+
+
+_ONLY_MADE = ContextVar("only_made", default=False)
+
+
+@contextmanager
+def only_made() -> Iterator[None]:
+    """While it lasts this thread compiles nothing: NotMade is raised in place of it."""
+    before = _ONLY_MADE.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_MADE.reset(before)
+
+
+def _make_nothing(*_: Any) -> Any:
+    raise NotMade
+
+
 def compile_for(build: Build, capability: tuple[int, int]) -> Any:
     """The binary for GPUs of `capability`; needs no GPU. Taken from Triton's cache on disk when it is there."""
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    return triton.compile(build.source, target=target, options=dict(build.options))
+    target, source = GPUTarget("cuda", capability[0] * 10 + capability[1], 32), build.source
+    if _ONLY_MADE.get():
+        source.make_ir = _make_nothing  # the first that is called of a source whose binary is not in the cache
+    return triton.compile(source, target=target, options=dict(build.options))
+
+
+def link(binary: Any) -> None:
+    """Makes the module that launches a binary, where Triton makes one of C for each signature (up to 3.6); needs no GPU."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        driver.CudaLauncher(binary.src, binary.metadata)
+
+
+def load_driver() -> None:
+    """Makes what all launchers share: a module of C, too."""
+    _ = triton.runtime.driver.active.utils
 
 
 def machine_code(binary: Any) -> str:

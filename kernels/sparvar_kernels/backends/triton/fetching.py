@@ -154,6 +154,9 @@ def _fetch(  # type: ignore[no-untyped-def]
                         mbarrier.wait(free.index(slot), phase)
                         _put(ring.index(slot), ready.index(slot), pointers, (y <= high_y) & (x <= high_x), True)
                         slot, phase = _after(slot, phase, SLOTS)
+    # No instruction: it only ends the function with a side effect. MLIR asks thousands of times whether a partition is dead and
+    # reads it from the end for that; where it ended with loops, this was half of the time of compiling (6.1 s, now 3.6).
+    gl.inline_asm_elementwise("", "=r,0", [slot], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

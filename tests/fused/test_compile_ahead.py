@@ -1,0 +1,170 @@
+"""Compiling in children for a GPU that is not here: they fill Triton's cache, and what they do not make this process makes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from sparvar_tune.fused import compile_ahead as ahead
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux alone"),
+]
+HOPPER = (9, 0)
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def binary(monkeypatch, tmp_path):
+    """A cache and a folder for temporary files of their own, and launchers that are binaries, as there is no GPU."""
+    from sparvar_kernels.backends.triton import binary
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(binary, "Launcher", lambda build, device: binary.compile_for(build, HOPPER))
+    monkeypatch.setattr(binary, "load_driver", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+    binary.launcher.cache_clear()
+    yield binary
+    binary.launcher.cache_clear()
+    assert not list((tmp_path / "temporary").iterdir()), "files were left behind"
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Who was forked here; nobody of them is left when the test ends."""
+    children, own = [], os.fork
+
+    def fork():
+        child = own()
+        if child:
+            children.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", fork)
+    yield children
+    for child in children:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)
+
+
+@pytest.fixture
+def compiled(binary, monkeypatch):
+    """What this process compiled, not its children."""
+    import triton
+
+    here, own, process = [], triton.compile, os.getpid()
+
+    def compile_(source, **options):
+        make = source.make_ir
+        if os.getpid() == process and make is not binary._make_nothing:
+            source.make_ir = lambda *a: here.append(source) or make(*a)
+        return own(source, **options)
+
+    monkeypatch.setattr(triton, "compile", compile_)
+    return here
+
+
+def builds(many: int) -> list:
+    from sparvar_kernels.path.triton.residual_norm import residual_norm_build
+
+    return [residual_norm_build(torch.float32, torch.float32, 16 * (i + 1), "none", True, {}) for i in range(many)]
+
+
+def is_made(binary, build) -> bool:
+    try:
+        with binary.only_made():
+            binary.compile_for(build, HOPPER)
+    except binary.NotMade:
+        return False
+    return True
+
+
+def test_children_compile_and_this_process_does_not(binary, forked, compiled, capfd):
+    wanted = builds(4)
+    assert not any(is_made(binary, b) for b in wanted)
+    ahead.compile_ahead([*wanted, wanted[0]], DEVICE)
+    assert len(forked) == 1 and not compiled and all(is_made(binary, b) for b in wanted)
+    assert [binary.launcher(b, DEVICE) for b in wanted] and not compiled
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nobody_is_forked_for_what_is_there(binary, forked, compiled):
+    wanted = builds(2)
+    for build in wanted:
+        binary.compile_for(build, HOPPER)
+    del compiled[:]
+    ahead.compile_ahead(wanted, DEVICE)
+    assert not forked and not compiled
+
+
+@pytest.mark.parametrize("ends", ["raises", "crashes", "hangs"])
+def test_what_a_child_does_not_make_is_made_here(ends, binary, forked, compiled, monkeypatch):
+    wanted, own, process = builds(3), binary.compile_for, os.getpid()
+    monkeypatch.setattr(ahead, "LIMIT_S", 1)
+    monkeypatch.setattr(ahead, "_side_by_side", lambda jobs: 1)
+
+    def compile_for(build, capability):
+        if os.getpid() != process and build == wanted[1]:
+            if ends == "crashes":
+                os.kill(os.getpid(), signal.SIGKILL)
+            while ends == "hangs":
+                time.sleep(60)
+            raise RuntimeError("as the compiler may")
+        return own(build, capability)
+
+    monkeypatch.setattr(binary, "compile_for", compile_for)
+    ahead.compile_ahead(wanted, DEVICE)
+    assert len(forked) == 1 and all(is_made(binary, b) for b in wanted)
+    assert len(compiled) == (1 if ends == "raises" else 2), "the one child took the largest first, and none after this one"
+
+
+def test_what_cannot_be_compiled_is_said_once_by_who_waits(binary, forked, monkeypatch):
+    def compile_for(build, capability):
+        if binary._ONLY_MADE.get():
+            raise binary.NotMade
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(binary, "compile_for", compile_for)
+    first = ahead.Ahead(builds(1), DEVICE)
+    with pytest.raises(RuntimeError, match="out of registers"):
+        first.wait()
+    first.wait()
+
+
+@pytest.mark.parametrize("lacks", ["fork", "memory"])
+def test_where_nobody_can_be_forked_threads_compile(lacks, binary, compiled, monkeypatch):
+    def fork():
+        raise OSError("no memory")
+
+    if lacks == "fork":
+        monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "fork", fork)
+    wanted = builds(2)
+    ahead.compile_ahead(wanted, DEVICE)
+    assert len(compiled) == 2 and all(is_made(binary, b) for b in wanted)
+
+
+def test_what_is_being_made_is_not_made_twice(binary, monkeypatch):
+    made, begun = [], ahead.threading.Event()
+
+    def make_ready(given, device):
+        begun.wait()
+        made.extend(given)
+
+    monkeypatch.setattr(ahead, "_make_ready", make_ready)
+    wanted = builds(3)
+    first, second = ahead.Ahead(wanted[:2], DEVICE), ahead.Ahead(wanted, DEVICE)
+    begun.set()
+    second.wait()
+    assert sorted(made, key=str) == sorted(wanted, key=str) and not ahead.Ahead._begun
+    first.wait()
