@@ -32,7 +32,7 @@ from sparvar_kernels.policy import Policy, Step
 from sparvar_tune.adapters import ADAPTERS, Adapter, Pair, load_adapter
 from sparvar_tune.catalog.metrics import LEAD
 from sparvar_tune.catalog.models import find_model
-from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, PruneTokens, SkipScales, drop_from
+from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, PruneTokens, SkipScales
 from sparvar_tune.live.boxed import BoxedAdapter
 from sparvar_tune.measure.fidelity import class_mean, compare_pictures, lower_bound
 from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs
@@ -47,7 +47,7 @@ from sparvar_tune.ways.search_here import measure_options
 ATTENTION, SKIP, TOKENS, KEYS = "sparse attention", "last scale left out", "tokens pruned", "cached keys cut"
 HALF, SCALED = "half of guidance dropped", "8-bit products"
 ALONE = (ATTENTION, SKIP, TOKENS, KEYS, HALF, SCALED)
-PRICES, SKIP_PRICES, THIN_PRICE = (100.0, 25.0, 14.0, 8.0, 4.0, 2.5, 0.8, 0.4), (25.0, 6.0, 1.5, 0.4), 25.0
+PRICES, SKIP_PRICES, THIN_PRICE = (100.0, 25.0, 14.0, 10.0, 8.0, 7.0, 4.0, 2.5, 0.8, 0.4), (25.0, 6.0, 1.5, 0.4), 25.0
 SHARES = {TOKENS: (0.9, 0.5, 0.25, 0.1), KEYS: (0.75, 0.5, 0.25, 0.1)}  # kept
 # (scales before the end from which the half is dropped, what else is done)
 HALVES, HALF_SKIPS = range(5), (2, 4)
@@ -57,7 +57,7 @@ HALF_KEYS_PRICES = ((1, 0.5, 100.0), (1, 0.5, 25.0))
 # (scales before the end from which products are of 8-bit floats, price or scales before the end from which the half is dropped)
 SCALES_SCALED, SCALED_PRICES = (
     (0, 1, 2, 4),
-    ((0, 25.0), (0, 14.0), (1, 14.0), (2, 25.0), (2, 18.0), (2, 14.0), (2, 8.0), (2, 2.5), (2, 0.8)),
+    ((0, 25.0), (0, 14.0), (1, 10.0), (2, 25.0), (2, 14.0), (2, 12.0), (2, 11.0), (2, 10.0), (2, 8.0), (2, 2.5), (2, 0.8)),
 )
 SCALED_SKIP_PRICES = (6.0, 1.5, 0.4)
 SCALED_HALVES = ((0, 0), (2, 0), (4, 0), (0, 1), (2, 1), (2, 2), (4, 4))
@@ -156,17 +156,20 @@ class Drawn:
 
 
 def draw_pairs(
-    adapter: Adapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None]
+    adapter: BoxedAdapter, ways: Mapping[str, Any], pairs: Sequence[Pair], say: Callable[[str], None]
 ) -> dict[str, list[Drawn]]:
     """Every pair's picture every way, in rotating order; "dense" is one."""
     stopwatch, names = Stopwatch(adapter.device), list(ways)
     drawn: dict[str, list[Drawn]] = {name: [] for name in names}
-    dropped = [drop_from(attend.policy) for attend in ways.values() if hasattr(attend, "policy")]
-    until = min([first_touched(adapter), *(s for s in dropped if s is not None)])
+    until = 0
+    if not adapter.as_one:  # what all ways share is drawn once: on a CPU it takes a while
+        begins = [step.from_scale for attend in ways.values() for step in steps_of(attend) if hasattr(step, "from_scale")]
+        until = min([first_touched(adapter), *begins])
     adapter.start(pairs[0], until)  # on a GPU it captures what all ways share
     for i, pair in enumerate(pairs):
         made: dict[str, tuple[Tensor, float, bool]] = {}
         state, shared = timed(stopwatch, lambda: adapter.start(pair, until))  # noqa: B023
+        shared = shared if until else 0.0  # before the first scale: noise, made on the CPU
         for name in names[i % len(names) :] + names[: i % len(names)]:
             as_one = prepare(adapter, ways[name])
             picture, ms = timed(stopwatch, lambda: adapter.finish(state, ways[name]))  # noqa: B023
@@ -176,6 +179,12 @@ def draw_pairs(
             each = zip(picture.split(1), made["dense"][0].split(1), strict=True)
             drawn[name].append(Drawn(ms, [compare_pictures(*both)[LEAD.name] for both in each], as_one))
     return drawn
+
+
+def steps_of(attend: Any) -> tuple[Step, ...]:
+    """The generation steps of an attention, dense or not."""
+    policy: Policy | None = getattr(attend, "policy", None)
+    return policy.steps if policy is not None else ()
 
 
 def timed(stopwatch: Stopwatch, work: Callable[[], T]) -> tuple[T, float]:
@@ -277,7 +286,8 @@ def markdown(raw: Mapping[str, Any], plot: str) -> str:
         f"{where}; torch {raw['versions']['torch']}; {raw['date']}; "
         f"load {raw['load']:.1f} on {raw['processors']} processors. {drawn_on(raw)}"
         f"{len(raw['pairs'])} (class, seed) pairs{at_once(raw)}, every way in rotating order with dense in one run. Speed-ups "
-        "are of whole pictures, medians of paired ratios. PSNR is against the dense picture with the same noise, "
+        "are of whole pictures from their noise on, medians of paired ratios. PSNR is against the dense picture with the same "
+        "noise, "
         + ("on pairs that chose nothing; its bound is the lower one of the mean, at 95 %." if raw.get("held_out") else
            "brought to all classes by their known levels. These are means; a profile's certificate is on held-out pictures and "
            "takes the lower bound."), "",

@@ -68,11 +68,11 @@ def attention_builds(
     """Binaries that an attention launches for problems of these forms, by the layers that its first call would make."""
     first = [replace(p, softmax_scale=attend.softmax_scale, logit_bound=attend.logit_bound) for p in problems]
     kind = (first[0].batch, first[0].heads, first[0].head_dim, dtype, device)
-    if kind not in attend._layers:
-        with torch.device("cpu"):  # plans are the host's, whatever the caller's default device
+    with torch.device("cpu"):  # plans are the host's, whatever the caller's default device
+        if kind not in attend._layers:
             attend._layers[kind] = attend._build(first, device)
-    layers: list[Any] = attend._layers[kind]
-    return [build for layer in layers for s in range(len(first)) for build in layer.builds(s)]
+        layers: list[Any] = attend._layers[kind]
+        return [build for layer in layers for s in range(len(first)) for build in layer.builds(s)]
 
 
 def _is_dense(plan: LayerPlan) -> bool:

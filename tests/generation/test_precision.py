@@ -190,6 +190,7 @@ def test_graphs_are_the_eager_path_bit_for_bit():
     """Captured in the second image and replayed; the last scale is first drawn when the others are graphs already."""
     with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
         driven = block_lookalikes.Infinity()
+        driven.model.rng = torch.Generator("cuda")
         attend, last = attend_of(driven, STEP), len(driven.grids()) - 1
         with on(driven, attend, graphs=False):
             want = checks.draw(driven)

@@ -65,7 +65,7 @@ def test_in_the_interpreter():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    assert worst(SMALL + LARGE + OTHER, "cuda") <= 100  # tensor cores keep fewer bits of a sum on the way
+    assert worst(SMALL + LARGE + OTHER, "cuda") <= 250  # 5e-4: tensor cores keep fewer bits of a sum on the way
     x, w = scaled_rows(torch.ones(70_000, 64, device="cuda")), scaled_rows(torch.ones(64, 64, device="cuda"))
     assert torch.allclose(scaled_product(x, w), torch.full((), 64.0, device="cuda"))
 

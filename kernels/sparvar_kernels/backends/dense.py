@@ -17,7 +17,6 @@ from sparvar_kernels.geometry.scales import Tile, partition
 # Largest logit for which exp() without subtracting the maximum stays exact in fp32: sums over 2**17 keys of e**60
 # stay below 3e38 and e**-60 relative to the largest term is far below fp32 resolution.
 SAFE_LOGIT = 60.0
-FEW_KEYS = 0  # up to which FlashAttention-2 stands for cuDNN, whose first call of a shape plans for 50 ms
 SCORE_ELEMENTS = 1 << 18  # scores held at once on a CPU: 1 MiB of fp32; best of 2**16..2**21 (27 ms against 31..121)
 
 
@@ -32,8 +31,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) 
     if q.is_cuda and why_not_flash3(q, k, v) is None:
         return _flash3(q, k, v, problem.softmax_scale)[0]
     if q.is_cuda and _cudnn_runs(q):
-        attend = _cudnn if k.shape[2] > FEW_KEYS else _flash
-        return attend(q, k, v, problem.softmax_scale, False)[0]
+        return _cudnn(q, k, v, problem.softmax_scale, False)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=problem.softmax_scale)
 
 
@@ -78,7 +76,7 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def _cudnn_runs(q: Tensor) -> bool:
-    """cuDNN's attention: half precision, head_dim a multiple of 8 up to 128, 8.0 and newer. FlashAttention-2 runs there, too."""
+    """cuDNN's attention: half precision, head_dim a multiple of 8 up to 128, 8.0 and newer."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _cudnn_here(q.device.index or 0)
 
@@ -94,11 +92,6 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Te
     return out, sums
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor]:
-    out, sums = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
-    return out, sums
-
-
 def dense_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Dense attention [B, H, Nq, D] and the natural log of each row's sum of exponentials [B, H, Nq] (fp32)."""
     if not q.is_cuda:  # Triton's interpreter
@@ -107,13 +100,13 @@ def dense_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         return (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype), lse
     if why_not_flash3(q, k, v) is None:
         return _flash3(q, k, v, scale)
-    if _cudnn_runs(q) and k.shape[2] > FEW_KEYS:
+    if _cudnn_runs(q):
         out, lse = _cudnn(q, k, v, scale, True)
         return out, lse.reshape(q.shape[:3])
     if q.dtype == torch.float32:
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)[:2]
     else:
-        out, lse = _flash(q, k, v, scale, True)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
     return out, lse[..., : q.shape[2]]
 
 

@@ -212,7 +212,9 @@ class Layer:
             for record, fill in jobs:
                 assert isinstance(record.variant, Cs4a)
                 each = sampled_rows(p, record.variant.tile, record.variant.sample)
-                found.append(mass_build(p, each, aligned and p.num_queries % 16 == 0))
+                # the sums of a row lie one behind the other, but those of PyTorch's fp32 attention, a multiple of 32 apart
+                even = p.dtype == "fp32" or p.num_queries % 16 == 0
+                found.append(mass_build(p, each, aligned and even))
                 short = shortlisted(record.variant, p, [later for *_, later in fill])
                 found += [select_build(record.variant, p, mass_dtype(p.dtype))] if short else []
                 found += [
