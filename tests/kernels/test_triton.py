@@ -315,35 +315,3 @@ def test_gpu_image_never_waits_and_can_be_captured():
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
-
-
-@pytest.mark.gpu
-def test_gpu_lists_found_beside_the_residual_are_those_of_one_stream(monkeypatch):
-    """Lists of later scales are found on a second stream: every bit as when all is launched in order, run after run."""
-    from contextlib import contextmanager
-
-    from sparvar_kernels.backends.triton import layer as layer_triton
-
-    @contextmanager
-    def in_order(device, asks):
-        for ask in asks:
-            ask()
-        yield
-
-    schedule = ScaleSchedule.square((1, 4, 8, 20, 24, 32))
-    policy = Policy.uniform(1, 4, {5: Cs4a(3, 0.1, Tile(8, 16)), 4: Cs4a(3, 0.1, Tile(6, 12))})
-    attend = SparseAttention(policy, schedule, logit_bound=12.0)
-    inputs = [AttentionProblem(schedule, s, 2, 4, 64, "bf16", 1.0, 12.0).make_inputs(s, "cuda") for s in (3, 4, 5)]
-
-    def image():
-        attend.reset()
-        return [attend(*tensors, 0, s).clone() for s, tensors in zip((3, 4, 5), inputs, strict=True)]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(layer_triton, "beside", in_order)
-        want = image()
-    layer = next(iter(attend._layers.values()))[0]
-    for _ in range(20):
-        for stage, _ in layer.stages.values():
-            stage.keys.zero_()  # lists of the run before would be right by chance
-        assert all(torch.equal(a, b) for a, b in zip(image(), want, strict=True))

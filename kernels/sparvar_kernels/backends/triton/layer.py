@@ -7,11 +7,8 @@ straight into the buffers that the later stages read. No call waits for the GPU,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -326,7 +323,6 @@ class Layer:
         for variant, heads in self.apart[s]:
             if isinstance(variant, Pooled):
                 self._pool(q, k, v, s, variant, heads, out)
-        later: list[Callable[[], None]] = []
         masses: dict[tuple[Any, ...], Tensor] = {}
         for record, fill in jobs:
             variant = record.variant
@@ -335,45 +331,10 @@ class Layer:
             if shared not in masses:
                 masses[shared] = column_mass(q, k, lse, problem, *shared)
             mass = masses[shared]
-            many = shortlisted(variant, problem, [scale for *_, scale in fill])
+            many = shortlisted(variant, problem, [later for *_, later in fill])
             short = shortlist(mass, variant, problem, record.heads, many) if many else None
-            for lists, keys, scale in fill:
-                ask = partial(select, mass, keys, lists, self.problems[scale], problem, short)
-                if scale == s or gather is None:
-                    ask()
-                else:
-                    later.append(ask)
-        if gather is None:
-            return out
-        # nobody asks for the lists of later scales yet; the residual needs its own list alone
-        with beside(q.device, later):
+            for lists, keys, later in fill:
+                select(mass, keys, lists, self.problems[later], problem, short)
+        if gather is not None:
             gather(q, k, v, self.residuals[s], out)
         return out
-
-
-@contextmanager
-def beside(device: torch.device, asks: Sequence[Callable[[], None]]) -> Iterator[None]:
-    """Launches `asks` on a second stream, beside what the block launches; behind the block the current one has waited for both.
-
-    So memory of either may be given back behind the block, and a graph that is being captured takes in both branches.
-    """
-    if device.type != "cuda" or not asks:
-        for ask in asks:
-            ask()
-        yield
-        return
-    here, there = torch.cuda.current_stream(device), _second_stream(device, get_ident())
-    there.wait_stream(here)
-    try:
-        with torch.cuda.stream(there):
-            for ask in asks:
-                ask()
-        yield
-    finally:
-        here.wait_stream(there)
-
-
-@lru_cache(maxsize=16)
-def _second_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """Each thread has its own: one may be capturing a graph while another one is not."""
-    return torch.cuda.Stream(device)

@@ -26,7 +26,6 @@ from sparvar_kernels.variants import Cs4a
 from sparvar_kernels.variants.cs4a.planner import children, keys_kept, source_tiles, window_first
 
 ALL_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: three programs on a multiprocessor
-MASS_PROGRAMS = 528  # of the mass kernel, at least: enough for any GPU
 SHORT_OPTIONS = ALL_OPTIONS | {"num_warps": 4}  # a quarter of the keys
 
 
@@ -292,8 +291,8 @@ def column_mass(
     padded = -(-problem.num_keys // 16) * 16
     mass = torch.empty(problem.batch, len(heads), tiles, padded, dtype=mass_dtype(problem.dtype), device=q.device)
     groups = -(-tiles * block.samples // block.queries)
-    chunks = max(1, min(-(-problem.num_keys // (4 * block.keys)), -(-MASS_PROGRAMS // (groups * problem.batch * len(heads)))))
-    keys_each = -(-problem.num_keys // (chunks * block.keys)) * block.keys
+    chunks = max(1, min(-(-problem.num_keys // (4 * block.keys)), -(-528 // (groups * problem.batch * len(heads)))))
+    keys_each = -(-problem.num_keys // (chunks * block.keys)) * block.keys  # enough programs for any GPU
     aligned = not (q.data_ptr() | k.data_ptr() | q.stride(0) | q.stride(1) | q.stride(2) | k.stride(0) | k.stride(1)
                    | k.stride(2) | lse.stride(0) | lse.stride(1)) & 15  # fmt: skip
     run = launcher(mass_build(problem, each, aligned), q.device)
