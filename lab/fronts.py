@@ -340,13 +340,15 @@ def drawn_on(raw: Mapping[str, Any]) -> str:
 
 def draw(raw: Mapping[str, Any]) -> bytes:
     """An SVG: a line a method. The same numbers give the same bytes."""
-    from matplotlib import figure, rc_context
+    from matplotlib import colormaps, figure, rc_context
 
     found = points(raw)
     with rc_context({"svg.hashsalt": "sparvar-tune", "svg.fonttype": "none"}):
-        page = figure.Figure(figsize=(8, 4.8), layout="constrained")
+        methods = list(dict.fromkeys(p.method for p in found))
+        page = figure.Figure(figsize=(10, 5 + 0.12 * len(methods)), layout="constrained")
         axes = page.subplots()
-        for method in dict.fromkeys(p.method for p in found):
+        axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
+        for method in methods:
             line = sorted((p for p in found if p.method == method), key=lambda p: p.psnr)
             mark, stroke = ("o", "-") if method in ALONE else ("s", "--")
             axes.plot([p.psnr for p in line], [p.speedup for p in line], label=method, marker=mark, linestyle=stroke)
@@ -356,7 +358,7 @@ def draw(raw: Mapping[str, Any]) -> bytes:
             axes.annotate(preset, (wanted, bottom), xytext=(3, 4), textcoords="offset points", va="bottom", color="0.4")
         axes.axhline(1, color="0.7", linewidth=1, zorder=0)
         axes.set(xlabel="PSNR against the dense picture, dB (right is closer)", ylabel="speed-up of the whole picture")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small", frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         out = io.BytesIO()
         page.savefig(out, format="svg", metadata={"Date": None})
