@@ -36,6 +36,7 @@ from sparvar_tune.launch_search.cost_model import (
     Fit,
     LaunchWork,
     Taken,
+    binaries_of,
     binary_key,
     dense_ms,
     efficiency_key,
@@ -49,6 +50,7 @@ from sparvar_tune.launch_search.cost_model import (
 )
 from sparvar_tune.launch_search.layer_call import distinct_layers
 from sparvar_tune.policy_search.menu import paper_policy
+from sparvar_tune.profile.machine import version_of
 from sparvar_tune.profile.schema import Workload
 from sparvar_tune.profile.store import load, shipped_folder, write_atomic
 
@@ -211,9 +213,9 @@ def _note(
 
 
 def compile_table(say: Callable[[str], None]) -> str:
-    """cost_binaries.json: registers, shared bytes and spilled bytes by `binary_key`; those already known stay."""
-    wanted = wanted_binaries()
-    known = load_binaries() if BINARIES.is_file() else {}
+    """cost_binaries.json: registers, shared bytes and spilled bytes by `binary_key`; those that this Triton made stay."""
+    wanted, here = wanted_binaries(), str(version_of("triton"))
+    known = load_binaries() if BINARIES.is_file() and binaries_of() == here else {}
     missing = {key: b for key, b in wanted.items() if key not in known}
     say(f"{len(wanted)} binaries, {len(missing)} to compile")
     with compilers(os.cpu_count() or 2) as pool:
@@ -226,7 +228,7 @@ def compile_table(say: Callable[[str], None]) -> str:
         else:
             table[key] = [m.registers, m.shared_bytes, m.spill_bytes]
     rows = ",\n".join(f' "{key}": {json.dumps(table[key])}' for key in sorted(table))
-    return f'{{"taken": {{\n{rows}\n}}}}\n'
+    return f'{{"triton": "{here}", "taken": {{\n{rows}\n}}}}\n'
 
 
 HOST_MS = 0.1  # a dense layer below this is as long as the host takes to launch it

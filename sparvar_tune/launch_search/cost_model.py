@@ -270,6 +270,11 @@ def load_binaries() -> dict[str, Taken]:
     return {key: Taken(*values) for key, values in json.loads(BINARIES.read_text("utf-8"))["taken"].items()}
 
 
+def binaries_of() -> str:
+    """The version of the Triton that made them: another one gives some kernels a few registers more or less."""
+    return str(json.loads(BINARIES.read_text("utf-8"))["triton"])
+
+
 def keep_likely(predicted: Mapping[TritonConfig, float]) -> list[TritonConfig]:
     """The configurations worth timing: those predicted within KEPT of the best, in the order given."""
     best = min(predicted.values())
