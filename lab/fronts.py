@@ -55,10 +55,10 @@ HALF_PRICES = ((0, 25.0), (1, 25.0), (1, 8.0), (1, 2.5), (2, 25.0), (2, 8.0), (2
 HALF_SHARES = {TOKENS: ((0, 0.9), (1, 0.9), (2, 0.5)), KEYS: ((1, 0.75), (1, 0.5), (1, 0.25), (1, 0.1), (2, 0.75), (2, 0.5))}
 HALF_KEYS_PRICES = ((1, 0.5, 100.0), (1, 0.5, 25.0))
 # (scales before the end from which products are of 8-bit floats, price or scales before the end from which the half is dropped)
-SCALES_SCALED, SCALED_PRICES = (
-    (0, 1, 2, 4),
-    ((0, 25.0), (0, 14.0), (1, 10.0), (2, 25.0), (2, 14.0), (2, 12.0), (2, 11.0), (2, 10.0), (2, 8.0), (2, 2.5), (2, 0.8)),
-)
+SCALES_SCALED = (0, 1, 2, 4)
+SCALED_PRICES = (
+    (0, 25.0), (0, 14.0), (1, 10.0), (2, 25.0), (2, 14.0), (2, 12.0), (2, 11.0), (2, 10.0), (2, 8.0), (2, 2.5), (2, 0.8),
+)  # fmt: skip
 SCALED_SKIP_PRICES = (6.0, 1.5, 0.4)
 SCALED_HALVES = ((0, 0), (2, 0), (4, 0), (0, 1), (2, 1), (2, 2), (4, 4))
 SCALED_HALF_PRICES = ((2, 0, 25.0), (0, 1, 25.0), (2, 1, 25.0), (2, 1, 8.0), (2, 2, 8.0))
@@ -163,7 +163,8 @@ def draw_pairs(
     drawn: dict[str, list[Drawn]] = {name: [] for name in names}
     until = 0
     if not adapter.as_one:  # what all ways share is drawn once: on a CPU it takes a while
-        begins = [step.from_scale for attend in ways.values() for step in steps_of(attend) if hasattr(step, "from_scale")]
+        steps = [step for attend in ways.values() if hasattr(attend, "policy") for step in attend.policy.steps]
+        begins = [step.from_scale for step in steps if hasattr(step, "from_scale")]
         until = min([first_touched(adapter), *begins])
     adapter.start(pairs[0], until)  # on a GPU it captures what all ways share
     for i, pair in enumerate(pairs):
@@ -179,12 +180,6 @@ def draw_pairs(
             each = zip(picture.split(1), made["dense"][0].split(1), strict=True)
             drawn[name].append(Drawn(ms, [compare_pictures(*both)[LEAD.name] for both in each], as_one))
     return drawn
-
-
-def steps_of(attend: Any) -> tuple[Step, ...]:
-    """The generation steps of an attention, dense or not."""
-    policy: Policy | None = getattr(attend, "policy", None)
-    return policy.steps if policy is not None else ()
 
 
 def timed(stopwatch: Stopwatch, work: Callable[[], T]) -> tuple[T, float]:
