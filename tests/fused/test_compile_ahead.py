@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from importlib.util import find_spec
 
@@ -152,6 +153,26 @@ def test_where_nobody_can_be_forked_threads_compile(lacks, binary, compiled, mon
     wanted = builds(2)
     ahead.compile_ahead(wanted, DEVICE)
     assert len(compiled) == 2 and all(is_made(binary, b) for b in wanted)
+
+
+def test_source_is_read_by_one_thread_at_a_time(binary, compiled, monkeypatch):
+    """CPython 3.11 raises SystemError where two threads make a syntax tree at once."""
+    from triton.runtime import jit
+
+    inside, two_inside, parse = [], threading.Event(), jit.JITFunction.parse
+
+    def parse_slowly(self):
+        inside.append(self)
+        if len(inside) == 2:
+            two_inside.set()
+        two_inside.wait(0.05)  # for the other thread
+        inside.remove(self)
+        return parse(self)
+
+    monkeypatch.setattr(jit.JITFunction, "parse", parse_slowly)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    ahead.compile_ahead(builds(2), DEVICE)
+    assert len(compiled) == 2 and not two_inside.is_set()
 
 
 def test_what_is_being_made_is_not_made_twice(binary, monkeypatch):

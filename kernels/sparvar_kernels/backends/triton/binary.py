@@ -11,11 +11,12 @@ import importlib
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,35 @@ def _make_nothing(*_: Any) -> Any:
     raise NotMade
 
 
+_READING_SOURCE = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In the child of a fork, where the thread that held it is not."""
+    global _READING_SOURCE
+    _READING_SOURCE = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _alone(read: Callable[..., Any], *args: Any) -> Any:
+    """read(*args), of one thread at a time: it makes syntax trees.
+
+    CPython 3.11 counts a tree's depth for all threads together and raises SystemError ("AST constructor recursion depth
+    mismatch") where two make one at once. Nothing is lost, since reading holds Python's lock anyway.
+    """
+    with _READING_SOURCE:
+        return read(*args)
+
+
 def compile_for(build: Build, capability: tuple[int, int]) -> Any:
     """The binary for GPUs of `capability`; needs no GPU. Taken from Triton's cache on disk when it is there."""
     target, source = GPUTarget("cuda", capability[0] * 10 + capability[1], 32), build.source
-    if _ONLY_MADE.get():
-        source.make_ir = _make_nothing  # the first that is called of a source whose binary is not in the cache
+    # the first that is called of a source whose binary is not in the cache
+    source.make_ir = _make_nothing if _ONLY_MADE.get() else partial(_alone, source.make_ir)
+    _alone(lambda: source.fn.cache_key)  # Triton keeps it
     return triton.compile(source, target=target, options=dict(build.options))
 
 
