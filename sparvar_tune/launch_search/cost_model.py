@@ -25,7 +25,7 @@ from sparvar_kernels.backends.triton.table import Column
 from sparvar_kernels.backends.triton.work import build_stage, launch_groups
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import LayerPlan, Policy, plan_layers
-from sparvar_kernels.variants import Pooled
+from sparvar_kernels.variants import NearFar, Pooled
 from sparvar_kernels.variants.pooled.planner import num_keys
 from sparvar_tune.catalog.gpus import Gpu
 from sparvar_tune.profile.reader import Reader, unique_keys
@@ -123,12 +123,19 @@ def works(
         found.append(
             LaunchWork(problem.head_dim, problem.dtype, stage.table[:, Column.COUNT], rows, problem.batch, stage.masked, residual)
         )
-    return found + [_pooled(problem, v, len(heads), config) for v, heads in plan.groups if isinstance(v, Pooled)]
+    return found + [_over_means(problem, v, len(heads), config) for v, heads in plan.groups if isinstance(v, Pooled | NearFar)]
 
 
-def _pooled(problem: AttentionProblem, variant: Pooled, heads: int, config: TritonConfig) -> LaunchWork:
-    blocks = -(-problem.num_queries // config.block_m)
-    keys = torch.full((heads * blocks,), num_keys(problem.schedule, problem.scale_index, variant), dtype=torch.int32)
+def _over_means(problem: AttentionProblem, variant: Pooled | NearFar, heads: int, config: TritonConfig) -> LaunchWork:
+    schedule, s = problem.schedule, problem.scale_index
+    if isinstance(variant, Pooled):
+        blocks = -(-problem.num_queries // config.block_m)
+        keys = torch.full((heads * blocks,), num_keys(schedule, s, variant), dtype=torch.int32)
+    else:
+        lists = variant.lists(schedule, s, "cpu")
+        blocks_of_tiles = -(-lists.tiles.counts // config.block_m)
+        counts = torch.full_like(blocks_of_tiles, lists.keys.shape[-1]) if lists.counts is None else lists.counts[0, 0]
+        keys = counts.repeat_interleave(blocks_of_tiles).repeat(heads).int()
     return LaunchWork(problem.head_dim, problem.dtype, keys, heads * problem.num_queries, problem.batch, True, False, True)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
 from sparvar_kernels.policy import Policy, Rule, Step
-from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
+from sparvar_kernels.variants import Cs4a, Csla, Dense, NearFar, Pooled, Reuse, Variant
 from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, PruneTokens, SkipScales
 
 PAPER_WINDOWS = (1, 1, 3, 5, 7)  # the last five key scales; the ones before are sinks or unseen
@@ -31,6 +31,8 @@ TOKENS, KEYS = "tokens", "cached keys"
 THIN_SHARES = (0.75, 0.5)  # of the last scale's tokens, or of the keys before it, that are kept: the first harms least
 TILES = ("8x16", "8x8")  # query tiles of the search, on the last grid
 SHARES, SAMPLE = (0.06, 0.12), 4  # of keys kept by CS4A, which ranks them by every fourth query's mass
+# (cells, near, query tile on the last grid) of near-far heads, from cheap to exact: on pocketvar all are on the front
+NEAR_FAR = ((4, 0, "16x16"), (6, 0, "16x16"), (10, 0, "8x8"), (8, 1, "8x8"), (12, 1, "8x8"))
 
 
 def paper_sinks(schedule: ScaleSchedule) -> int:
@@ -174,6 +176,9 @@ def menu(schedule: ScaleSchedule, scale_index: int) -> dict[str, Variant]:
     options: dict[str, Variant] = {"dense": Dense()}
     for first in (max(0, len(schedule) - 4), max(0, len(schedule) - 6)):
         options |= {f"pooled {factor} from {first}": Pooled(first, factor) for factor in (2, 4)}
+    for cells, near, text in NEAR_FAR:
+        tile = Tile.parse(text).scaled(schedule.grids[-1], schedule.grids[scale_index])
+        options[f"near-far {cells} + {near} {text}"] = NearFar(cells, near, tile)
     if scale_index > decision:
         options["reuse"] = Reuse(decision)
     for text in TILES:
@@ -186,6 +191,7 @@ def menu(schedule: ScaleSchedule, scale_index: int) -> dict[str, Variant]:
         name: variant for name, variant in options.items()
         if Policy.uniform(1, 1, {scale_index: variant}).why_not(schedule, 1, 1) is None
         and not (isinstance(variant, Csla) and scale_index < sinks)
+        and not (isinstance(variant, NearFar) and max(map(max, schedule.grids[: scale_index + 1])) <= variant.cells)
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ TEXT, MUTED, LINE, PAPER = "var(--text)", "var(--muted)", "var(--line)", "var(--
 DENSE, TUNED, PAPER_WAY, BEST = "var(--dense)", "var(--tuned)", "var(--paper-way)", "var(--best)"
 SERIES = tuple(f"var(--series-{i})" for i in range(1, 9))
 KINDS = {"dense": "var(--kind-dense)", "csla": "var(--kind-csla)", "cs4a": "var(--kind-cs4a)", "pooled": "var(--kind-pooled)",
+         "near_far": "var(--kind-near-far)",
          "reuse": "var(--kind-reuse)"}  # fmt: skip
 SHADES = ("", " 66%, var(--text)", " 72%, var(--paper)", " 44%, var(--text)", " 52%, var(--paper)")
 MARKS = {"certified": "*", "preset": "o", "paper": "s", "other": "D"}

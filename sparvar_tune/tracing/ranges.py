@@ -148,7 +148,8 @@ class Tracer:
         letters = self.policy.heads[self.layer]
         wanted = {letters[h] for h in (range(len(letters)) if heads is None else heads)}
         rules = [r for r in self.policy.rules if r.head_class in wanted]
-        here = {r.variant.kind for r in rules if r.scale_index == self.scale and r.variant.reads != "means"}
+        listed = [r for r in rules if r.variant.reads not in ("means", "keys and means")]
+        here = {r.variant.kind for r in listed if r.scale_index == self.scale}
         later = {r.variant.kind for r in rules if r.variant.decision_scale == self.scale}
         return "+".join(sorted(here or later))
 

@@ -130,7 +130,7 @@ def _record(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _gather(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Gather.__call__(self, q, k, v, out, ...) on a GPU: key lists, or the mean keys of pooled heads."""
+    """Gather.__call__(self, q, k, v, out, ...) on a GPU: key lists, or those of heads that read means."""
     pooled = args[0].bias
     later = work.gathered_stage(*args) if tracer.clock is not None else None
     with tracer.range("pooled" if pooled else "gathered", "pooled" if pooled else tracer.variant_of(), later):
@@ -168,6 +168,7 @@ SEAMS = (
     Seam(VARIANTS, "Cs4a.lists", _step("plan")),
     Seam(CPU, "dense_heads", _step("dense", work.dense_heads)),
     Seam(CPU, "pooled_attention", _step("pooled", work.pooled_heads)),
+    Seam(CPU, "near_far_attention", _step("pooled", work.near_far_heads)),
     Seam(CPU, "gathered_attention", _step("gathered", work.gathered_lists, heads_at=4, variant=True)),
     Seam(CPU, "_record", _record),
     Seam(CPU, "column_mass", _step("decide")),
@@ -176,6 +177,7 @@ SEAMS = (
     Seam(TRITON, "dense_heads", _step("dense", work.dense_heads)),
     Seam(TRITON, "dense_with_lse", _step("dense", work.dense_call)),
     Seam(TRITON, "pool_keys", _step("pooled")),
+    Seam(TRITON, "keys_and_means", _step("pooled")),
     Seam(TRITON, "Gather.__call__", _gather),
     Seam(TRITON, "Layer._decide", _step("decide")),
     Seam(TRITON, "column_mass", _step("decide")),

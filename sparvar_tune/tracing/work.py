@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
-from sparvar_kernels.variants import Pooled
+from sparvar_kernels.variants import NearFar, Pooled
 from sparvar_kernels.variants.lists import KeyLists
 from sparvar_kernels.variants.pooled.planner import num_keys
 from sparvar_tune.tracing.ranges import Work
@@ -45,6 +45,21 @@ def pooled_heads(
 ) -> Later:
     """Means are made of every key; the products are over the means."""
     return _attention(q, len(heads), num_keys(problem.schedule, problem.scale_index, variant), k.shape[2])
+
+
+def near_far_heads(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, heads: Sequence[int], variant: NearFar, out: Tensor, *_: Any
+) -> Later:
+    """Means are made of every key; the products are over what each tile's list holds."""
+    batch, many, queries, dim = q.shape[0], len(heads), q.shape[2], q.shape[-1]
+    moved = 2.0 * batch * many * (queries + k.shape[2]) * dim * q.element_size()
+
+    def later() -> Work:
+        lists = variant.lists(problem.schedule, problem.scale_index, "cpu")
+        counts = torch.full_like(lists.tiles.counts, lists.keys.shape[-1]) if lists.counts is None else lists.counts[0, 0]
+        return Work(4.0 * dim * batch * many * float((counts * lists.tiles.counts.cpu()).sum()), moved)
+
+    return later
 
 
 def gathered_lists(

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 
-from sparvar_kernels import AttentionProblem, Cs4a, Csla, Dense, Pooled, Reuse, ScaleSchedule, Tile
+from sparvar_kernels import AttentionProblem, Cs4a, Csla, Dense, NearFar, Pooled, Reuse, ScaleSchedule, Tile
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.backends.registry import KERNELS
+from sparvar_kernels.backends.triton.work import APART
 from sparvar_kernels.geometry.scales import partition
 from sparvar_kernels.policy import Policy, plan_layers
 from sparvar_kernels.variants import VARIANTS
 from sparvar_kernels.variants.cs4a.planner import rank_keys, source_tiles, window_first
+from sparvar_kernels.variants.near_far.planner import keys_and_means
 from sparvar_kernels.variants.pooled.planner import pool_keys
 
 FILE = Path(__file__).with_name("meanings.json")
@@ -48,6 +50,8 @@ def variants() -> Iterator[tuple[str, ScaleSchedule, object]]:
         yield f"{name} place, window, sample", schedule, Cs4a(3, 0.5, Tile(4, 6), window=3, sample=3)
         yield f"{name} index", schedule, Cs4a(3, 0.6, Tile(0, 24), "index", bands=(3, 3), residual=False)
         yield f"{name} pooled", schedule, Pooled(2, 2)
+        yield f"{name} near-far", schedule, NearFar(4, 0, Tile(4, 4))
+        yield f"{name} near-far, wider", schedule, NearFar(5, 1, Tile(3, 5))
         yield f"{name} reuse", schedule, Reuse(3)
         yield f"{name} dense", schedule, Dense()
 
@@ -60,12 +64,18 @@ def integers(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return ((torch.arange(n, dtype=torch.int64) * 7919 + seed * 104729) % 1000003).double().view(shape)
 
 
+def small_inputs(schedule: ScaleSchedule, s: int) -> tuple:
+    """q, k, v and the problem they are of."""
+    p = AttentionProblem(schedule, s, 1, 1, 4, "fp64")
+    return *(integers((1, 1, n, 4), i) / 1e6 for i, n in enumerate((p.num_queries, p.num_keys, p.num_keys))), p
+
+
 def of_variant(schedule: ScaleSchedule, variant) -> str:
     """Its lists, or what it computes, at the last scale and at the one before."""
     parts: list[torch.Tensor | None] = []
     for s in (4, 5):
         there = variant.at_decision(schedule, s)
-        if variant.reads == "fixed lists":
+        if variant.reads in ("fixed lists", "keys and means"):
             lists = variant.lists(schedule, s, "cpu")
             # what fills a list behind its count is no key of it
             width = lists.keys.shape[-1]
@@ -80,9 +90,9 @@ def of_variant(schedule: ScaleSchedule, variant) -> str:
             rows, own = partition(schedule.grids[variant.decision_scale], there.tile).sampled(variant.sample)
             parts.append(torch.where(own, rows, -1))  # the queries whose mass ranks
         elif variant.reads == "means":
-            p = AttentionProblem(schedule, s, 1, 1, 4, "fp64")
-            q, k, v = (integers((1, 1, n, 4), i) / 1e6 for i, n in enumerate((p.num_queries, p.num_keys, p.num_keys)))
-            parts += [(t * 1e6).round().long() for t in pool_keys(q, k, v, p, variant)]
+            parts += [(t * 1e6).round().long() for t in pool_keys(*small_inputs(schedule, s), variant)]
+        if variant.reads == "keys and means":
+            parts += [(t * 1e6).round().long() for t in keys_and_means(*small_inputs(schedule, s), variant)]
         parts.append(torch.tensor([variant.ranks(schedule, s), int(variant.residual)]))
     return digest(*parts)
 
@@ -91,7 +101,7 @@ def of_triton() -> dict[str, str]:
     """The launch tables and fixed lists of the GPU's planner, made on the CPU."""
     layers, found = KERNELS["triton"].load(), {}
     for name, schedule, variant in variants():
-        if variant.reads in ("everything", "means"):
+        if variant.reads in APART:
             continue
         problems = [AttentionProblem(schedule, s, 2, 3, 64, "bf16") for s in range(6)]
         plans = plan_layers(Policy.uniform(1, 3, {5: variant}), schedule)[0]

@@ -19,6 +19,7 @@ from sparvar_kernels import (
     Cs4a,
     Csla,
     Dense,
+    NearFar,
     Policy,
     Pooled,
     Reuse,
@@ -78,7 +79,8 @@ def check_predicted_builds(device: str) -> tuple[int, int]:
     windows = (-1, -1, 3, 3, 5)
     policies = [
         Policy(("ABCD",), (Rule(4, "A", Csla(windows, 2, Tile(4, 4))), Rule(4, "B", Cs4a(3, 0.3, Tile(4, 8))),
-                           Rule(4, "C", Pooled(3, 2)), Rule(3, "D", Csla(windows, 2, Tile(4, 4))),
+                           Rule(4, "C", Pooled(3, 2)), Rule(3, "C", NearFar(3, 0, Tile(4, 4))),
+                           Rule(3, "D", Csla(windows, 2, Tile(4, 4))),
                            Rule(4, "D", Csla(windows, 2, Tile(8, 8), decision_scale=2)))),
         Policy(("ABAB",), (Rule(4, "A", Reuse(3)), Rule(4, "B", Csla(windows, 2, Tile(0, 128), "block128")))),
         Policy(("ABAB",), (Rule(4, "A", Cs4a(3, 0.21, Tile(0, 24), residual=False)), Rule(4, "B", Cs4a(2, 0.4, Tile(4, 4))))),

@@ -13,6 +13,7 @@ from sparvar_kernels import (
     Cs4a,
     Csla,
     Dense,
+    NearFar,
     Policy,
     Pooled,
     Reuse,
@@ -49,6 +50,10 @@ VARIANTS = {
     "reuse": Reuse(DECISION),
     "pooled 2": Pooled(2, 2),
     "pooled 4": Pooled(3, 4),
+    "near-far": NearFar(3, 0, TILE),
+    "near-far wider": NearFar(4, 1, Tile(3, 5)),
+    "near-far of one cell": NearFar(1, 0, Tile(5, 2)),
+    "near-far whole": NearFar(99, 0, TILE),
 }
 
 
@@ -108,7 +113,7 @@ def test_chunk_size_changes_nothing(elements):
 
 
 def test_heads_of_one_call_may_differ():
-    heads = ["csla residual", "cs4a", "dense", "reuse", "pooled 2", "csla", "cs4a"]
+    heads = ["csla residual", "cs4a", "dense", "reuse", "pooled 2", "near-far", "csla", "cs4a"]
     pair = problems(ODD, heads=len(heads))
     inputs = [p.make_inputs(i) for i, p in enumerate(pair)]
     letters = {name: chr(65 + i) for i, name in enumerate(dict.fromkeys(heads))}
@@ -134,7 +139,7 @@ def test_strided_and_cached_inputs():
                 v.transpose(1, 2).contiguous().transpose(1, 2),
             )
         )
-    for name in ("csla residual", "cs4a", "pooled 2", "reuse"):
+    for name in ("csla residual", "cs4a", "pooled 2", "near-far", "reuse"):
         policy = Policy.uniform(1, 3, {LAST: VARIANTS[name]})
         assert relative(run(policy, pair, strided), want(VARIANTS[name], pair, inputs)) < TOLERANCES["fp32"]
 
@@ -191,6 +196,7 @@ BAD_VARIANTS = [
     (Cs4a(3, 0.2, TILE, window=-1), "window=-1"), (Cs4a(3, 0.2, TILE, bands=(1,)), "no bands"),
     (Cs4a(3, 0.2, TILE, "index", bands=(1,)), "raster tile"), (Cs4a(3, 0.2, Tile(0, 9), "index"), "1 bands"),
     (Cs4a(3, 0.2, Tile(0, 9), "index", bands=(-2,)), "every side"), (Pooled(5, 2), "first_scale=5"), (Pooled(2, 1), "factor=1"),
+    (NearFar(0, 0, TILE), "cells=0"), (NearFar(4, -1, TILE), "near=-1"), (NearFar(4, 0, Tile(0, 9)), "raster9"),
 ]  # fmt: skip
 
 

@@ -8,7 +8,19 @@ import pytest
 import torch
 from tolerances import TOLERANCES
 
-from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Reuse, Rule, ScaleSchedule, SparseAttention, Tile, oracle
+from sparvar_kernels import (
+    AttentionProblem,
+    Cs4a,
+    Csla,
+    NearFar,
+    Policy,
+    Reuse,
+    Rule,
+    ScaleSchedule,
+    SparseAttention,
+    Tile,
+    oracle,
+)
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.configs import TritonConfig
 
@@ -20,6 +32,7 @@ VARIANTS = {
     "csla residual": Csla((-1, -1, 3, 3, 5), 2, Tile(9, 11), decision_scale=3),  # one tile of 99 rows: several programs
     "cs4a": Cs4a(3, 0.5, TILE),  # lists of one length, one per head
     "cs4a raster": Cs4a(3, 0.9, Tile(0, 20), residual=False),
+    "near-far": NearFar(4, 0, TILE),  # keys and means, each with a bias
 }
 LAST_CASES = {
     "one tile": (ScaleSchedule(((1, 1), (2, 2), (3, 3))), Csla((1, 1, 3), 1, Tile(8, 8))),

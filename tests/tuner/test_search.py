@@ -171,7 +171,7 @@ def test_more_choices_than_letters_keep_the_commonest():
 
 
 def test_tilt_favours_late_layers():
-    policy = assign(table(), SCHEDULE, same(0.1), 2.0)
+    policy = assign(table(), SCHEDULE, same(0.2), 2.0)
     assert policy.variant(0, 0, 6) != policy.variant(1, 0, 6)
     assert policy.variant(1, 0, 6).top_k == 0.12
 

@@ -13,14 +13,15 @@ from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
 from sparvar_kernels.variants.cs4a.rule import Cs4a
 from sparvar_kernels.variants.csla.rule import Csla
 from sparvar_kernels.variants.dense.rule import Dense
+from sparvar_kernels.variants.near_far.rule import NearFar
 from sparvar_kernels.variants.pooled.rule import Pooled
 from sparvar_kernels.variants.protocol import Variant
 from sparvar_kernels.variants.reuse.rule import Reuse
 
-__all__ = ["VARIANTS", "Cs4a", "Csla", "Dense", "Pooled", "Reuse", "Variant", "register", "variant_from_dict", "variant_to_dict",
-           "why_not_variant"]  # fmt: skip
+__all__ = ["VARIANTS", "Cs4a", "Csla", "Dense", "NearFar", "Pooled", "Reuse", "Variant", "register", "variant_from_dict",
+           "variant_to_dict", "why_not_variant"]  # fmt: skip
 
-VARIANTS: dict[str, type[Variant]] = {v.kind: v for v in (Dense, Csla, Cs4a, Reuse, Pooled)}
+VARIANTS: dict[str, type[Variant]] = {v.kind: v for v in (Dense, Csla, Cs4a, Reuse, Pooled, NearFar)}
 
 
 def register(cls: type[Variant]) -> type[Variant]:

@@ -8,6 +8,7 @@ attended to and never how that is run: a backend runs it by what it `reads`.
     "fixed lists"    `lists`, known from geometry, through the gathered kernel        Csla
     "ranked lists"   `lists` of the keys its decision scale ranked                    Cs4a
     "means"          dense attention over means of keys                               Pooled
+    "keys and means" `lists` of keys and of means of others, known from geometry      NearFar
     "decision"       the decision scale's output, enlarged                            Reuse
 """
 
@@ -24,7 +25,7 @@ from sparvar_kernels.variants.lists import KeyLists
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing itself from Python 3.11 on
 
-Reads = Literal["everything", "fixed lists", "ranked lists", "means", "decision"]
+Reads = Literal["everything", "fixed lists", "ranked lists", "means", "keys and means", "decision"]
 Inputs = tuple[AttentionProblem, Tensor, Tensor, Tensor]  # of a decision scale: q [B, H, Nq, D], k and v [B, H, Nk, D]
 
 
@@ -68,7 +69,17 @@ class Variant(Protocol):
         """[B, H, Nq, D] in fp64 on the CPU, by the definition alone: no code is shared with `lists` or a kernel."""
 
 
-class WithoutLists:
+class WithoutRanks:
+    """What the variants that rank no keys have in common."""
+
+    def at_decision(self, schedule: ScaleSchedule, scale_index: int) -> Self:
+        return self
+
+    def ranks(self, schedule: ScaleSchedule, scale_index: int) -> int:
+        return 0
+
+
+class WithoutLists(WithoutRanks):
     """What the variants that read no lists have in common; one that can be used anywhere says no more of it."""
 
     kind: ClassVar[str]
@@ -79,12 +90,6 @@ class WithoutLists:
 
     def describe(self) -> str:
         return self.kind
-
-    def at_decision(self, schedule: ScaleSchedule, scale_index: int) -> Self:
-        return self
-
-    def ranks(self, schedule: ScaleSchedule, scale_index: int) -> int:
-        return 0
 
     def lists(self, schedule: ScaleSchedule, scale_index: int, device: str, ranked: Tensor | None = None) -> KeyLists:
         raise NotImplementedError(f"{type(self).__name__} reads no lists")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparvar_kernels import AttentionProblem, Policy, ScaleSchedule, SparseAttention, Tile, oracle
-from sparvar_kernels.variants import Cs4a, Csla, Dense, Pooled, Reuse, Variant
+from sparvar_kernels.variants import Cs4a, Csla, Dense, NearFar, Pooled, Reuse, Variant
 from sparvar_tune.cli.console import say
 from sparvar_tune.cli.exit_codes import ExitCode
 from sparvar_tune.cli.json_answer import print_answer
@@ -48,7 +48,7 @@ def run(options: CheckOptions) -> ExitCode:
     tile = Tile(4, 3)
     variants: list[Variant] = [
         Dense(), Csla((-1, -1, 3, 3, 5), 2, tile), Csla((-1, -1, 3, 3, 5), 2, tile, decision_scale=3),
-        Cs4a(3, 0.4, tile), Pooled(3, 2), Reuse(3),
+        Cs4a(3, 0.4, tile), Pooled(3, 2), NearFar(3, 0, tile), Reuse(3),
     ]  # fmt: skip
     found = []
     for variant in variants:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from sparvar_kernels.backends.configs import CpuConfig
 from sparvar_kernels.backends.cpu.gathered import gathered_attention
+from sparvar_kernels.backends.cpu.near_far import near_far_attention
 from sparvar_kernels.backends.cpu.pooled import pooled_attention
 from sparvar_kernels.backends.dense import column_mass, dense_heads, out_like
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import LayerPlan, Record, RecordKey, why_not_live
-from sparvar_kernels.variants import Cs4a, Pooled, Variant
+from sparvar_kernels.variants import Cs4a, NearFar, Pooled, Variant
 from sparvar_kernels.variants.cs4a.planner import rank_keys, window_first
 from sparvar_kernels.variants.residual import enlarge
 
@@ -59,6 +60,10 @@ def attend(
         if variant.reads == "means":
             assert isinstance(variant, Pooled), "the one way to read means so far"
             pooled_attention(q, k, v, problem, heads, variant, out)
+            continue
+        if variant.reads == "keys and means":
+            assert isinstance(variant, NearFar), "the one way to read keys and means so far"
+            near_far_attention(q, k, v, problem, heads, variant, out, config)
             continue
         record = _record_of(variant, heads, problem, memory)
         if variant.reads != "decision":

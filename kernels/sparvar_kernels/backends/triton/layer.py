@@ -30,6 +30,7 @@ from sparvar_kernels.backends.triton.selecting import (
 )
 from sparvar_kernels.backends.triton.table import FIELDS
 from sparvar_kernels.backends.triton.work import (
+    APART,
     LIST_PAD,
     Lists,
     Part,
@@ -43,7 +44,8 @@ from sparvar_kernels.backends.triton.work import (
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import Tile
 from sparvar_kernels.policy import LayerPlan, Record, why_not_live
-from sparvar_kernels.variants import Cs4a, Pooled, Variant
+from sparvar_kernels.variants import Cs4a, NearFar, Pooled, Variant
+from sparvar_kernels.variants.near_far.planner import keys_and_means
 from sparvar_kernels.variants.pooled.planner import pool_keys
 
 POINTERS = ("q", "k", "v", "out", "keys", "table", "extra", "bias")
@@ -166,9 +168,9 @@ class Layer:
     ) -> None:
         self.plans, self.problems, self.configs, self.device = plans, problems, configs, device
         self.launches: dict[int, list[tuple[int | None, Gather]]] = {}
-        self.apart = [tuple(g for g in plan.groups if g[0].reads in ("everything", "means")) for plan in plans]
+        self.apart = [tuple(g for g in plan.groups if g[0].reads in APART) for plan in plans]
         self.stages: dict[tuple[int, int | None], tuple[Stage, Gather]] = {}
-        self.pooled: dict[tuple[int, Pooled, int], Gather] = {}
+        self.over_means: dict[tuple[int, Variant, int], Gather] = {}
         self.residuals: dict[int, Tensor] = {}
         self.runs: dict[int, int] = {}  # decision scale -> how often it was run for this image
         self.decisions: dict[int, tuple[Gather | None, list[tuple[Record, list[tuple[Lists, Tensor, int]]]]]] = {}
@@ -202,7 +204,7 @@ class Layer:
         p = self.problems[s]
         aligned = p.head_dim % 16 == 0
         found = [gather.build(aligned) for _, gather in self._gathers(s)]
-        found += [self._pooled(s, v, heads, 1).build(aligned) for v, heads in self.apart[s] if isinstance(v, Pooled)]
+        found += [self._over_means(s, v, heads, 1).build(aligned) for v, heads in self.apart[s] if v.reads != "everything"]
         if self.plans[s].records:
             gather, jobs = self._decision(s)
             found += [gather.build(aligned)] if gather else []
@@ -220,30 +222,42 @@ class Layer:
         return list(dict.fromkeys(found))
 
     def _others(self, q: Tensor, k: Tensor, v: Tensor, s: int, out: Tensor) -> None:
-        """Heads that do not share the launch: cuDNN is faster at dense ones, pooled ones have keys of their own."""
+        """Heads that do not share the launch: cuDNN is faster at dense ones, those over means have keys of their own."""
         for variant, heads in self.apart[s]:
             if variant.reads == "everything":
                 dense_heads(q, k, v, self.problems[s], heads, out)
-            elif isinstance(variant, Pooled):
-                self._pool(q, k, v, s, variant, heads, out)
+            else:
+                self._average(q, k, v, s, variant, heads, out)
 
-    def _pool(self, q: Tensor, k: Tensor, v: Tensor, s: int, variant: Pooled, heads: tuple[int, ...], out: Tensor) -> None:
-        keys, values, bias = pool_keys(q, k, v, self.problems[s], variant)
-        gather = self._pooled(s, variant, heads, keys.shape[2])
+    def _average(self, q: Tensor, k: Tensor, v: Tensor, s: int, variant: Variant, heads: tuple[int, ...], out: Tensor) -> None:
+        if isinstance(variant, NearFar):
+            keys, values, bias = keys_and_means(q, k, v, self.problems[s], variant)
+        else:
+            assert isinstance(variant, Pooled), "the ways to read means so far"
+            keys, values, bias = pool_keys(q, k, v, self.problems[s], variant)
+        gather = self._over_means(s, variant, heads, keys.shape[2])
         gather(q, keys, values, out, bias=(bias.float() * LOG2E).contiguous())
 
-    def _pooled(self, s: int, variant: Pooled, heads: tuple[int, ...], keys: int) -> Gather:
-        """The launch of some heads over `keys` mean keys, which every query block reads in order."""
-        if (s, variant, keys) not in self.pooled:
+    def _over_means(self, s: int, variant: Variant, heads: tuple[int, ...], keys: int) -> Gather:
+        """The launch of some heads over `keys` keys and means: pooled heads read all in order, others by lists."""
+        if (s, variant, keys) not in self.over_means:
             problem, config = self.problems[s], self.configs[s].plain
-            tiles = tiles_of(problem.grid, Tile(0, config.block_m))
+            tiles = tiles_of(problem.grid, variant.tile or Tile(0, config.block_m))
             many = len(tiles.rows)
-            part = Part(tiles, heads, 0, 0, 0, torch.zeros(many, dtype=torch.int32), torch.full((many,), keys))
-            padded = torch.cat([torch.arange(keys, dtype=torch.int32), torch.zeros(LIST_PAD, dtype=torch.int32)])
-            stage = Stage(padded.to(self.device), work_table([part], config.block_m).to(self.device), True, ())
+            if variant.reads == "keys and means":
+                lists = variant.lists(problem.schedule, s, "cpu")
+                width, listed = lists.keys.shape[-1], lists.keys.flatten()
+                counts = torch.full((many,), width) if lists.counts is None else lists.counts[0, 0]
+                starts = torch.arange(many, dtype=torch.int32) * width
+            else:
+                listed = torch.arange(keys, dtype=torch.int32)
+                starts, counts = torch.zeros(many, dtype=torch.int32), torch.full((many,), keys)
+            padded = torch.cat([listed, torch.zeros(LIST_PAD, dtype=torch.int32)])
+            table = work_table([Part(tiles, heads, 0, 0, 0, starts, counts)], config.block_m)
+            stage = Stage(padded.to(self.device), table.to(self.device), True, ())
             # a mean key is no longer on the unit sphere and its bias is no logit: no bound is known
-            self.pooled[s, variant, keys] = Gather(stage, replace(problem, logit_bound=None), config, 0, bias=True)
-        return self.pooled[s, variant, keys]
+            self.over_means[s, variant, keys] = Gather(stage, replace(problem, logit_bound=None), config, 0, bias=True)
+        return self.over_means[s, variant, keys]
 
     def _gathers(self, s: int) -> list[tuple[int | None, Gather]]:
         """The launches of scale s: one, or one per decision scale where its variants have several."""
@@ -321,8 +335,8 @@ class Layer:
         for decision, sparse in self._gathers(s):  # other heads may be sparse here
             sparse(q, k, v, out, self.residuals.get(decision) if decision is not None else None)
         for variant, heads in self.apart[s]:
-            if isinstance(variant, Pooled):
-                self._pool(q, k, v, s, variant, heads, out)
+            if variant.reads != "everything":
+                self._average(q, k, v, s, variant, heads, out)
         masses: dict[tuple[Any, ...], Tensor] = {}
         for record, fill in jobs:
             variant = record.variant

@@ -23,6 +23,7 @@ from sparvar_kernels.variants import Cs4a, Variant
 from sparvar_kernels.variants.cs4a.planner import band_lists, keys_kept, source_tiles
 
 Array = np.ndarray
+APART = ("everything", "means", "keys and means")  # what a variant reads that does not share a launch with others
 LIST_PAD = 256  # readable entries behind every list: the largest key block
 
 
@@ -147,7 +148,7 @@ def launch_groups(groups: Sequence[tuple[Variant, tuple[int, ...]]]) -> dict[int
     """Decision scale -> the variants over key lists, with their heads, that one launch takes; None where there is no decision."""
     wanted: dict[int | None, Groups] = {}
     for variant, heads in groups:
-        if variant.reads not in ("everything", "means"):
+        if variant.reads not in APART:
             wanted.setdefault(variant.decision_scale, []).append((variant, heads))
     if len(wanted) > 1 and (free := wanted.pop(None, [])):  # lists without a residual ride along
         wanted[next(iter(wanted))] += free

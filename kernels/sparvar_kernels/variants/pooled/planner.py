@@ -27,20 +27,33 @@ def pool_keys(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, varian
     schedule, factor = problem.schedule, variant.factor
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     whole = schedule.starts[variant.first_scale]
-    batch, heads, _, dim = k.shape
     keys, values = [k[:, :, :whole]], [v[:, :, :whole]]
-    biases = [torch.zeros(batch, heads, whole, dtype=work, device=k.device)]
-    stretch = q.to(work).square().sum(-1).mean(-1, keepdim=True) * (problem.softmax_scale**2 / (2 * dim))  # [B, H, 1]
+    biases = [torch.zeros(*k.shape[:2], whole, dtype=work, device=k.device)]
+    stretch = stretch_of(q, problem)
     for s in range(variant.first_scale, problem.scale_index + 1):
         block = slice(schedule.starts[s], schedule.starts[s + 1])
-        near_k, near_v = k[:, :, block].to(work), v[:, :, block].to(work)
-        mean_k, mean_v = (_pool(t, schedule.grids[s], factor) for t in (near_k, near_v))
-        mean_square = _pool(near_k.square().sum(-1, keepdim=True), schedule.grids[s], factor).squeeze(-1)
-        spread = (mean_square - mean_k.square().sum(-1)).clamp(min=0)
-        biases.append(_log_counts(schedule, s, factor, str(k.device)).to(work) + stretch * spread)
-        keys.append(mean_k.to(k.dtype))
-        values.append(mean_v.to(v.dtype))
+        made = pool_grid(k[:, :, block], v[:, :, block], schedule, s, factor, stretch)
+        for parts, part in zip((keys, values, biases), made, strict=True):
+            parts.append(part)
     return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(biases, 2)
+
+
+def stretch_of(q: Tensor, problem: AttentionProblem) -> Tensor:
+    """[B, H, 1]: what a block's spread is multiplied by in its bias."""
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.to(work).square().sum(-1).mean(-1, keepdim=True) * (problem.softmax_scale**2 / (2 * q.shape[-1]))
+
+
+def pool_grid(
+    k: Tensor, v: Tensor, schedule: ScaleSchedule, scale: int, factor: int, stretch: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of the keys and values [B, H, cells, D] of one grid, k and v [B, H, h * w, D], and their biases [B, H, cells]."""
+    near_k, near_v = k.to(stretch.dtype), v.to(stretch.dtype)
+    mean_k, mean_v = (_pool(t, schedule.grids[scale], factor) for t in (near_k, near_v))
+    mean_square = _pool(near_k.square().sum(-1, keepdim=True), schedule.grids[scale], factor).squeeze(-1)
+    spread = (mean_square - mean_k.square().sum(-1)).clamp(min=0)
+    bias = _log_counts(schedule, scale, factor, str(k.device)).to(stretch.dtype) + stretch * spread
+    return mean_k.to(k.dtype), mean_v.to(v.dtype), bias
 
 
 def _pool(t: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
