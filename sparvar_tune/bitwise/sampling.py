@@ -67,9 +67,17 @@ def turns_of(angles: Tensor) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """x [..., N, D] of floats, its neighbouring pairs turned by turns [N, D / 2] of `turns_of`: one pass over x."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+def rotate(x: Tensor, turns: Tensor, into: Tensor | None = None) -> Tensor:
+    """x [..., N, D] of floats, its neighbouring pairs turned by turns [N, D / 2] of `turns_of`: one pass over x.
+
+    into [..., N, D]: where the result goes; written by that pass where it holds fp32 in rows of unit stride.
+    """
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    if into is not None and into.dtype == torch.float32 and into.stride(-1) == 1 and not any(n % 2 for n in into.stride()[:-1]):
+        torch.mul(turned, turns, out=torch.view_as_complex(into.unflatten(-1, (-1, 2))))
+        return into
+    out = torch.view_as_real(turned * turns).flatten(-2)
+    return out if into is None else into.copy_(out)
 
 
 def draw_noise(schedule: ScaleSchedule, bits: int, seed: int) -> Tensor:
@@ -109,7 +117,7 @@ def portions(x: Tensor) -> list[slice]:
 class Sampled(Protocol):
     """What sampling asks of a model. Its methods get a block first, and last what blocks are told of the picture (`told`).
 
-    before_attention(block, x [B, N, width], turns [(B, 1,) N, D / 2] of `turns_of`) -> q, k, v [B, H, N, D].
+    before_attention(block, x [B, N, width], turns [(B, 1,) N, D / 2] of `turns_of`, into three tensors) -> q, k, v [B, H, N, D].
     attention_part(block, attended [B, H, N, D]) and mlp_part(block, x) -> what they add to x; after_attention(block, x, attended)
     -> x after both. raw_queries(block, x) -> [B, H, N, D] without bias, norm, rotation or learned factor.
     """
@@ -342,9 +350,8 @@ class Generating(ABC):
         keys, values = (cache[:, :, :end] for cache in self.cache[layer])
         new_keys, new_values = keys[:, :, begin:], values[:, :, begin:]
         for part in portions(x):
-            q[:, :, part], new_keys[:, :, part], new_values[:, :, part] = model.before_attention(
-                model.blocks[layer], x[:, part], turns[..., part, :], *self.told
-            )
+            into = tuple(t[:, :, part] for t in (q, new_keys, new_values))
+            model.before_attention(model.blocks[layer], x[:, part], turns[..., part, :], *self.told, into=into)
         if slice(begin, end) == self._span:
             return self.attend(q, keys, values, layer, self.scale)
         # no call of the schedule, so no rule may stand there: a prefix, or what is left of the tokens

@@ -111,9 +111,13 @@ class EmojiVAR(nn.Module):
         """[B, tokens of `scales`, width] from fhat [B, C, H, W] *before* each scale (None: nothing drawn yet)."""
         return grid_inputs(self.schedule, self.start, self.levels.weight, self.embed, states, scales)
 
-    def before_attention(self, block: Block, x: Tensor, turns: Tensor) -> tuple[Tensor, ...]:
-        """x [B, N, width], turns of `turns_of` -> q, k, v [B, H, N, D]."""
+    def before_attention(
+        self, block: Block, x: Tensor, turns: Tensor, into: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, ...]:
+        """x [B, N, width], turns of `turns_of` -> q, k, v [B, H, N, D]; into: three tensors that take them."""
         q, k, v = block.qkv(block.norm1(x)).unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+        if into is not None:
+            return rotate(q.float(), turns, into[0]), rotate(k.float(), turns, into[1]), into[2].copy_(v)
         return rotate(q.float(), turns).to(v), rotate(k.float(), turns).to(v), v
 
     def after_attention(self, block: Block, x: Tensor, attended: Tensor) -> Tensor:

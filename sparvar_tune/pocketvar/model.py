@@ -120,8 +120,13 @@ class PocketVAR(nn.Module):
         c = F.silu(self.class_embedding(labels))
         return self.condition(c).unflatten(-1, (6, -1)), self.head_modulation(c).unflatten(-1, (2, -1))
 
-    def before_attention(self, block: Block, x: Tensor, turns: Tensor, mod: Tensor) -> tuple[Tensor, ...]:
-        """x [B, N, width], turns of `turns_of` -> q, k, v [B, H, N, D]; q carries the head's learned scale."""
+    def before_attention(
+        self, block: Block, x: Tensor, turns: Tensor, mod: Tensor, into: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, ...]:
+        """x [B, N, width], turns of `turns_of` -> q, k, v [B, H, N, D]; q carries the head's learned scale.
+
+        into: three tensors that take them.
+        """
         qk, v = (
             block.qkv(self._attention_input(block, x, mod))
             .unflatten(-1, (3 * self.config.heads, -1))
@@ -130,6 +135,8 @@ class PocketVAR(nn.Module):
         )
         q, k = F.normalize(qk.float(), dim=-1).chunk(2, 1)
         q = q * self.head_scale(block).view(1, -1, 1, 1)
+        if into is not None:
+            return rotate(q, turns, into[0]), rotate(k, turns, into[1]), into[2].copy_(v)
         return rotate(q, turns).to(v), rotate(k, turns).to(v), v
 
     def after_attention(self, block: Block, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
