@@ -316,8 +316,10 @@ def search(
     study: optuna.Study, judge: Callable[[Knobs], Verdict], until: Callable[[], bool], tell: Callable[[FinishedTrial], None],
     shared: Shared | None = None, *, points: Sequence[str] = FIXED_POINTS, steps: Mapping[str, tuple[str, ...]] = STEPS,
     saves: Mapping[str, float] = NO_LIMIT, tell_failed: Callable[[FailedTrial], None] = lambda trial: None,
+    foresee: Callable[[Sequence[FinishedTrial], str], Knobs | None] = lambda found, name: None,
 ) -> None:  # fmt: skip
-    """Runs trials until `until()`: the fixed `points`, then a bisection of one common price, then TPE around what was found.
+    """Runs trials until `until()`: the fixed `points`, then a bisection of one common price, then what `foresee` makes of these
+    (given the trials and the name of steps, or ""), then TPE around what was found.
 
     steps: those of the points that are generation steps alone, each with the weaker ones it comes after. The picture's error
     budget is one: where steps alone keep within the bound, prices for attention are looked for on top of them as well, unless all
@@ -332,8 +334,8 @@ def search(
             shared.stale(study)
         trials = study.get_trials(deepcopy=False)
         found, broken = _finished(trials), {f.knobs for f in _failed(trials)}
+        planned = next_planned(found, _under_way(trials) | broken, points, steps, saves, foresee)
         with unbroken():
-            planned = next_planned(found, _under_way(trials) | broken, points, steps, saves)
             if planned:  # a trial with its knobs from the first moment on, so that nobody takes them for free
                 study.enqueue_trial(asdict(planned), user_attrs={"knobs": json.dumps(asdict(planned))})
             trial = study.ask()  # what another process enqueued a moment ago is as good
@@ -358,9 +360,10 @@ def search(
 def next_planned(
     found: Sequence[FinishedTrial], settled: Collection[Knobs], points: Sequence[str] = FIXED_POINTS,
     steps: Mapping[str, tuple[str, ...]] = STEPS, saves: Mapping[str, float] = NO_LIMIT,
+    foresee: Callable[[Sequence[FinishedTrial], str], Knobs | None] = lambda found, name: None,
 ) -> Knobs | None:  # fmt: skip
     """The fixed points, then one common price by interpolation, on every steps that leave room for it and on none, where most can
-    be saved first. None when all is known. settled: under way or failed.
+    be saved first, then what is foreseen of these. None when all is known. settled: under way or failed.
     """
     known = {f.knobs for f in found}
     within = roomy(found, steps)
@@ -370,7 +373,8 @@ def next_planned(
             return seed
     alone = {f.knobs.form: f.verdict.time_ratio for f in found} | {"": 1.0}
     lines = sorted((*roomy(found, steps, saves)[:LINES], ""), key=lambda name: alone[name] - saves.get(name, math.inf))
-    return next((knobs for name in lines if (knobs := _next_common_price(found, settled, name))), None)
+    common = next((knobs for name in lines if (knobs := _next_common_price(found, settled, name))), None)
+    return common or next((knobs for name in lines if (knobs := foresee(found, name)) and knobs not in settled), None)
 
 
 def roomy(found: Sequence[FinishedTrial], steps: Collection[str], saves: Mapping[str, float] = NO_LIMIT) -> list[str]:
@@ -384,7 +388,7 @@ def roomy(found: Sequence[FinishedTrial], steps: Collection[str], saves: Mapping
     return sorted(room, key=lambda name: alone[name].time_ratio)
 
 
-def _common(price: float, steps: str = "") -> Knobs:
+def common_price(price: float, steps: str = "") -> Knobs:
     """One price, scales in a fixed ratio."""
     last, second, third = (min(price * weight, HIGH_PRICE) for weight in SCALE_WEIGHTS)
     return Knobs("priced", last, second, third, DEFAULT_TILT, steps)
@@ -394,11 +398,11 @@ def _next_common_price(found: Sequence[FinishedTrial], settled: Collection[Knobs
     """Towards the cheapest common price that meets the constraint, by the shortfall's slope over the price's logarithm."""
     points = {f.knobs: f.verdict.shortfall_db for f in found}
     points |= {knobs: LIE_DB for knobs in settled if knobs not in points}
-    line = {math.log10(k.price_last): short for k, short in points.items() if k == _common(k.price_last, steps)}
+    line = {math.log10(k.price_last): short for k, short in points.items() if k == common_price(k.price_last, steps)}
     missed = max(((at, short) for at, short in line.items() if short > 0), default=(-math.inf, 0.0))  # the dearest
     met = min(((at, short) for at, short in line.items() if short <= 0), default=(math.inf, 0.0))  # the cheapest
     if not line:
-        return _common(FIRST_PRICE, steps)
+        return common_price(FIRST_PRICE, steps)
     if len(line) >= PRICE_STEPS or met[0] - missed[0] < CLOSE_ENOUGH:
         return None
     if math.isinf(missed[0] + met[0]):  # one side is still open: go as far as a typical slope says, a decade at most
@@ -406,7 +410,7 @@ def _next_common_price(found: Sequence[FinishedTrial], settled: Collection[Knobs
         at += min(1.0, max(-1.0, short / SLOPE_DB + (0.1 if short > 0 else -0.1)))
     else:
         at = met[0] + min(0.8, max(0.2, met[1] / (met[1] - missed[1]))) * (missed[0] - met[0])
-    return _common(10**at, steps) if math.log10(LOW_PRICE) <= at <= math.log10(HIGH_PRICE) else None
+    return common_price(10**at, steps) if math.log10(LOW_PRICE) <= at <= math.log10(HIGH_PRICE) else None
 
 
 def _planned(trial: optuna.trial.FrozenTrial) -> Knobs | None:

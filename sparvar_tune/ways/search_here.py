@@ -37,7 +37,16 @@ from sparvar_tune.policy_search.certify import (
     generation,
     measured_rows,
 )
-from sparvar_tune.policy_search.judge import Judge, build_policy, first_touched, make_attention, points_of, steps_of
+from sparvar_tune.policy_search.foresight import Foresight
+from sparvar_tune.policy_search.judge import (
+    Judge,
+    build_policy,
+    first_touched,
+    make_attention,
+    points_of,
+    steps_named,
+    steps_of,
+)
 from sparvar_tune.policy_search.menu import OptionTable, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
 from sparvar_tune.policy_search.storage import one_line, open_shared
@@ -141,7 +150,7 @@ def tune(
 
         search(
             study, judge, enough, lambda trial: note(trial_line(trial, judge, left() - reserve)), shared,
-            points=judge.forms, steps=judge.steps, saves=judge.saves,
+            points=judge.forms, steps=judge.steps, saves=judge.saves, foresee=Foresight(table, steps_named(adapter)),
             tell_failed=lambda trial: note(f"trial {trial.number:3d}  failed: {trial.reason} ({knobs_line(trial.knobs)})"),
         )  # fmt: skip
         if not busy and (load := judge.stopwatch.load()):

@@ -87,12 +87,12 @@ def test_a_common_price_that_fails_is_taken_for_too_cheap(tmp_path):
 
     def judge(knobs):
         asked.append(knobs)
-        if knobs == search._common(search.FIRST_PRICE):
+        if knobs == search.common_price(search.FIRST_PRICE):
             raise ValueError("this one")
         return GOOD
 
     searched(search.open_study(tmp_path, "space", 0, False), judge, 4)
-    assert asked[2] == search._common(search.FIRST_PRICE) and asked[3].price_last > asked[2].price_last
+    assert asked[2] == search.common_price(search.FIRST_PRICE) and asked[3].price_last > asked[2].price_last
 
 
 def test_a_search_in_which_all_fails_ends(tmp_path):

@@ -224,10 +224,10 @@ def test_what_is_planned_with_steps():
     assert planned() == study.Knobs(form="drop half from 11"), "the weaker one left room"
     judged(planned(), verdict(0.7, 0.1, complete=False))
     assert study.roomy(found, steps) == ["drop half from 12"]
-    assert planned() == study._common(study.FIRST_PRICE, "drop half from 12")
+    assert planned() == study.common_price(study.FIRST_PRICE, "drop half from 12")
     for _ in range(study.PRICE_STEPS):
         judged(planned(), verdict(0.6, -0.1))
-    assert planned() == study._common(study.FIRST_PRICE), "then attention alone"
+    assert planned() == study.common_price(study.FIRST_PRICE), "then attention alone"
 
 
 def test_trials_from_before_there_were_steps_are_read():

@@ -177,7 +177,7 @@ def test_a_torn_line_of_a_killed_writer_is_cut(tmp_path):
 def test_two_lies_look_to_both_sides():
     first = search.next_planned(SEEDS, ())
     second = search.next_planned(SEEDS, {first})
-    assert first == search._common(search.FIRST_PRICE) and second.price_last > first.price_last
+    assert first == search.common_price(search.FIRST_PRICE) and second.price_last > first.price_last
     met = search.FinishedTrial(2, first, search.Verdict(1.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True))
     assert search.next_planned([*SEEDS, met], ()).price_last < first.price_last
 
