@@ -87,6 +87,9 @@ class SparseAttention:
                                  "call under torch.no_grad() or torch.inference_mode()")  # fmt: skip
             if torch.compiler.is_compiling():
                 return torch.ops.sparvar_kernels.attend(q, k, v, self.handle, layer, scale_index)
+            if torch.is_autocast_enabled(q.device.type):  # it would cast what kernels write to
+                with torch.autocast(q.device.type, enabled=False):
+                    return self(q, k, v, layer, scale_index)
             if scale_index == 0 and layer == 0:
                 self.reset()
             if q.is_neg() or k.is_neg() or v.is_neg():  # a kernel reads memory, where the sign is not

@@ -7,7 +7,7 @@ Products are in the model's own dtype, the residual stream is fp32, and a sum an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class BoxedBlocks:
     thins: kinds of steps that leave out tokens which `run` can do.
     """
 
+    exact_gelu: ClassVar[bool] = True
     thins: tuple[str, ...] = ("prune_tokens", "cache_budget")
 
     def __init__(self, found: Parts) -> None:

@@ -7,7 +7,7 @@ keeps the model's own precision (fp16), and a sum and the norm behind it are one
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class HartStack:
 
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = None
+    exact_gelu: ClassVar[bool] = False
     thins: tuple[str, ...] = ("prune_tokens",)
     linears = staticmethod(linears)
 

@@ -8,7 +8,7 @@ around it (folded_text.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class InfinityStack:
 
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = torch.float32
+    exact_gelu: ClassVar[bool] = False
     thins: tuple[str, ...] = ("prune_tokens", "cache_budget")
     linears = staticmethod(linears)
 

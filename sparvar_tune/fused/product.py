@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparvar_kernels.path import ScaledRows, scaled_rows
-from sparvar_kernels.path.scaled_product import Then
+from sparvar_kernels.path.scaled_product import SIDE, Then
 from sparvar_tune.adapters.instance_forward import why_not_replace
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.generation import Precision
@@ -103,14 +103,23 @@ def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence
                     product.scale()
 
 
-def scaled_builds(blocks: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """Binaries that make scaled rows for the plain products of blocks, and for those behind an MLP's activation."""
+def scaled_builds(blocks: Sequence[Any], dtype: torch.dtype, exact_gelu: bool) -> list[Any]:
+    """Binaries that make scaled rows for the plain products of blocks and for those behind an MLP's activation, and where the
+    library does not multiply them (`ScaledProduct`), those that do. exact_gelu: blocks end in `exact_gelu_mlp`.
+    """
+    from sparvar_kernels.path.triton.scaled_product import scaled_product_build
     from sparvar_kernels.path.triton.scaled_rows import scaled_rows_build
 
     products = {name: p for b in blocks for name, p in vars(b).items() if isinstance(p, Product) and p.weight is not None}
-    made = [scaled_rows_build(dtype, p.weight.shape[1]) for p in products.values() if p.weight is not None]
-    if "down" in products and products["down"].weight is not None:
-        made.append(scaled_rows_build(dtype, products["down"].weight.shape[1], "silu" if "gate" in products else "gelu"))
+    made: list[Any] = []
+    for name, p in products.items():
+        assert p.weight is not None
+        (outputs, inputs), gelu = p.weight.shape, exact_gelu and name == "up"
+        made.append(scaled_rows_build(dtype, inputs))
+        if (gelu or dtype != torch.bfloat16) and not (outputs | inputs) % SIDE:
+            made.append(scaled_product_build(dtype, inputs, outputs, p.bias is not None, gelu))
+        if name == "down" and not exact_gelu:
+            made.append(scaled_rows_build(dtype, inputs, "silu" if "gate" in products else "gelu"))
     return list(dict.fromkeys(made))
 
 

@@ -7,7 +7,7 @@ caches, graphs, the hooks in the live model and the way back.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -59,8 +59,10 @@ class Stack(Protocol):
 
     parameters: names of a block's arguments, in order. stream: dtype of the residual stream, None where it is the input's.
     thins: kinds of steps that leave out tokens which `run` can do. linears(block): those whose products `Precision` scales.
+    exact_gelu: of its MLPs, in place of the tanh form or of SiLU.
     """
 
+    exact_gelu: ClassVar[bool]
     parameters: Sequence[str]
     stream: torch.dtype | None
     thins: tuple[str, ...]

@@ -8,7 +8,7 @@ the norm behind it are one pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class VarStack:
 
     parameters: Sequence[str] = BLOCK.parameters
     stream: torch.dtype | None = torch.float32
+    exact_gelu: ClassVar[bool] = False
     thins: tuple[str, ...] = ()
     linears = staticmethod(linears)
 

@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_kernels.backends.dense import dense_attention, dense_with_lse
+from sparvar_kernels.backends.dense import dense_attention, dense_with_lse, why_not_flash3
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import LayerPlan, Policy
@@ -44,7 +44,9 @@ class _Attends(Protocol):
 
 
 class _Builds(Protocol):
-    """What launches binaries of its own: a `Stack`."""
+    """What launches binaries of its own: a `Stack`. exact_gelu: of its MLPs."""
+
+    exact_gelu: ClassVar[bool]
 
     @property
     def blocks(self) -> Sequence[Any]: ...
@@ -148,7 +150,7 @@ class Workspace:
         for attend in self.sparse:
             builds += attention_builds(attend, form, self.dtype, device)
         if self.precision is not None:
-            builds += scaled_builds(stack.blocks, self.dtype)
+            builds += scaled_builds(stack.blocks, self.dtype, stack.exact_gelu)
         ahead = Ahead(builds, device)
         self.plan_dense(device)
         ahead.wait()
@@ -166,11 +168,13 @@ class Workspace:
                 each = decided if kind == "decides" else rows
                 q = torch.empty(each, problem.num_queries, problem.heads, problem.head_dim, dtype=self.dtype, device=device)
                 end = self.thinning.filled[0][s] + problem.num_queries
-                k, v = (t[:each, :, :end] for t in self.cache(0))
+                q, k, v = q.transpose(1, 2), *(t[:each, :, :end] for t in self.cache(0))
+                if why_not_flash3(q, k, v) is None:
+                    continue  # it plans nothing
                 if kind == "decides":
-                    dense_with_lse(q.transpose(1, 2), k, v, problem.softmax_scale)
+                    dense_with_lse(q, k, v, problem.softmax_scale)
                 else:
-                    dense_attention(q.transpose(1, 2), k, v, problem)
+                    dense_attention(q, k, v, problem)
 
     def capture(self, what: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
         """A graph of what is launched, in the memory that all of them share; from one that cannot be on, none is replayed."""

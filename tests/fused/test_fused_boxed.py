@@ -4,12 +4,14 @@ left. Pictures of the shipped weights, and graphs, at the end."""
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import tiny_emojivar
 import torch
 from boxed_checks import BOUND, NAMES, Driven, error, logits_of, poison
+from gathered_checks import needs_triton
 from torch import nn
 
 import sparvar_tune
@@ -302,6 +304,28 @@ def test_graphs_draw_what_launches_draw(name, early):
         for _ in range(2):
             assert all(torch.equal(state.fork(path.fused).run().fhat, fhat) for state, fhat in zip(parked, want, strict=True))
     assert torch.equal(driven.begin(1).run().fhat, plain) and not torch.equal(plain, want[0])
+
+
+@needs_triton
+@pytest.mark.parametrize("exact_gelu", [True, False])
+def test_products_of_8_bit_rows_are_foreseen(exact_gelu):
+    """Where the library multiplies none of them, in fp32, and with GELU behind a product or in front of the next."""
+    from sparvar_kernels.path.triton.scaled_product import scaled_product_build
+    from sparvar_kernels.path.triton.scaled_rows import scaled_rows_build
+    from sparvar_tune.fused.product import Product, scaled_builds
+
+    made = {"proj": nn.Linear(32, 48, bias=False), "up": nn.Linear(32, 64), "down": nn.Linear(64, 32), "odd": nn.Linear(32, 7)}
+    block = SimpleNamespace(**{name: Product(linear, torch.float32) for name, linear in made.items()}, width=32)
+    got = scaled_builds([block, block], torch.float32, exact_gelu)
+    products = [(32, 48, False, False), (32, 64, True, exact_gelu), (64, 32, True, False)]
+    want = [
+        *(scaled_product_build(torch.float32, *p) for p in products),
+        *(scaled_rows_build(torch.float32, n) for n in (32, 64)),
+    ]
+    want += [] if exact_gelu else [scaled_rows_build(torch.float32, 64, "gelu")]
+    assert set(got) == set(want) and len(got) == len(want)
+    by_library = [b for b in scaled_builds([block], torch.bfloat16, exact_gelu) if b.kernel.endswith("scaled_product_kernel")]
+    assert [dict(b.constants)["GELU"] for b in by_library] == [1] * exact_gelu
 
 
 @pytest.mark.gpu

@@ -103,6 +103,16 @@ def test_low_precision(name, dtype):
     assert relative(got, want(variant, pair, inputs)) < TOLERANCES[dtype] * 2
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_autocast_around_a_call_changes_nothing(name):
+    pair = problems(ODD)
+    inputs = [p.make_inputs(i) for i, p in enumerate(pair)]
+    policy = Policy.uniform(1, 2, {} if name == "dense" else {LAST: VARIANTS[name]})
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(policy, pair, inputs)
+    assert torch.equal(got, run(policy, pair, inputs))
+
+
 @pytest.mark.parametrize("elements", [1, 700, 10**9])
 def test_chunk_size_changes_nothing(elements):
     pair = problems(ODD)
