@@ -249,7 +249,10 @@ class Generating(ABC):
     @torch.inference_mode()
     def pictures(self) -> Tensor:
         """[B, 3, height, width] float32 in 0..1, from the scales drawn so far."""
-        decoded = self.model.decoder(self.fhat.to(self.model.head.weight.dtype))
+        fhat = self.fhat.to(self.model.head.weight.dtype)
+        if fhat.device.type == "cpu":  # convolutions of pixels that lie together take a fifth less there
+            fhat = fhat.contiguous(memory_format=torch.channels_last)
+        decoded = self.model.decoder(fhat)
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     # What a model's `step` is made of
