@@ -106,7 +106,7 @@ def measured(adapter: Adapter, pairs: int) -> dict[str, Any]:
             fronts[f"without {kind}"] = front(table, lambda o, kind=kind: kinds[o] != kind)  # type: ignore[misc]
     return {
         "model": adapter.model.slug, "machine": device_name(silicon(GPUS["cpu"], True)), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "date": str(datetime.date.today()), "first": first, "dense_ms": dense,
+        "date": str(datetime.date.today()), "first": first, "dense_ms": dense,
         "options": {
             s: {
                 o: {"kind": kinds[o], "ms": table.time_ms[s][o], "error": sum(map(sum, table.error[s][o])) / adapter.model.layers}
@@ -121,7 +121,7 @@ def measured(adapter: Adapter, pairs: int) -> dict[str, Any]:
 def page(raw: dict[str, Any]) -> str:
     lines = [
         f"# The menu's options: {raw['model']} on a CPU", "",
-        f"{raw['machine']}, {raw['threads']} threads; torch {raw['torch']}; {raw['date']}. Error: squared, of "
+        f"{raw['machine']}; torch {raw['torch']}; {raw['date']}. Error: squared, of "
         "heads' outputs over the layer's squared output on one captured picture, summed over heads, mean of layers.", "",
         "## One rule for all heads of the last two scales", "",
         f"Means over {len(next(iter(raw['rules'].values())))} pictures against the dense ones; of the time of the last three "

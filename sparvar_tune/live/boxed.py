@@ -70,6 +70,9 @@ class BoxedAdapter(Adapter):
         return begun.run(until).parked()
 
     def finish(self, state: Generating, attend: Attend, redraw_from: int | None = None) -> Tensor:
+        if not callable(attend):
+            raise ValueError(f"attend: got a {type(attend).__name__}, want what is called with q, k, v: of a profile, "
+                             "tuned.sparse_attention()")  # fmt: skip
         begin_image(attend)  # a state is finished many times, maybe with one attention
         noise = None
         if redraw_from is not None:

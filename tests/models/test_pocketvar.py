@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import make_model
 
+import sparvar_tune
 from lab.pocketvar.train import TeacherForcing
 from sparvar_tune.bitwise.sampling import rotate, turns_of
 from sparvar_tune.bitwise.tokenizer import Quantiser, grow, pool
@@ -70,6 +71,19 @@ def test_rotation_turns_neighbouring_pairs(dtype):
     assert torch.allclose(rotate(x, turns_of(angles)).double(), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("place", ["rows", "columns", "odd rows", "bf16"])
+def test_rotation_goes_where_it_is_told_to(place):
+    """By one pass where the place allows it, with the same bits anywhere."""
+    x, turns = torch.randn(1, 2, 5, 8), turns_of(torch.randn(5, 4))
+    want, room = rotate(x, turns), torch.full((1, 2, 9, 9), float("nan"))
+    into = {
+        "rows": torch.full((1, 2, 9, 8), float("nan"))[:, :, 2:7], "columns": torch.empty(1, 2, 8, 5).transpose(2, 3),
+        "odd rows": room[:, :, 1:6, 1:], "bf16": torch.empty(1, 2, 5, 8, dtype=torch.bfloat16),
+    }[place]  # fmt: skip
+    assert rotate(x, turns, into) is into and torch.equal(into, want.to(into.dtype))
+    assert int(room.isnan().sum()) == (82 if place == "odd rows" else 162)
+
+
 def test_resampling_matrices():
     x = torch.randn(2, 3, 12, 20)
     assert torch.allclose(pool(x, (4, 5)), torch.nn.functional.avg_pool2d(x, (3, 4)), atol=1e-6)
@@ -117,6 +131,12 @@ def test_damaged_weights_are_refused(tmp_path):
     bad.write_bytes(WEIGHTS.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a pocketvar weight file"):
         load_pocketvar(bad)
+
+
+def test_a_profile_is_no_attention():
+    adapter = PocketAdapter(find_model("pocketvar"), "cpu")
+    with pytest.raises(ValueError, match=r"got a Tuned, want what is called with q, k, v.*sparse_attention"):
+        adapter.finish(adapter.start((0, 1), 1), sparvar_tune.load_profile("pocketvar", gpu="cpu"))
 
 
 def test_wrong_requests_are_refused():
