@@ -329,7 +329,7 @@ def test_check_and_tables(tiny_model, capsys):
     for command in ("generate", "verify", "compare"):
         assert "not in this machine" in refused(capsys, command, "--gpu", "b200", "--model", "pocketvar")
     code, out, _ = run(capsys, "check", "--gpu", "cpu")
-    assert code == 0 and out.count("ok  ") == 6
+    assert code == 0 and out.count("ok  ") == 7
     code, out, _ = run(capsys, "show", "--gpus", "--models")
     assert code == 0 and "h100-sxm" in out and "infinity-8b" in out
 

@@ -137,11 +137,11 @@ def test_compare(home, monkeypatch, capsys, tmp_path):
 
 def test_check(home, capsys, monkeypatch):
     found, words, _ = answer(capsys, "check", "--gpu", "cpu")
-    assert found["versions"]["torch"] in words and len(found["variants"]) == 6 == words.count("ok  ")
+    assert found["versions"]["torch"] in words and len(found["variants"]) == 7 == words.count("ok  ")
     assert all(f"{one['error']:.1e}" in words for one in found["variants"])
     monkeypatch.setattr(check, "relative_l2", lambda got, want: 0.5)
     found, words, _ = answer(capsys, "check", "--gpu", "cpu")
-    assert found["exit_code"] == exit_codes.ExitCode.FAILED and words.count("FAIL") == 6
+    assert found["exit_code"] == exit_codes.ExitCode.FAILED and words.count("FAIL") == 7
     assert not any(one["good"] for one in found["variants"])
 
 
