@@ -21,7 +21,7 @@ import torch
 
 from sparvar_kernels.policy import Step
 from sparvar_tune.policy_search.menu import OptionTable, StepOption
-from sparvar_tune.policy_search.study import DEFAULT_TILT, HIGH_PRICE, LOW_PRICE, FinishedTrial, Knobs, common_price
+from sparvar_tune.policy_search.study import DEFAULT_TILT, HIGH_PRICE, LOW_PRICE, FinishedTrial, Knobs, Verdict, common_price
 
 RATIO = (1.65, 1.0, 1.1)  # a_s of pocketvar, third-last scale first, up to a factor
 LEAN = 0.3  # what the ratio counts for, in trials
@@ -41,12 +41,18 @@ class Foresight:
     def __init__(self, table: OptionTable, steps: Mapping[str, StepOption]) -> None:
         self.table, self.steps = table, steps
         self.heads: dict[str, _Heads] = {}
+        self.said: dict[str, tuple[list[FinishedTrial], Knobs | None]] = {}  # by steps: a sampler that repeats itself asks again
 
     def __call__(self, found: Sequence[FinishedTrial], name: str = "") -> Knobs | None:
         alone = next((f.verdict for f in found if f.knobs.form == name), None)
         near = [f for f in found if f.knobs.form == "priced" and f.knobs.steps == name and abs(f.verdict.shortfall_db) < NEAR_DB]
         if len(near) < FEWEST or (name and alone is None) or self._proposed(found, name) >= PROPOSALS:
             return None
+        if self.said.get(name, ([], None))[0] != near:
+            self.said[name] = near, self._foreseen(near, alone, name)
+        return self.said[name][1]
+
+    def _foreseen(self, near: list[FinishedTrial], alone: Verdict | None, name: str) -> Knobs | None:
         if name not in self.heads:
             self.heads[name] = _Heads(self.table, self.steps[name].steps if name else ())
         heads, rest = self.heads[name], _damage(alone.lead) if alone else 0.0

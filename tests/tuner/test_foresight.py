@@ -115,3 +115,15 @@ def test_a_search_tries_what_is_foreseen_behind_the_common_price(tmp_path):
     s.search(study, judge, lambda: len(told) >= 12, told.append, foresee=foresee)
     at = [t.knobs.price_last for t in told].index(77.0)
     assert 2 < at < 11 and min(asked) == at and told[at].knobs.tilt == s.DEFAULT_TILT
+
+
+def test_the_same_trials_are_thought_over_once(monkeypatch):
+    """A sampler that repeats a fixed point asks again, with that point twice among the trials."""
+    made, asked = table(), []
+    fastest = f._Heads.fastest
+    monkeypatch.setattr(f._Heads, "fastest", lambda *given: asked.append(given) or fastest(*given))
+    foresee, found = f.Foresight(made, {}), [trial(i, made, s.common_price(p)) for i, p in enumerate((30.0, 10.0))]
+    paper = s.FinishedTrial(2, s.Knobs(form="paper"), s.Verdict(0.5, 5.0, {"psnr": 29.0, "ssim": 0.9}, True))
+    first = foresee(found)
+    assert first is not None and foresee([*found, paper]) == first and len(asked) == 1
+    assert foresee([*found, trial(3, made, first)]) != first and len(asked) == 2
