@@ -22,7 +22,7 @@ import torch
 
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.backends.triton.table import Column
-from sparvar_kernels.backends.triton.work import build_stage, launch_groups
+from sparvar_kernels.backends.triton.work import build_stage, launch_groups, means_stage
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.policy import LayerPlan, Policy, plan_layers
 from sparvar_kernels.variants import NearFar, Pooled
@@ -123,20 +123,14 @@ def works(
         found.append(
             LaunchWork(problem.head_dim, problem.dtype, stage.table[:, Column.COUNT], rows, problem.batch, stage.masked, residual)
         )
-    return found + [_over_means(problem, v, len(heads), config) for v, heads in plan.groups if isinstance(v, Pooled | NearFar)]
+    return found + [_over_means(problem, v, heads, config) for v, heads in plan.groups if isinstance(v, Pooled | NearFar)]
 
 
-def _over_means(problem: AttentionProblem, variant: Pooled | NearFar, heads: int, config: TritonConfig) -> LaunchWork:
-    schedule, s = problem.schedule, problem.scale_index
-    if isinstance(variant, Pooled):
-        blocks = -(-problem.num_queries // config.block_m)
-        keys = torch.full((heads * blocks,), num_keys(schedule, s, variant), dtype=torch.int32)
-    else:
-        lists = variant.lists(schedule, s, "cpu")
-        blocks_of_tiles = -(-lists.tiles.counts // config.block_m)
-        counts = torch.full_like(blocks_of_tiles, lists.keys.shape[-1]) if lists.counts is None else lists.counts[0, 0]
-        keys = counts.repeat_interleave(blocks_of_tiles).repeat(heads).int()
-    return LaunchWork(problem.head_dim, problem.dtype, keys, heads * problem.num_queries, problem.batch, True, False, True)
+def _over_means(problem: AttentionProblem, variant: Pooled | NearFar, heads: tuple[int, ...], config: TritonConfig) -> LaunchWork:
+    read = num_keys(problem.schedule, problem.scale_index, variant) if isinstance(variant, Pooled) else 0  # or by its lists
+    counts = means_stage(variant, heads, problem, config, "cpu", read).table[:, Column.COUNT]
+    rows = len(heads) * problem.num_queries
+    return LaunchWork(problem.head_dim, problem.dtype, counts, rows, problem.batch, True, False, True)
 
 
 def at_once(taken: Taken, warps: int, gpu: Gpu) -> int:

@@ -56,8 +56,7 @@ def near_far_heads(
 
     def later() -> Work:
         lists = variant.lists(problem.schedule, problem.scale_index, "cpu")
-        counts = torch.full_like(lists.tiles.counts, lists.keys.shape[-1]) if lists.counts is None else lists.counts[0, 0]
-        return Work(4.0 * dim * batch * many * float((counts * lists.tiles.counts.cpu()).sum()), moved)
+        return Work(4.0 * dim * batch * many * float((lists.lengths[0, 0] * lists.tiles.counts).sum()), moved)
 
     return later
 
@@ -70,8 +69,8 @@ def gathered_lists(
     many, keys = len(heads), k.shape[2]
 
     def later() -> Work:
-        tiles, (rows_b, rows_h, _, width) = lists.tiles.counts.double().cpu(), lists.keys.shape
-        counts = torch.full((rows_b, rows_h, len(tiles)), width) if lists.counts is None else lists.counts.cpu()
+        tiles, counts = lists.tiles.counts.double().cpu(), lists.lengths.cpu()
+        rows_b, rows_h, _, width = lists.keys.shape
         shared = batch / rows_b * many / rows_h  # heads and images that share a list
         pairs = float((counts * tiles).sum()) * shared
         valid = torch.arange(width) < counts.unsqueeze(-1)

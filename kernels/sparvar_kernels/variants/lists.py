@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparvar_kernels.geometry.scales import TilePartition
@@ -22,6 +23,14 @@ class KeyLists:
     keys: Tensor
     counts: Tensor | None = None
 
+    @property
+    def lengths(self) -> Tensor:
+        """[B or 1, H or 1, T] int32: `counts`, also where all are one."""
+        if self.counts is not None:
+            return self.counts
+        *shape, width = self.keys.shape
+        return torch.full(shape, width, dtype=torch.int32, device=self.keys.device)
+
     def mean_keys(self) -> float:
         """Keys per tile, averaged over tiles, heads and batch."""
-        return float(self.keys.shape[-1]) if self.counts is None else float(self.counts.double().mean())
+        return float(self.lengths.double().mean())

@@ -14,7 +14,8 @@ from sparvar_kernels.backends.cpu.gathered import LOG2_E
 from sparvar_kernels.backends.dense import SAFE_LOGIT, dense_heads
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.variants import NearFar
-from sparvar_kernels.variants.near_far.planner import NearAndFar, cell_means, near_far_parts
+from sparvar_kernels.variants.near_far.planner import NearAndFar, cells_of, near_far_parts
+from sparvar_kernels.variants.pooled.planner import grid_means
 
 
 def near_far_attention(
@@ -27,7 +28,8 @@ def near_far_attention(
         dense_heads(q, k, v, problem, heads, out)
         return
     chosen, work = list(heads), torch.float64 if q.dtype == torch.float64 else torch.float32
-    keys, values, biases = cell_means(q[:, chosen], k[:, chosen], v[:, chosen], problem, variant)
+    cells = cells_of(problem.schedule, problem.scale_index, variant)
+    keys, values, biases = zip(*grid_means(q[:, chosen], k[:, chosen], v[:, chosen], problem, cells), strict=True)
     nothing = torch.zeros(len(parts.whole), dtype=work)
     for b in range(q.shape[0]):
         for i, h in enumerate(heads):

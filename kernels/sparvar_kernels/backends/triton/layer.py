@@ -31,18 +31,14 @@ from sparvar_kernels.backends.triton.selecting import (
 from sparvar_kernels.backends.triton.table import FIELDS
 from sparvar_kernels.backends.triton.work import (
     APART,
-    LIST_PAD,
     Lists,
-    Part,
     Stage,
     build_stage,
     launch_groups,
+    means_stage,
     shared_stage,
-    tiles_of,
-    work_table,
 )
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
-from sparvar_kernels.geometry.scales import Tile
 from sparvar_kernels.policy import LayerPlan, Record, why_not_live
 from sparvar_kernels.variants import Cs4a, NearFar, Pooled, Variant
 from sparvar_kernels.variants.near_far.planner import keys_and_means
@@ -239,22 +235,10 @@ class Layer:
         gather(q, keys, values, out, bias=(bias.float() * LOG2E).contiguous())
 
     def _over_means(self, s: int, variant: Variant, heads: tuple[int, ...], keys: int) -> Gather:
-        """The launch of some heads over `keys` keys and means: pooled heads read all in order, others by lists."""
+        """The launch of some heads over `keys` keys and means."""
         if (s, variant, keys) not in self.over_means:
             problem, config = self.problems[s], self.configs[s].plain
-            tiles = tiles_of(problem.grid, variant.tile or Tile(0, config.block_m))
-            many = len(tiles.rows)
-            if variant.reads == "keys and means":
-                lists = variant.lists(problem.schedule, s, "cpu")
-                width, listed = lists.keys.shape[-1], lists.keys.flatten()
-                counts = torch.full((many,), width) if lists.counts is None else lists.counts[0, 0]
-                starts = torch.arange(many, dtype=torch.int32) * width
-            else:
-                listed = torch.arange(keys, dtype=torch.int32)
-                starts, counts = torch.zeros(many, dtype=torch.int32), torch.full((many,), keys)
-            padded = torch.cat([listed, torch.zeros(LIST_PAD, dtype=torch.int32)])
-            table = work_table([Part(tiles, heads, 0, 0, 0, starts, counts)], config.block_m)
-            stage = Stage(padded.to(self.device), table.to(self.device), True, ())
+            stage = means_stage(variant, heads, problem, config, self.device, keys)
             # a mean key is no longer on the unit sphere and its bias is no logit: no bound is known
             self.over_means[s, variant, keys] = Gather(stage, replace(problem, logit_bound=None), config, 0, bias=True)
         return self.over_means[s, variant, keys]

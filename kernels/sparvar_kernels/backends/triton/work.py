@@ -179,14 +179,7 @@ def build_stage(
                 bands.append((made, band_lists(schedule, s, variant)))
             size += problem.batch * made.batch_step
             continue
-        if variant.reads == "fixed lists":
-            lists = variant.lists(schedule, s, "cpu")
-            width, listed = lists.keys.shape[-1], lists.keys.flatten()
-            counts = torch.full((many,), width) if lists.counts is None else lists.counts[0, 0]
-            starts = torch.arange(many, dtype=torch.int32) * width
-        else:
-            listed = torch.arange(0 if variant.reads == "decision" else problem.num_keys, dtype=torch.int32)
-            starts, counts = torch.zeros(many, dtype=torch.int32), torch.full((many,), len(listed))
+        listed, starts, counts = _known_lists(variant, problem, many, 0 if variant.reads == "decision" else problem.num_keys)
         parts.append(Part(tiles, heads, size, 0, 0, starts, counts, slot, out))
         known.append((size, listed))
         size += len(listed)
@@ -203,6 +196,28 @@ def build_stage(
     ragged, empty = table[:, Column.COUNT] % config.block_n != 0, table[:, Column.COUNT] == 0
     masked = bool((ragged | empty if config.fetchers else ragged).any())  # warps that fetch begin with a block
     return Stage(keys, table.to(device), masked, tuple(dynamic))
+
+
+def means_stage(
+    variant: Variant, heads: tuple[int, ...], problem: AttentionProblem, config: TritonConfig, device: str, keys: int
+) -> Stage:
+    """The stage of heads over `keys` keys and means: pooled heads read all of them in order, others by lists."""
+    tiles = tiles_of(problem.grid, variant.tile or Tile(0, config.block_m))
+    listed, starts, counts = _known_lists(variant, problem, len(tiles.rows), keys)
+    padded = torch.cat([listed, torch.zeros(LIST_PAD, dtype=torch.int32)])
+    table = work_table([Part(tiles, heads, 0, 0, 0, starts, counts)], config.block_m)
+    return Stage(padded.to(device), table.to(device), True, ())
+
+
+def _known_lists(variant: Variant, problem: AttentionProblem, tiles: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a variant reads by geometry alone: entries, and where each tile's list begins and how long it is; all share one that
+    counts to `keys` where the variant has no lists.
+    """
+    if variant.reads in ("fixed lists", "keys and means"):
+        lists = variant.lists(problem.schedule, problem.scale_index, "cpu")
+        starts = torch.arange(tiles, dtype=torch.int32) * lists.keys.shape[-1]
+        return lists.keys.flatten(), starts, lists.lengths[0, 0]
+    return torch.arange(keys, dtype=torch.int32), torch.zeros(tiles, dtype=torch.int32), torch.full((tiles,), keys)
 
 
 @lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule, partition
 from sparvar_kernels.variants.lists import KeyLists
 from sparvar_kernels.variants.near_far.rule import NearFar
-from sparvar_kernels.variants.pooled.planner import pool_grid, stretch_of
+from sparvar_kernels.variants.pooled.planner import with_means
 
 
 def _near(queries: int, run: int, keys: int, cell: int, near: int) -> np.ndarray:
@@ -33,9 +33,10 @@ def _near(queries: int, run: int, keys: int, cell: int, near: int) -> np.ndarray
     return (first[:, None] <= at) & (at <= last[:, None])
 
 
-def averaged(schedule: ScaleSchedule, scale_index: int, variant: NearFar) -> list[int]:
-    """The grids up to this scale whose far cells are read as means."""
-    return [s for s in range(scale_index + 1) if variant.cell(schedule.grids[s]) > 1]
+def cells_of(schedule: ScaleSchedule, scale_index: int, variant: NearFar) -> dict[int, int]:
+    """The grids up to this scale whose far cells are read as means, with the side of a cell."""
+    sides = {s: variant.cell(grid) for s, grid in enumerate(schedule.grids[: scale_index + 1])}
+    return {s: side for s, side in sides.items() if side > 1}
 
 
 def _seen(schedule: ScaleSchedule, scale_index: int, variant: NearFar) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +92,7 @@ def near_far_parts(schedule: ScaleSchedule, scale_index: int, variant: NearFar) 
     """On the CPU; see `NearAndFar`."""
     keys, far = _seen(schedule, scale_index, variant)
     is_whole = np.ones(keys.shape[1], dtype=bool)
-    for s in averaged(schedule, scale_index, variant):
+    for s in cells_of(schedule, scale_index, variant):
         is_whole[schedule.starts[s] : schedule.starts[s + 1]] = False
     whole = torch.from_numpy(is_whole.nonzero()[0])
     hidden = torch.zeros(len(keys), len(whole) + far.shape[1])
@@ -105,25 +106,6 @@ def near_far_parts(schedule: ScaleSchedule, scale_index: int, variant: NearFar) 
     return NearAndFar(near, whole, hidden, torch.zeros(unlisted.shape).masked_fill_(unlisted, -math.inf))
 
 
-def cell_means(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: NearFar
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Mean keys and values [B, H, cells, D], in their dtype, and their biases [B, H, cells] (fp32, fp64 for fp64 inputs), of each
-    grid that has any. q [B, H, Nq, D], k and v [B, H, Nk, D].
-    """
-    schedule, stretch = problem.schedule, stretch_of(q, problem)
-    made: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
-    for s in averaged(schedule, problem.scale_index, variant):
-        block = slice(schedule.starts[s], schedule.starts[s + 1])
-        pooled = pool_grid(k[:, :, block], v[:, :, block], schedule, s, variant.cell(schedule.grids[s]), stretch)
-        for parts, part in zip(made, pooled, strict=True):
-            parts.append(part)
-    return made
-
-
 def keys_and_means(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: NearFar) -> tuple[Tensor, Tensor, Tensor]:
     """What `near_far_lists` number: keys and values [B, H, N', D] in their dtype and the logit bias [B, H, N'], 0 of a key."""
-    keys, values, biases = cell_means(q, k, v, problem, variant)
-    work = torch.float64 if k.dtype == torch.float64 else torch.float32
-    nothing = torch.zeros(k.shape[:3], dtype=work, device=k.device)
-    return torch.cat([k, *keys], 2), torch.cat([v, *values], 2), torch.cat([nothing, *biases], 2)
+    return with_means(q, k, v, problem, problem.num_keys, cells_of(problem.schedule, problem.scale_index, variant))

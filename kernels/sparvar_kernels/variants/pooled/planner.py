@@ -11,6 +11,7 @@ the first two terms of log sum exp(q.k) around the mean (the second for an isotr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -24,36 +25,41 @@ from sparvar_kernels.variants.pooled.rule import Pooled
 
 def pool_keys(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: Pooled) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values [B, H, N', D] in their dtype and the logit bias [B, H, N'] (fp32, fp64 for fp64 inputs)."""
-    schedule, factor = problem.schedule, variant.factor
-    work = torch.float64 if k.dtype == torch.float64 else torch.float32
-    whole = schedule.starts[variant.first_scale]
-    keys, values = [k[:, :, :whole]], [v[:, :, :whole]]
-    biases = [torch.zeros(*k.shape[:2], whole, dtype=work, device=k.device)]
-    stretch = stretch_of(q, problem)
-    for s in range(variant.first_scale, problem.scale_index + 1):
-        block = slice(schedule.starts[s], schedule.starts[s + 1])
-        made = pool_grid(k[:, :, block], v[:, :, block], schedule, s, factor, stretch)
-        for parts, part in zip((keys, values, biases), made, strict=True):
-            parts.append(part)
-    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(biases, 2)
+    factors = dict.fromkeys(range(variant.first_scale, problem.scale_index + 1), variant.factor)
+    return with_means(q, k, v, problem, problem.schedule.starts[variant.first_scale], factors)
 
 
-def stretch_of(q: Tensor, problem: AttentionProblem) -> Tensor:
-    """[B, H, 1]: what a block's spread is multiplied by in its bias."""
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.to(work).square().sum(-1).mean(-1, keepdim=True) * (problem.softmax_scale**2 / (2 * q.shape[-1]))
-
-
-def pool_grid(
-    k: Tensor, v: Tensor, schedule: ScaleSchedule, scale: int, factor: int, stretch: Tensor
+def with_means(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, kept: int, factors: Mapping[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of the keys and values [B, H, cells, D] of one grid, k and v [B, H, h * w, D], and their biases [B, H, cells]."""
-    near_k, near_v = k.to(stretch.dtype), v.to(stretch.dtype)
-    mean_k, mean_v = (_pool(t, schedule.grids[scale], factor) for t in (near_k, near_v))
-    mean_square = _pool(near_k.square().sum(-1, keepdim=True), schedule.grids[scale], factor).squeeze(-1)
-    spread = (mean_square - mean_k.square().sum(-1)).clamp(min=0)
-    bias = _log_counts(schedule, scale, factor, str(k.device)).to(stretch.dtype) + stretch * spread
-    return mean_k.to(k.dtype), mean_v.to(v.dtype), bias
+    """The first `kept` keys and values as they are, bias 0, and behind them the means of each grid in `factors` (scale -> side of
+    its blocks); shapes and dtypes as of `pool_keys`.
+    """
+    means = grid_means(q, k, v, problem, factors)
+    work = torch.float64 if k.dtype == torch.float64 else torch.float32
+    nothing = torch.zeros(*k.shape[:2], kept, dtype=work, device=k.device)
+    parts = [(k[:, :, :kept], v[:, :, :kept], nothing), *means]
+    keys, values, bias = (torch.cat(same, 2) for same in zip(*parts, strict=True))
+    return keys, values, bias
+
+
+def grid_means(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, factors: Mapping[int, int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each grid in `factors` (scale -> side of its blocks) mean keys and values [B, H, blocks, D], biases [B, H, blocks]."""
+    schedule = problem.schedule
+    work = torch.float64 if k.dtype == torch.float64 else torch.float32
+    stretch = q.to(work).square().sum(-1).mean(-1, keepdim=True) * (problem.softmax_scale**2 / (2 * q.shape[-1]))  # [B, H, 1]
+    made = []
+    for s, factor in factors.items():
+        block = slice(schedule.starts[s], schedule.starts[s + 1])
+        near_k, near_v = k[:, :, block].to(work), v[:, :, block].to(work)
+        mean_k, mean_v = (_pool(t, schedule.grids[s], factor) for t in (near_k, near_v))
+        mean_square = _pool(near_k.square().sum(-1, keepdim=True), schedule.grids[s], factor).squeeze(-1)
+        spread = (mean_square - mean_k.square().sum(-1)).clamp(min=0)
+        bias = _log_counts(schedule, s, factor, str(k.device)).to(work) + stretch * spread
+        made.append((mean_k.to(k.dtype), mean_v.to(v.dtype), bias))
+    return made
 
 
 def _pool(t: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
