@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.variants import Dense, Variant, why_not_variant
 
+LATER = "later"  # in the metadata of a step's field that it had not at first: files leave its default out
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -1,4 +1,4 @@
-"""A live model's products of scaled rows of 8-bit floats; `generation/precision.py` says which and how."""
+"""A live model's products of scaled rows of 8-bit numbers; `generation/precision.py` says which and how."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def why_not_scaled(step: Precision | None, linears: Sequence[Sequence[Any]]) -> 
 
 
 def _body(found: Parts, step: Precision, layer: int, linears: Sequence[Any], named: Any, is_other: Any) -> Any:
-    attention, scaled = found.attentions[layer], ScaledLinears(linears)
+    attention, scaled = found.attentions[layer], ScaledLinears(linears, step.fmt)
     count = ScaleCount(found, attention, is_other)
 
     def forward(inner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -161,10 +161,10 @@ def stack(found: Parts) -> HartStack:
     return HartStack(found)
 
 
-def _swiglu(block: Block, y: Tensor, scaled: bool) -> Tensor:
-    if scaled:
-        rows = scaled_rows(y)
-        return block.down.scaled(scaled_rows(block.gate.scaled(rows), "silu", block.up.scaled(rows)))
+def _swiglu(block: Block, y: Tensor, fmt: str | None) -> Tensor:
+    if fmt is not None:
+        rows = scaled_rows(y, fmt=fmt)
+        return block.down.scaled(scaled_rows(block.gate.scaled(rows, fmt), "silu", block.up.scaled(rows, fmt), fmt), fmt)
     return block.down(gated_silu(block.gate(y), block.up(y)))
 
 

@@ -35,7 +35,7 @@ class Product:
         bias = own if bias is None and self.plain else bias
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype) if self.plain else None
-        self._scaled: ScaledProduct | None = None
+        self._scaled: dict[str, ScaledProduct] = {}  # by format; graphs of several policies read them
         # a module in another dtype ran under autocast, which the fused path has switched off around it
         self.casts = not self.plain and any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module))
 
@@ -58,15 +58,15 @@ class Product:
             out: Tensor = self.module(x)
         return out.to(self.dtype)
 
-    def scale(self) -> ScaledProduct:
-        """The scaled weights, of a plain module alone, made once."""
-        if self._scaled is None:
-            self._scaled = scaled_weights(self.module, self.dtype)
-        return self._scaled
+    def scale(self, fmt: str) -> ScaledProduct:
+        """The scaled weights of a format, of a plain module alone, made once."""
+        if fmt not in self._scaled:
+            self._scaled[fmt] = scaled_weights(self.module, self.dtype, fmt)
+        return self._scaled[fmt]
 
-    def scaled(self, x: Tensor | ScaledRows, then: Then = "none") -> Tensor:
+    def scaled(self, x: Tensor | ScaledRows, fmt: str, then: Then = "none") -> Tensor:
         """The product of scaled rows (`generation.Precision`). then: "gelu" for the exact form of GELU of it."""
-        return self.scale()(x, self.bias, then)
+        return self.scale(fmt)(x, self.bias, then)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The tanh form of GELU of the product; on a GPU within the product."""
@@ -76,19 +76,19 @@ class Product:
         return rows.view(*x.shape[:-1], -1)
 
 
-def multiplied(product: Product, x: Tensor, scaled: bool) -> Tensor:
-    """The product of x [..., K], of scaled rows or not."""
-    return product.scaled(x) if scaled else product(x)
+def multiplied(product: Product, x: Tensor, fmt: str | None) -> Tensor:
+    """The product of x [..., K], of rows scaled to an 8-bit format or, None, of x as it is."""
+    return product(x) if fmt is None else product.scaled(x, fmt)
 
 
-def gelu_mlp(up: Product, down: Product, x: Tensor, scaled: bool) -> Tensor:
-    """An MLP with the tanh form of GELU, of scaled rows or not."""
-    return down.scaled(scaled_rows(up.scaled(x), "gelu")) if scaled else down(up.gelu(x))
+def gelu_mlp(up: Product, down: Product, x: Tensor, fmt: str | None) -> Tensor:
+    """An MLP with the tanh form of GELU, its products like `multiplied`."""
+    return down(up.gelu(x)) if fmt is None else down.scaled(scaled_rows(up.scaled(x, fmt), "gelu", fmt=fmt), fmt)
 
 
-def exact_gelu_mlp(up: Product, down: Product, x: Tensor, scaled: bool) -> Tensor:
+def exact_gelu_mlp(up: Product, down: Product, x: Tensor, fmt: str | None) -> Tensor:
     """The same with the exact form."""
-    return down.scaled(up.scaled(x, "gelu")) if scaled else down(F.gelu(up(x)))
+    return down(F.gelu(up(x))) if fmt is None else down.scaled(up.scaled(x, fmt, "gelu"), fmt)
 
 
 def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence[Sequence[Any]]) -> None:
@@ -100,12 +100,12 @@ def make_scaled(step: Precision | None, blocks: Sequence[Any], linears: Sequence
         if step is not None and step.at(step.from_scale, layer):
             for product in vars(block).values():
                 if isinstance(product, Product) and any(product.module is module for module in modules):
-                    product.scale()
+                    product.scale(step.fmt)
 
 
-def scaled_builds(blocks: Sequence[Any], dtype: torch.dtype, exact_gelu: bool) -> list[Any]:
+def scaled_builds(blocks: Sequence[Any], dtype: torch.dtype, exact_gelu: bool, fmt: str) -> list[Any]:
     """Binaries that make scaled rows for the plain products of blocks and for those behind an MLP's activation, and where the
-    library does not multiply them (`ScaledProduct`), those that do. exact_gelu: blocks end in `exact_gelu_mlp`.
+    library does not multiply them (`ScaledProduct`), those that do. exact_gelu: blocks end in `exact_gelu_mlp`. fmt: the rows'.
     """
     from sparvar_kernels.path.triton.scaled_product import scaled_product_build
     from sparvar_kernels.path.triton.scaled_rows import scaled_rows_build
@@ -115,11 +115,11 @@ def scaled_builds(blocks: Sequence[Any], dtype: torch.dtype, exact_gelu: bool) -
     for name, p in products.items():
         assert p.weight is not None
         (outputs, inputs), gelu = p.weight.shape, exact_gelu and name == "up"
-        made.append(scaled_rows_build(dtype, inputs))
-        if (gelu or dtype != torch.bfloat16) and not (outputs | inputs) % SIDE:
-            made.append(scaled_product_build(dtype, inputs, outputs, p.bias is not None, gelu))
+        made.append(scaled_rows_build(dtype, inputs, fmt=fmt))
+        if (gelu or dtype != torch.bfloat16 or fmt != "e4m3") and not (outputs | inputs) % SIDE:
+            made.append(scaled_product_build(dtype, inputs, outputs, p.bias is not None, gelu, fmt))
         if name == "down" and not exact_gelu:
-            made.append(scaled_rows_build(dtype, inputs, "silu" if "gate" in products else "gelu"))
+            made.append(scaled_rows_build(dtype, inputs, "silu" if "gate" in products else "gelu", fmt))
     return list(dict.fromkeys(made))
 
 

@@ -41,8 +41,8 @@ class Pass(Protocol):
 
         queries(places [n] of this grid's tokens) -> [rows, n, H, D], raw from the projection."""
 
-    def scaled(self, layer: int) -> bool:
-        """Whether a layer's products are of scaled rows."""
+    def scaled(self, layer: int) -> str | None:
+        """The 8-bit format that the rows of a layer's products are scaled to, or None."""
 
     def by_parts(self, layer: int) -> bool:
         """Whether a block is to run as parts, each by `add`, since some tokens may be left out."""

@@ -150,7 +150,7 @@ class Workspace:
         for attend in self.sparse:
             builds += attention_builds(attend, form, self.dtype, device)
         if self.precision is not None:
-            builds += scaled_builds(stack.blocks, self.dtype, stack.exact_gelu)
+            builds += scaled_builds(stack.blocks, self.dtype, stack.exact_gelu, self.precision.fmt)
         ahead = Ahead(builds, device)
         self.plan_dense(device)
         ahead.wait()
@@ -261,9 +261,9 @@ class OnePass:
             keys, values = (t[: self.rows] for t in self.cache(layer))
             self.work.thinning.cut(layer, self.scale_index, keys, values, queries)
 
-    def scaled(self, layer: int) -> bool:
+    def scaled(self, layer: int) -> str | None:
         precision = self.work.precision
-        return precision is not None and precision.at(self.scale_index, layer)
+        return precision.fmt if precision is not None and precision.at(self.scale_index, layer) else None
 
     def by_parts(self, layer: int) -> bool:
         return self.scale_index is not None and self.work.thinning.by_parts(layer, self.scale_index)

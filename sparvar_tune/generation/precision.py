@@ -1,35 +1,44 @@
-"""Precision: from some scale on, in some layers, the products of the blocks are of 8-bit floats, scaled row by row."""
+"""Precision: from some scale on, in some layers, the products of the blocks are of 8-bit numbers, scaled row by row."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_kernels.path.scaled_rows import FORMATS
+from sparvar_kernels.policy import LATER
+
+WORDS = {"e4m3": "8-bit floats", "int8": "8-bit integers"}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """From scale `from_scale` on, in layers first..last of each of the groups `layers`, a block's products take E4M3 operands.
+    """From scale `from_scale` on, in layers first..last of each of the groups `layers`, a block's products take 8-bit operands.
 
     Products: qkv, attention's output projection and those of the MLP. Of Infinity's attention to the text none: its products are
     a seventh of a block's, and on the fused path the text is folded into them. All must be plain Linears.
 
-    y = x W^T + b becomes: each row of x and each row of W (an output channel) in the products' dtype times 448 over its largest
-    |value|, rounded to E4M3 (4 exponent bits, 3 of mantissa; to nearest, ties to even); multiplied, summed in fp32; times both
-    scales; b added; rounded once. An x with a NaN or an infinity gives a row of NaN. Rows of W are scaled once. Tensor cores keep
-    fewer bits of a sum on the way: on an H100 relative errors of 1e-4.
+    y = x W^T + b becomes: each row of x and each row of W (an output channel) in the products' dtype times the format's largest
+    value over its own largest |value|, rounded to the format (to nearest, ties to even); multiplied, summed in fp32; times both
+    scales; b added; rounded once. An x with a NaN or an infinity gives a row of NaN. Rows of W are scaled once.
 
-    Where a GPU does not multiply E4M3 (below compute capability 8.9, or on a CPU) the same is emulated, with sums in another
+    fmt, the format: "e4m3", floats of 4 exponent bits and 3 of mantissa up to 448, of whose sums tensor cores keep fewer bits on
+    the way (on an H100 relative errors of 1e-4); or "int8", whole numbers up to 127, whose sums are exact. Where a row's numbers
+    are of a kind, int8 errs half as much; an outlier costs it more.
+
+    Where a device does not multiply the format (`scaled_product.why_no_gain`) the same is emulated, of E4M3 with sums in another
     order. That is slower than no step at all: a search does not offer it there, and a profile that brings it goes without.
 
-    Oracle: the same in fp64, E4M3 by hand from its definition (tests/shared/e4m3.py). Source of the format: Micikevicius et al.,
-    FP8 Formats for Deep Learning (arXiv 2209.05433).
+    Oracle: the same in fp64, both formats by hand from their definition (tests/shared/eight_bits.py). Sources: Micikevicius et
+    al., FP8 Formats for Deep Learning (arXiv 2209.05433); scales by row and output channel: Xiao et al., SmoothQuant
+    (arXiv 2211.10438, section 3).
     """
 
     from_scale: int
     layers: tuple[tuple[int, int], ...]
+    fmt: str = field(default="e4m3", metadata={LATER: True})
     kind: ClassVar[str] = "precision"
     meaning: ClassVar[int] = 1
     thins: ClassVar[bool] = False
@@ -45,6 +54,8 @@ class Precision:
     def why_not(self, schedule: ScaleSchedule, layers: int) -> str | None:
         if not 0 <= self.from_scale < len(schedule):
             return f"precision: from_scale={self.from_scale}, want 0..{len(schedule) - 1}"
+        if self.fmt not in FORMATS:
+            return f"precision: fmt: got {self.fmt!r}, want {' or '.join(FORMATS)}"
         if not self.layers:
             return "precision: layers: got none, want groups (first, last)"
         for first, last in self.layers:
@@ -57,4 +68,4 @@ class Precision:
 
     def describe(self) -> str:
         groups = ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in self.layers)
-        return f"products of 8-bit floats from scale {self.from_scale} on in layers {groups}"
+        return f"products of {WORDS[self.fmt]} from scale {self.from_scale} on in layers {groups}"

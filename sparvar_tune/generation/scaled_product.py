@@ -1,4 +1,4 @@
-"""A product of 8-bit floats (`precision.py` has the rule): on GPUs that multiply them, and emulated elsewhere."""
+"""A product of 8-bit numbers (`precision.py` has the rule): where the device multiplies them, and emulated elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparvar_kernels.path import ScaledRows, scaled_product, scaled_rows
-from sparvar_kernels.path.scaled_product import SIDE, Then
-from sparvar_kernels.path.scaled_rows import CAPABILITY
+from sparvar_kernels.path.scaled_product import SIDE, Then, multiplies_int8
+from sparvar_kernels.path.scaled_rows import FORMATS
 from sparvar_kernels.policy import Policy
-from sparvar_tune.generation.precision import Precision
+from sparvar_tune.generation.precision import WORDS, Precision
 
 # Hopper is faster where it may sum in fewer bits than the rule's fp32; `lab/whole_image --fast-sums` measures that.
 FAST_SUMS = False
@@ -27,12 +27,20 @@ def precision_of(policy: Policy | None) -> Precision | None:
     return next((step for step in policy.steps if isinstance(step, Precision)), None) if policy is not None else None
 
 
-def why_no_gain(capability: tuple[int, int] | None) -> str | None:
-    """Why a machine draws no faster for `Precision`, or None. capability: of the GPU, None on a CPU."""
-    if capability is not None and capability >= CAPABILITY:
+def why_no_gain(fmt: str, capability: tuple[int, int] | None) -> str | None:
+    """Why a machine draws no faster for a `Precision` of this format, or None. capability: of the GPU, None on a CPU."""
+    least = FORMATS[fmt].capability
+    if fmt == "int8" and multiplies_int8() if capability is None else capability >= least:
         return None
     what = "a CPU" if capability is None else f"a GPU of compute capability {'.'.join(map(str, capability))}"
-    return f"{what} multiplies no 8-bit floats (8.9 or more does); emulated it would be slower than without"
+    what = "this CPU" if fmt == "int8" and capability is None else what
+    does = "one with AVX-512 VNNI does" if what == "this CPU" else f"a GPU of {least[0]}.{least[1]} or more does"
+    return f"{what} multiplies no {WORDS[fmt]} ({does}); emulated it would be slower than without"
+
+
+def gaining(capability: tuple[int, int] | None) -> tuple[str, ...]:
+    """The formats that a machine draws faster for, the one that errs less on most rows first."""
+    return tuple(fmt for fmt in ("int8", "e4m3") if why_no_gain(fmt, capability) is None)
 
 
 def capability_of(device: torch.device | str) -> tuple[int, int] | None:
@@ -41,17 +49,17 @@ def capability_of(device: torch.device | str) -> tuple[int, int] | None:
 
 
 class ScaledProduct:
-    """y = x W^T + b of scaled rows. weight [N, K] in the dtype of the products, which b and y have too."""
+    """y = x W^T + b of scaled rows of format `fmt`. weight [N, K] in the dtype of the products, which b and y have too."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight, self.dtype = scaled_rows(weight.detach().contiguous()), weight.dtype  # scales [N, 1]
-        on_gpu = why_no_gain(capability_of(weight.device)) is None
+    def __init__(self, weight: Tensor, fmt: str) -> None:
+        self.weight, self.dtype, self.fmt = scaled_rows(weight.detach().contiguous(), fmt=fmt), weight.dtype, fmt  # scales [N, 1]
+        multiplies = fmt == "e4m3" and why_no_gain(fmt, capability_of(weight.device)) is None
         # bf16 is the one dtype that every torch gives after row-wise scales
-        self.by_library = on_gpu and self.dtype == torch.bfloat16 and not any(side % SIDE for side in weight.shape)
+        self.by_library = multiplies and self.dtype == torch.bfloat16 and not any(side % SIDE for side in weight.shape)
 
     def __call__(self, x: Tensor | ScaledRows, bias: Tensor | None = None, then: Then = "none") -> Tensor:
         """[..., N] of x [..., K]; bias [N]. then: of `scaled_product`."""
-        x = x if isinstance(x, ScaledRows) else scaled_rows(x.contiguous())
+        x = x if isinstance(x, ScaledRows) else scaled_rows(x.contiguous(), fmt=self.fmt)
         if not self.by_library or then != "none":
             return scaled_product(x, self.weight, bias, self.dtype, then)
         rows, scales, columns = x.rows.flatten(0, -2), x.scales.flatten(0, -2), self.weight.rows.t()
@@ -65,14 +73,14 @@ class ScaledProduct:
 _KNOWN: WeakKeyDictionary[nn.Linear, WeakValueDictionary[Any, ScaledProduct]] = WeakKeyDictionary()
 
 
-def scaled_weights(linear: nn.Linear, dtype: torch.dtype) -> ScaledProduct:
+def scaled_weights(linear: nn.Linear, dtype: torch.dtype, fmt: str) -> ScaledProduct:
     """The product by a Linear's weights as they are now, made once for all who hold it."""
     weight = linear.weight
-    state = dtype, weight.data_ptr(), -1 if weight.is_inference() else weight._version
+    state = dtype, fmt, weight.data_ptr(), -1 if weight.is_inference() else weight._version
     known = _KNOWN.setdefault(linear, WeakValueDictionary())
     found = known.get(state)
     if found is None:
-        found = known[state] = ScaledProduct(weight.detach().to(dtype))
+        found = known[state] = ScaledProduct(weight.detach().to(dtype), fmt)
     return found
 
 
@@ -82,9 +90,9 @@ class ScaledLinears(TorchFunctionMode):
     The public models multiply by `mat_qkv.weight` without calling `mat_qkv`, so no forward could be replaced for it.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], fmt: str) -> None:
         super().__init__()
-        self.linears = tuple(linears)
+        self.linears, self.fmt = tuple(linears), fmt
         self._held: dict[tuple[int, torch.dtype], ScaledProduct] = {}
         self.multiplied = set[int]()  # places in `linears` since `used` last began
 
@@ -99,7 +107,7 @@ class ScaledLinears(TorchFunctionMode):
         self.multiplied.add(place)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        product = self._held[place, dtype] = scaled_weights(self.linears[place], dtype)
+        product = self._held[place, dtype] = scaled_weights(self.linears[place], dtype, self.fmt)
         return product(x.to(dtype), None if bias is None else bias.detach().to(dtype))
 
     @contextmanager
@@ -115,7 +123,7 @@ class ScaledLinears(TorchFunctionMode):
                              "alone can be scaled; load it without fused MLPs")  # fmt: skip
 
 
-_OF_BLOCK: WeakKeyDictionary[Any, ScaledLinears] = WeakKeyDictionary()
+_OF_BLOCK: WeakKeyDictionary[Any, dict[str, ScaledLinears]] = WeakKeyDictionary()  # by format
 
 
 def scaled_block(attend: Any, scale_index: int | None, layer: int, block: Any, *names: str) -> AbstractContextManager[Any]:
@@ -123,6 +131,7 @@ def scaled_block(attend: Any, scale_index: int | None, layer: int, block: Any, *
     step = precision_of(getattr(attend, "policy", None))
     if step is None or not step.at(scale_index, layer):
         return nullcontext()
-    if block not in _OF_BLOCK:
-        _OF_BLOCK[block] = ScaledLinears([getattr(block, name) for name in names])
-    return _OF_BLOCK[block]
+    known = _OF_BLOCK.setdefault(block, {})
+    if step.fmt not in known:
+        known[step.fmt] = ScaledLinears([getattr(block, name) for name in names], step.fmt)
+    return known[step.fmt]

@@ -20,7 +20,7 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.catalog.metrics import LEAD, always, find_metric
 from sparvar_tune.generation import Precision, why_not_steps
-from sparvar_tune.generation.scaled_product import capability_of, why_no_gain
+from sparvar_tune.generation.scaled_product import capability_of, gaining
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
 from sparvar_tune.policy_search.menu import OptionTable, StepOption, assign, decision_scale, fixed_points, step_menu
@@ -53,12 +53,12 @@ def build_policy(knobs: Knobs, adapter: Adapter, table: OptionTable, points: Map
 
 def steps_named(adapter: Adapter) -> dict[str, StepOption]:
     """The generation steps that a search with this adapter may take."""
-    return step_menu(adapter.schedule, offered(adapter), adapter.model.layers)
+    return step_menu(adapter.schedule, offered(adapter), adapter.model.layers, formats(adapter))
 
 
 def points_of(adapter: Adapter, shipped: Mapping[str, Policy] | None = None) -> dict[str, Policy]:
     """The fixed points of a search with this adapter (`menu.fixed_points`)."""
-    return fixed_points(adapter.schedule, adapter.model.layers, adapter.model.heads, shipped, offered(adapter))
+    return fixed_points(adapter.schedule, adapter.model.layers, adapter.model.heads, shipped, offered(adapter), formats(adapter))
 
 
 def make_attention(adapter: Adapter, policy: Policy, launches: Mapping[int, Launch] | None = None) -> SparseAttention:
@@ -78,8 +78,12 @@ def steps_of(adapter: Adapter) -> Collection[str]:
 
 def offered(adapter: Adapter) -> Collection[str]:
     """Those of them that can gain where its model is."""
-    lost = [Precision.kind] if why_no_gain(capability_of(adapter.device)) else []
-    return [kind for kind in steps_of(adapter) if kind not in lost]
+    return [kind for kind in steps_of(adapter) if kind != Precision.kind or formats(adapter)]
+
+
+def formats(adapter: Adapter) -> Sequence[str]:
+    """The 8-bit formats that `Precision` gains with where its model is, the best first."""
+    return gaining(capability_of(adapter.device))
 
 
 def prompt_of(adapter: Adapter, pair: Pair) -> str:

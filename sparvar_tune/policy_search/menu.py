@@ -11,7 +11,7 @@ import itertools
 import math
 import string
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparvar_kernels.geometry.scales import ScaleSchedule, Tile
@@ -74,7 +74,7 @@ def paper_policy(schedule: ScaleSchedule, layers: int, heads: int) -> Policy:
 
 def fixed_points(
     schedule: ScaleSchedule, layers: int, heads: int, shipped: Mapping[str, Policy] | None = None,
-    can: Collection[str] = (SkipScales.kind,),
+    can: Collection[str] = (SkipScales.kind,), formats: Sequence[str] = (),
 ) -> dict[str, Policy]:  # fmt: skip
     """Name -> policy a search looks at first: `shipped` ones, the paper's where the schedule is long enough, and those of
     `step_menu`, whose attention is dense."""
@@ -82,7 +82,7 @@ def fixed_points(
     if len(schedule) >= PAPER_SCALES:
         out["paper"] = paper_policy(schedule, layers, heads)
     dense = Policy(("A" * heads,) * layers)
-    return out | {name: replace(dense, steps=option.steps) for name, option in step_menu(schedule, can, layers).items()}
+    return out | {name: replace(dense, steps=option.steps) for name, option in step_menu(schedule, can, layers, formats).items()}
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,22 @@ class StepOption:
     after: tuple[str, ...] = ()
 
 
-def step_menu(schedule: ScaleSchedule, can: Collection[str], layers: int) -> dict[str, StepOption]:
+def step_menu(
+    schedule: ScaleSchedule, can: Collection[str], layers: int, formats: Sequence[str] = ()
+) -> dict[str, StepOption]:  # fmt: skip
     """Name -> steps for who can do steps of the kinds `can`: the last scale left out, the unconditional half dropped from one of
     the last scales on, and both; tokens or cached keys thinned at the last scale, where no rule may stand then; the half dropped
-    early and half of the cached keys cut, which on emojivar pay together; products of 8-bit floats alone, and with either.
+    early and half of the cached keys cut, which on emojivar pay together; products of 8-bit numbers alone, and of the first of
+    `formats` with either.
     """
     options: dict[str, StepOption] = {}
     skip, last = SkipScales.last(schedule), len(schedule) - 1
     if SkipScales.kind in can:
         options[SKIP] = StepOption((skip,))
     options |= {name: option for name, option in _thinned(schedule, layers).items() if option.steps[0].kind in can}
-    options |= _scaled(schedule, layers) if Precision.kind in can else {}
-    narrow = next(reversed(options)) if Precision.kind in can else None  # the boldest of its kind
+    scaled = [_scaled(schedule, layers, fmt) for fmt in formats if Precision.kind in can]
+    options |= {name: option for each in scaled for name, option in each.items()}
+    narrow = next(reversed(scaled[0])) if scaled else None  # the boldest of its kind
     if narrow and SKIP in options:
         options[f"{narrow}, {SKIP}"] = StepOption((skip, *options[narrow].steps), (SKIP, narrow))
     if DropUnconditional.kind not in can:
@@ -121,12 +125,12 @@ def step_menu(schedule: ScaleSchedule, can: Collection[str], layers: int) -> dic
     return options
 
 
-def _scaled(schedule: ScaleSchedule, layers: int) -> dict[str, StepOption]:
-    """Products of 8-bit floats from the last scale on, then from the decision scale on; all layers but the first and the last."""
+def _scaled(schedule: ScaleSchedule, layers: int, fmt: str) -> dict[str, StepOption]:
+    """Products of 8 bits from the last scale on, then from the decision scale on; all layers but the first and the last."""
     last, first = len(schedule) - 1, decision_scale(schedule)
     inner = ((1, layers - 2),) if layers > 2 else ((0, layers - 1),)
-    weak, bold = (f"8-bit products from {s}" for s in (last, first))
-    return {weak: StepOption((Precision(last, inner),)), bold: StepOption((Precision(first, inner),), (weak,))}
+    weak, bold = (f"{fmt} products from {s}" for s in (last, first))
+    return {weak: StepOption((Precision(last, inner, fmt),)), bold: StepOption((Precision(first, inner, fmt),), (weak,))}
 
 
 def _thinned(schedule: ScaleSchedule, layers: int) -> dict[str, StepOption]:

@@ -17,7 +17,7 @@ import typing
 from functools import lru_cache
 from typing import Any
 
-from sparvar_kernels.policy import Policy, Rule, Step
+from sparvar_kernels.policy import LATER, Policy, Rule, Step
 from sparvar_kernels.variants import variant_from_dict, variant_to_dict
 from sparvar_tune.generation import STEPS, SkipScales
 
@@ -135,7 +135,7 @@ class Reader:
             kind = fields.get("kind") if isinstance(fields, dict) else None
             if not isinstance(kind, str) or kind not in STEPS:
                 raise ReadError(f"{where}[{i}].kind: got {_short(kind)}, want one of {', '.join(STEPS)}")
-            values = {name: value for name, value in fields.items() if name != "kind"}
+            values = _defaults(STEPS[kind]) | {name: value for name, value in fields.items() if name != "kind"}
             made.append(self.read(STEPS[kind], values, f"{where}[{i}]", whole=False))
         return tuple(made)
 
@@ -205,7 +205,18 @@ def _plain_policy(policy: Policy) -> dict[str, Any]:
     data = {"heads": to_plain(policy.heads), "rules": to_plain(policy.rules)}
     if all(isinstance(step, SkipScales) for step in policy.steps):
         return {**data, "skip_scales": list(policy.skip_scales)}
-    return {**data, "steps": [{"kind": step.kind, **to_plain(step)} for step in policy.steps]}
+    return {**data, "steps": [{"kind": step.kind, **_without_defaults(step)} for step in policy.steps]}
+
+
+def _defaults(step: type[Step]) -> dict[str, Any]:
+    """The defaults of a step's fields that came to it later: files from before have none, and keep every byte."""
+    fields = dataclasses.fields(step)
+    return {f.name: f.default for f in fields if LATER in f.metadata}
+
+
+def _without_defaults(step: Step) -> dict[str, Any]:
+    later = _defaults(type(step))
+    return {name: value for name, value in to_plain(step).items() if later.get(name, dataclasses.MISSING) != value}
 
 
 def _is_mapping(arguments: tuple[Any, ...]) -> bool:

@@ -22,7 +22,7 @@ from sparvar_tune.catalog.inputs import yes_or_no
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.catalog.names import shown
 from sparvar_tune.generation import Precision
-from sparvar_tune.generation.scaled_product import why_no_gain
+from sparvar_tune.generation.scaled_product import precision_of, why_no_gain
 from sparvar_tune.profile import identity
 from sparvar_tune.profile.overlay import DEMOTED, Overlay
 from sparvar_tune.profile.schema import Profile, Row
@@ -68,8 +68,9 @@ class Tuned:
         if self.profile is None:
             return {}
         found = identity.refused_steps(self.profile)
-        slow = why_no_gain(None if self.gpu.device == "cpu" else self.gpu.capability)
-        if slow and any(step.kind == Precision.kind for step in self.profile.policy.steps):
+        step = precision_of(self.profile.policy)
+        slow = step and why_no_gain(step.fmt, None if self.gpu.device == "cpu" else self.gpu.capability)
+        if slow:
             found.setdefault(Precision.kind, slow)
         return found
 

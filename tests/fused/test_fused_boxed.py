@@ -204,7 +204,7 @@ def test_half_precision_rounds_no_more_than_the_model(driven):
     with driven.on() as path:
         ours = logits_of(driven.begin())[:1]
         assert path.fused.work.cached.dtype == torch.bfloat16 and path.why_not_fused is None
-    assert error(ours, exact) < 1.5 * error(own, exact) + 1e-3
+    assert error(ours, exact) < 2 * error(own, exact) + 1e-3
 
 
 def test_apply_and_undo(driven, monkeypatch):
@@ -307,8 +307,9 @@ def test_graphs_draw_what_launches_draw(name, early):
 
 
 @needs_triton
+@pytest.mark.parametrize("fmt", ["e4m3", "int8"])
 @pytest.mark.parametrize("exact_gelu", [True, False])
-def test_products_of_8_bit_rows_are_foreseen(exact_gelu):
+def test_products_of_8_bit_rows_are_foreseen(exact_gelu, fmt):
     """Where the library multiplies none of them, in fp32, and with GELU behind a product or in front of the next."""
     from sparvar_kernels.path.triton.scaled_product import scaled_product_build
     from sparvar_kernels.path.triton.scaled_rows import scaled_rows_build
@@ -316,16 +317,18 @@ def test_products_of_8_bit_rows_are_foreseen(exact_gelu):
 
     made = {"proj": nn.Linear(32, 48, bias=False), "up": nn.Linear(32, 64), "down": nn.Linear(64, 32), "odd": nn.Linear(32, 7)}
     block = SimpleNamespace(**{name: Product(linear, torch.float32) for name, linear in made.items()}, width=32)
-    got = scaled_builds([block, block], torch.float32, exact_gelu)
+    got = scaled_builds([block, block], torch.float32, exact_gelu, fmt)
     products = [(32, 48, False, False), (32, 64, True, exact_gelu), (64, 32, True, False)]
     want = [
-        *(scaled_product_build(torch.float32, *p) for p in products),
-        *(scaled_rows_build(torch.float32, n) for n in (32, 64)),
+        *(scaled_product_build(torch.float32, *p, fmt) for p in products),
+        *(scaled_rows_build(torch.float32, n, fmt=fmt) for n in (32, 64)),
     ]
-    want += [] if exact_gelu else [scaled_rows_build(torch.float32, 64, "gelu")]
+    want += [] if exact_gelu else [scaled_rows_build(torch.float32, 64, "gelu", fmt)]
     assert set(got) == set(want) and len(got) == len(want)
-    by_library = [b for b in scaled_builds([block], torch.bfloat16, exact_gelu) if b.kernel.endswith("scaled_product_kernel")]
-    assert [dict(b.constants)["GELU"] for b in by_library] == [1] * exact_gelu
+    by_library = [
+        b for b in scaled_builds([block], torch.bfloat16, exact_gelu, fmt) if b.kernel.endswith("scaled_product_kernel")
+    ]
+    assert [dict(b.constants)["GELU"] for b in by_library] == ([1] * exact_gelu if fmt == "e4m3" else [0, int(exact_gelu), 0])
 
 
 @pytest.mark.gpu

@@ -157,17 +157,18 @@ def test_half_precision_rounds_no_more_than_the_model(driven):
     path, own = path_of(driven, attend), logits_of(driven.begin(attend=attend))[:1]
     whole, parked = driven.begin(attend=path), driven.begin(attend=path).run(4).parked()
     ours = logits_of(whole)[:1]
-    assert error(ours, exact) < 1.5 * error(own, exact) + 1e-3 and path.reason is None
+    assert error(ours, exact) < 2 * error(own, exact) + 1e-3 and path.reason is None
     assert parked.cache.dtype == torch.bfloat16 and {out.dtype for out in parked.given.values()} == {torch.float32}
     assert torch.equal(parked.fork().run().fhat, whole.fhat)
     assert parked.fork(attend).run().fhat.isfinite().all()
 
 
-def test_with_products_of_8_bits(driven):
-    """At the first scale that has them, which is pruned, maybe without a half. A number that is rounded to another 8-bit float is
-    far less of an error than none."""
+@pytest.mark.parametrize("fmt", ["e4m3", "int8"])
+def test_with_products_of_8_bits(driven, fmt):
+    """At the first scale that has them, which is pruned, maybe without a half. A number that is rounded otherwise is far
+    less of an error than none."""
     half = [DropUnconditional(5)] if driven.name == "emojivar" else []
-    attend = attention(driven, PRUNE, Precision(5, ((0, 1),)), *half)
+    attend = attention(driven, PRUNE, Precision(5, ((0, 1),), fmt), *half)
     path, want = path_of(driven, attend), logits_of(driven.begin(attend=attend))
     ours, plain = (logits_of(driven.begin(attend=way)) for way in (path, attention(driven, PRUNE, *half)))
     assert path.reason is None and error(ours[:5], want[:5]) < BOUND

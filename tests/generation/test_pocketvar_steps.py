@@ -175,7 +175,7 @@ def test_pocketvar_is_offered_both_and_refuses_others_by_name(monkeypatch):
     tiny.install(monkeypatch.setattr)
     adapter = PocketAdapter(models.find_model("pocketvar"), "cpu")
     assert set(adapter.steps) == set(STEPS) == {"skip_scales", "prune_tokens", "cache_budget", "precision"}
-    offered = step_menu(models.find_model("infinity-2b").schedule("1M", "1.000"), adapter.steps, 32)
+    offered = step_menu(models.find_model("infinity-2b").schedule("1M", "1.000"), adapter.steps, 32, ("int8",))
     assert {option.steps[0].kind for option in offered.values()} == set(STEPS)
     assert offered["50 % of tokens at 12"].after == ("75 % of tokens at 12",)
     heads = ("A" * HEADS,) * LAYERS

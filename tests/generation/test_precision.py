@@ -1,4 +1,4 @@
-"""Products of 8-bit floats: the rule against fp64, models of every kind with it and without, and where it is not done."""
+"""Products of 8-bit numbers: the rule against fp64, models of every kind with it and without, and where it is not done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import adapter_checks as checks
 import block_lookalikes
-import e4m3
+import eight_bits
 import pytest
 import tiny
 import tiny_emojivar
@@ -22,15 +22,25 @@ from sparvar_tune import adapters
 from sparvar_tune.adapters.precision import scale_products
 from sparvar_tune.bitwise.sampling import draw_noise
 from sparvar_tune.catalog.gpus import find_gpu
-from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, PruneTokens, SkipScales, why_not_steps
-from sparvar_tune.generation.scaled_product import ScaledLinears, ScaledProduct, capability_of, why_no_gain
+from sparvar_tune.generation import (
+    CacheBudget,
+    DropUnconditional,
+    Precision,
+    PruneTokens,
+    SkipScales,
+    scaled_product,
+    why_not_steps,
+)  # fmt: skip
+from sparvar_tune.generation.scaled_product import ScaledLinears, ScaledProduct, capability_of, gaining, why_no_gain
 from sparvar_tune.pocketvar.model import Generation
 from sparvar_tune.policy_search.judge import make_attention, offered
 from sparvar_tune.policy_search.menu import step_menu
+from sparvar_tune.profile.reader import Reader, to_plain
 from sparvar_tune.runtime.tuned import Tuned
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4, 6))
-STEP = Precision(3, ((1, 2),))
+STEP, WHOLE = Precision(3, ((1, 2),)), Precision(3, ((1, 2),), "int8")
+FORMATS = ("e4m3", "int8")
 KINDS = {"infinity": block_lookalikes.Infinity, "hart": var_hart_lookalikes.Hart, "var": var_hart_lookalikes.Var}
 
 
@@ -42,7 +52,7 @@ def one_thread():
 @pytest.mark.parametrize(("step", "reason"), [
     (Precision(5, ((0, 1),)), "want 0..4"), (Precision(3, ()), "got none"), (Precision(3, ((1, 0),)), "layers 1..0"),
     (Precision(3, ((0, 4),)), "want some of 0..3"), (Precision(3, ((2, 3), (0, 1))), "ascending"),
-    (Precision(3, ((0, 1), (1, 2))), "ascending"),
+    (Precision(3, ((0, 1), (1, 2))), "ascending"), (Precision(3, ((0, 1),), "int4"), "fmt: got 'int4', want e4m3 or int8"),
 ])  # fmt: skip
 def test_illegal_steps(step, reason):
     assert reason in step.why_not(SCHEDULE, 4) and Precision(3, ((0, 1), (3, 3))).why_not(SCHEDULE, 4) is None
@@ -54,39 +64,43 @@ def test_where_it_holds():
         (3, 0), (3, 1), (3, 3), (4, 0), (4, 1), (4, 3)
     ]  # fmt: skip
     assert step.describe() == "products of 8-bit floats from scale 3 on in layers 0 to 1, 3"
+    assert WHOLE.describe() == "products of 8-bit integers from scale 3 on in layers 1 to 2"
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs", "dtype"), [
     (5, 48, 32, "float32"), (1, 7, 3, "float32"), (33, 64, 96, "bfloat16"), (4, 20, 5, "float16"),
 ])  # fmt: skip
-def test_the_product_is_the_rules(rows, inputs, outputs, dtype):
-    assert_product(rows, inputs, outputs, getattr(torch, dtype), "cpu")
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_product_is_the_rules(rows, inputs, outputs, dtype, fmt):
+    assert_product(rows, inputs, outputs, getattr(torch, dtype), fmt, "cpu")
 
 
 @pytest.mark.gpu
 def test_the_product_is_the_rules_on_a_gpu():
     for rows, inputs, outputs, dtype in ((5, 48, 32, "float32"), (1, 7, 3, "float32"), (33, 64, 96, "bfloat16"),
                                          (300, 2048, 512, "bfloat16"), (64, 128, 96, "float16")):  # fmt: skip
-        assert_product(rows, inputs, outputs, getattr(torch, dtype), "cuda")
+        for fmt in FORMATS:
+            assert_product(rows, inputs, outputs, getattr(torch, dtype), fmt, "cuda")
 
 
-def assert_product(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: str) -> None:
+def assert_product(rows: int, inputs: int, outputs: int, dtype: torch.dtype, fmt: str, device: str) -> None:
     g = torch.Generator().manual_seed(rows)
     x, w, b = (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
-    want = e4m3.product(x, w, b)
+    want = eight_bits.product(x, w, b, fmt)
     for bias in (b, None):
-        got = ScaledProduct(w.to(device))(x.to(device)[None], None if bias is None else bias.to(device))[0]
+        got = ScaledProduct(w.to(device), fmt)(x.to(device)[None], None if bias is None else bias.to(device))[0]
         far = (got.cpu().double() - (want if bias is not None else want - b.double())).abs().max() / want.abs().max()
-        in_fp32 = 2e-6 if device == "cpu" else 2e-4  # tensor cores keep fewer bits of a sum on the way
+        in_fp32 = 2e-6 if device == "cpu" or fmt == "int8" else 2e-4  # tensor cores keep fewer bits of a sum on the way
         assert got.dtype == dtype and float(far) < {torch.float32: in_fp32, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
     plain = x.double() @ w.double().T + b.double()
     assert 1e-3 < float((want - plain).norm() / plain.norm()) < 0.1, "the oracle is no plain product, and near one"
 
 
-def test_a_row_with_nan_is_nan_and_no_other():
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_row_with_nan_is_nan_and_no_other(fmt):
     x = torch.ones(3, 16)
     x[1, 3] = torch.nan
-    out = ScaledProduct(torch.randn(8, 16))(x)
+    out = ScaledProduct(torch.randn(8, 16), fmt)(x)
     assert out.isnan().all(1).tolist() == [False, True, False] and bool(out[::2].isfinite().all())
 
 
@@ -98,7 +112,7 @@ def oracle_linear(weights, now, step):
         layer = next((layer for layer, own in weights if own is weight), None)
         if layer is None or not step.at(now(), layer):
             return plain(x, weight, bias)
-        return e4m3.product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1).to(x.dtype)
+        return eight_bits.product(x.reshape(-1, x.shape[-1]), weight, bias, step.fmt).view(*x.shape[:-1], -1).to(x.dtype)
 
     return linear
 
@@ -109,9 +123,10 @@ def with_step(model, *steps):
 
 
 @pytest.mark.parametrize("prune", [False, True])
-def test_a_model_in_the_box_is_the_oracles(monkeypatch, prune):
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_model_in_the_box_is_the_oracles(monkeypatch, prune, fmt):
     """The same model whose linear is the oracle's; without the step, or in another layer, it is another picture."""
-    model, step = tiny.make_model(), Precision(4, ((1, 1),))
+    model, step = tiny.make_model(), Precision(4, ((1, 1),), fmt)
     more = (PruneTokens(5, (60, 90), 4, 1, 1),) if prune else ()
 
     def drawn(*steps):
@@ -123,7 +138,7 @@ def test_a_model_in_the_box_is_the_oracles(monkeypatch, prune):
         return torch.cat(logits, 1)
 
     found: list[Generation] = []
-    got, without, other = drawn(step), drawn(), drawn(Precision(4, ((0, 0),)))
+    got, without, other = drawn(step), drawn(), drawn(Precision(4, ((0, 0),), fmt))
     weights = [(i, getattr(b, n).weight) for i, b in enumerate(model.blocks) for n in ("qkv", "proj", "fc1", "fc2")]
     with monkeypatch.context() as patched:
         patched.setattr(torch.nn.functional, "linear", oracle_linear(weights, lambda: found[-1].scale, step))
@@ -138,7 +153,7 @@ def assert_near(got, want, *others):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [(STEP,), (DropUnconditional(4), STEP), (SkipScales((-1,)), STEP)])
+@pytest.mark.parametrize("steps", [(STEP,), (DropUnconditional(4), STEP), (SkipScales((-1,)), STEP), (WHOLE,)])
 def test_a_live_model_on_both_paths_is_the_oracles(monkeypatch, kind, steps):
     driven = KINDS[kind]()
     before, last = checks.everything(driven), len(checks.attention_of(driven, Policy(("AA",) * len(driven.blocks)))[1]) - 1
@@ -163,7 +178,7 @@ def test_a_live_model_on_both_paths_is_the_oracles(monkeypatch, kind, steps):
 
     hook = first.register_forward_pre_hook(count)
     with monkeypatch.context() as patched, adapters.apply(driven.model, plain):
-        patched.setattr(torch.nn.functional, "linear", oracle_linear(weights, lambda: max(counted[0], 0), STEP))
+        patched.setattr(torch.nn.functional, "linear", oracle_linear(weights, lambda: max(counted[0], 0), steps[-1]))
         want = checks.draw(driven)
     hook.remove()
     for got in (ours, *fused):
@@ -182,16 +197,17 @@ def test_weights_are_scaled_before_the_first_image(kind):
             for product in vars(block).values():
                 if hasattr(product, "_scaled"):
                     wanted = step.at(last, layer) and any(product.module is m for m in linears(own))
-                    assert (product._scaled is not None) == wanted
+                    assert list(product._scaled) == ["e4m3"] * wanted
 
 
 @pytest.mark.gpu
-def test_graphs_are_the_eager_path_bit_for_bit():
+@pytest.mark.parametrize("step", [STEP, WHOLE])
+def test_graphs_are_the_eager_path_bit_for_bit(step):
     """Captured in the second image and replayed; the last scale is first drawn when the others are graphs already."""
     with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
         driven = block_lookalikes.Infinity()
         driven.model.rng = torch.Generator("cuda")
-        attend, last = attend_of(driven, STEP), len(driven.grids()) - 1
+        attend, last = attend_of(driven, step), len(driven.grids()) - 1
         with on(driven, attend, graphs=False):
             want = checks.draw(driven)
         assert not checks.same(checks.draw(driven), want)
@@ -230,7 +246,7 @@ def test_what_cannot_be_scaled_is_refused_and_nothing_changes():
 
 def test_a_product_that_goes_another_way_is_an_error():
     linear = nn.Linear(4, 4)
-    scaled = ScaledLinears([linear])
+    scaled = ScaledLinears([linear], "e4m3")
     with scaled.used(0):
         out = linear(torch.ones(1, 4))
     assert not torch.equal(out, linear(torch.ones(1, 4)))
@@ -248,16 +264,21 @@ def test_steps_that_do_not_go_together():
     assert "another precision" in why_not_steps((STEP, budget), ("precision", "cache_budget"), "it")
 
 
-def test_it_is_offered_and_done_only_where_it_gains():
-    assert why_no_gain(None) and why_no_gain((8, 6)) and why_no_gain((8, 9)) is None and why_no_gain((9, 0)) is None
-    assert "a CPU" in why_no_gain(capability_of("cpu"))
-    menu = step_menu(SCHEDULE, ("precision", "skip_scales", "drop_unconditional"), 4)
+def test_it_is_offered_and_done_only_where_it_gains(monkeypatch):
+    for has, here in ((True, ("int8",)), (False, ())):
+        monkeypatch.setattr(scaled_product, "multiplies_int8", lambda: has)  # noqa: B023
+        assert gaining(capability_of("cpu")) == here
+    assert "a CPU multiplies no 8-bit floats (a GPU of 8.9" in why_no_gain("e4m3", None)
+    assert "this CPU multiplies no 8-bit integers (one with AVX-512 VNNI does)" in why_no_gain("int8", None)
+    assert [gaining(c) for c in ((7, 5), (8, 6), (8, 9), (9, 0))] == [(), ("int8",), ("int8", "e4m3"), ("int8", "e4m3")]
+    menu = step_menu(SCHEDULE, ("precision", "skip_scales", "drop_unconditional"), 4, ("int8", "e4m3"))
     ours = {name: option for name, option in menu.items() if any(isinstance(s, Precision) for s in option.steps)}
-    assert list(ours)[:2] == ["8-bit products from 4", "8-bit products from 2"] and ours["8-bit products from 2"].after == (
-        "8-bit products from 4",
-    )
-    assert "drop half from 3, 8-bit products from 2" in ours and "8-bit products from 2, drop last scale" in ours
-    assert not any("8-bit" in name for name in step_menu(SCHEDULE, ("skip_scales",), 4))
+    assert list(ours)[:4] == [f"{fmt} products from {s}" for fmt in ("int8", "e4m3") for s in (4, 2)]
+    assert ours["e4m3 products from 2"].after == ("e4m3 products from 4",)
+    assert {step.fmt for step in ours["e4m3 products from 2"].steps} == {"e4m3"}
+    assert "drop half from 3, int8 products from 2" in ours and "int8 products from 2, drop last scale" in ours
+    assert not any("products" in name for name in step_menu(SCHEDULE, ("skip_scales",), 4, ("int8",)))
+    assert not any("products" in name for name in step_menu(SCHEDULE, ("precision",), 4))
     for option in menu.values():
         assert Policy(("A",) * 4, (), option.steps).why_not(SCHEDULE, 4, 1) is None
     model = tiny_emojivar.make_model()
@@ -266,18 +287,34 @@ def test_it_is_offered_and_done_only_where_it_gains():
         steps, device, schedule = ("precision", "skip_scales"), "cpu", model.schedule
 
     assert list(offered(Driven())) == ["skip_scales"]
+    monkeypatch.setattr(scaled_product, "multiplies_int8", lambda: True)
+    assert list(offered(Driven())) == ["precision", "skip_scales"]
     assert why_not_steps((STEP,), adapters.emojivar.STEPS, "it") is None
 
 
-def test_a_profile_with_it_goes_without_where_it_would_be_slower():
+@pytest.mark.parametrize(("fmt", "where"), [("e4m3", {"h100"}), ("int8", {"a100", "h100", "cpu"}), ("int8", {"a100", "h100"})])
+def test_a_profile_with_it_goes_without_where_it_would_be_slower(monkeypatch, fmt, where):
+    monkeypatch.setattr(scaled_product, "multiplies_int8", lambda: "cpu" in where)
     profile = example()
     layers = len(profile.policy.heads)
-    step = Precision(len(profile.workload.schedule) - 1, ((0, layers - 1),))
+    step = Precision(len(profile.workload.schedule) - 1, ((0, layers - 1),), fmt)
     with_it = dataclasses.replace(profile, policy=dataclasses.replace(profile.policy, steps=(step,)))
-    for gpu, done in (("cpu", False), ("a100", False), ("h100", True)):
+    for gpu in ("cpu", "a100", "h100"):
         tuned = Tuned(find_gpu(gpu), with_it, None, ())
-        assert (step in tuned.policy().steps) == done
-        assert done or "8-bit floats" in tuned.refused_steps()["precision"]
+        assert (step in tuned.policy().steps) == (gpu in where)
+        assert gpu in where or "multiplies no 8-bit" in tuned.refused_steps()["precision"]
+
+
+def test_files_from_before_there_were_two_formats_keep_every_byte():
+    profile, steps = example(), [{"kind": "precision", "from_scale": 2, "layers": [[0, 1]]}]
+    policy = dataclasses.replace(profile.policy, steps=(Precision(2, ((0, 1),)),))
+    assert to_plain(policy)["steps"] == steps
+    read = Reader().read(type(profile), {**to_plain(profile), "policy": {**to_plain(policy)}}, "", whole=False)
+    assert read.policy.steps == policy.steps
+    whole = dataclasses.replace(policy, steps=(Precision(2, ((0, 1),), "int8"),))
+    assert to_plain(whole)["steps"] == [{**steps[0], "fmt": "int8"}]
+    read = Reader().read(type(profile), {**to_plain(profile), "policy": to_plain(whole)}, "", whole=False)
+    assert read.policy.steps == whole.steps
 
 
 def test_an_adapter_does_it():

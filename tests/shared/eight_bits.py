@@ -1,4 +1,4 @@
-"""E4M3 and products of scaled rows in fp64, from the definition of the format; shares no code with what it checks."""
+"""E4M3, int8 and products of rows scaled to them in fp64, from the formats' definitions; shares no code with what it checks."""
 
 from __future__ import annotations
 
@@ -25,15 +25,24 @@ def rounded(x: Tensor) -> Tensor:
     return table[place] * x.sign()
 
 
-def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+def whole(x: Tensor) -> Tensor:
+    """x fp64 to the nearest whole number, of two as near the even one."""
+    below = torch.floor(x)
+    part = x - below
+    up = (part > 0.5) | ((part == 0.5) & (below % 2 != 0))
+    return below + up
+
+
+def scaled(x: Tensor, fmt: str = "e4m3") -> tuple[Tensor, Tensor]:
     """Rows of x [M, K] as the rule scales them, in fp32 as it says, rounded by hand; and the scales [M, 1]."""
     largest = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
-    factor = torch.tensor(448.0) / largest
-    return rounded((x.float() * factor).double()), (largest / 448.0).double()
+    most = torch.tensor(448.0 if fmt == "e4m3" else 127.0)
+    rows = (x.float() * (most / largest)).double()
+    return rounded(rows) if fmt == "e4m3" else whole(rows), (largest / most).double()
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, fmt: str = "e4m3") -> Tensor:
     """[M, N] fp64: x [M, K] times weight [N, K], row by row."""
-    (a, s), (b, t) = scaled(x), scaled(weight)
+    (a, s), (b, t) = scaled(x, fmt), scaled(weight, fmt)
     out = (a @ b.T) * s * t.T
     return out if bias is None else out + bias.double()
