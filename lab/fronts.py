@@ -37,7 +37,7 @@ from sparvar_tune.live.boxed import BoxedAdapter
 from sparvar_tune.measure.fidelity import class_mean, compare_pictures, lower_bound
 from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs
 from sparvar_tune.measure.timing import Stopwatch
-from sparvar_tune.policy_search.judge import first_touched, make_attention, offered, prepare
+from sparvar_tune.policy_search.judge import first_touched, formats, make_attention, offered, prepare
 from sparvar_tune.policy_search.menu import OptionTable, assign
 from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
 from sparvar_tune.profile.machine import here_or_named, silicon, versions
@@ -54,10 +54,11 @@ HALVES, HALF_SKIPS = range(5), (2, 4)
 HALF_PRICES = ((0, 25.0), (1, 25.0), (1, 8.0), (1, 2.5), (2, 25.0), (2, 8.0), (2, 2.5))
 HALF_SHARES = {TOKENS: ((0, 0.9), (1, 0.9), (2, 0.5)), KEYS: ((1, 0.75), (1, 0.5), (1, 0.25), (1, 0.1), (2, 0.75), (2, 0.5))}
 HALF_KEYS_PRICES = ((1, 0.5, 100.0), (1, 0.5, 25.0))
-# (scales before the end from which products are of 8-bit floats, price or scales before the end from which the half is dropped)
+# (scales before the end from which products are of 8 bits, price or scales before the end from which the half is dropped)
 SCALES_SCALED = (0, 1, 2, 4)
 SCALED_PRICES = (
-    (0, 25.0), (0, 14.0), (1, 10.0), (2, 25.0), (2, 14.0), (2, 12.0), (2, 11.0), (2, 10.0), (2, 8.0), (2, 2.5), (2, 0.8),
+    (0, 14.0), (1, 10.0), (2, 25.0), (2, 14.0), (2, 12.0), (2, 11.0), (2, 10.0), (2, 9.0), (2, 8.0), (2, 7.0), (2, 2.5), (2, 0.8),
+    (4, 14.0), (4, 12.0), (4, 10.0), (4, 9.0), (4, 8.0),
 )  # fmt: skip
 SCALED_SKIP_PRICES = (6.0, 1.5, 0.4)
 SCALED_HALVES = ((0, 0), (2, 0), (4, 0), (0, 1), (2, 1), (2, 2), (4, 4))
@@ -106,12 +107,14 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
     def at(before: int) -> str:
         return f"from scale {last - before}"
 
-    def scaled(before: int) -> Step:
-        return Precision(last - before, ((0, layers - 1),))
-
     can_scale = Precision.kind in offered(adapter)
+    best, *others = formats(adapter) or ("",)
+
+    def scaled(before: int, fmt: str = best) -> Step:
+        return Precision(last - before, ((0, layers - 1),), fmt)
+
     if can_scale:
-        out += [Candidate(SCALED, at(i), dense(scaled(i))) for i in SCALES_SCALED]
+        out += [Candidate(SCALED, f"{fmt} {at(i)}", dense(scaled(i, fmt))) for fmt in (best, *others) for i in SCALES_SCALED]
         made = [(f"{at(i)}, price {price:g}", priced(price, scaled(i))) for i, price in SCALED_PRICES]
         out += [Candidate(f"{SCALED} + {ATTENTION}", setting, policy) for setting, policy in made]
         out.append(Candidate(f"{SCALED} + {SKIP}", at(2), dense(skip, scaled(2))))

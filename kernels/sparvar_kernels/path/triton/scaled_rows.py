@@ -62,6 +62,8 @@ def scaled_rows_build(
     constants = {"FIRST": FIRST[first], "CHANNELS": channels, "BLOCK": block}
     constants |= {"LARGEST": int(FORMATS[fmt].largest), "WHOLE": fmt == "int8"}
     options = {"num_warps": min(max(triton.next_power_of_2(block // (32 * EACH_THREAD)), 1), 16), "num_stages": 1}
+    if fmt == "int8":  # rounded as a product first, as the rule says, and not within one fused multiply-add
+        options["enable_fp_fusion"] = False
     return PathBuild.of(scaled_rows_kernel, types, constants, options, aligned)
 
 
