@@ -24,7 +24,7 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters.guidance import GENERATE, Enough, bound
-from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
+from sparvar_tune.adapters.instance_forward import Replaced, Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.live_attention import DROPPED, other_schedule
 from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
@@ -55,7 +55,8 @@ class FusedPath(Undos):
         self.decoder: FusedDecoder | None = None
         self.why_not_decoder: str | None = "no image was drawn yet"
         self._decodes: Any = None  # the decoder of the last image
-        self._untouched: Untouched | None = None  # it, until the first block of an image
+        self._untouched: Untouched | None = None  # it, until it is called or the image ends
+        self._first_decode: Replaced | None = None  # what waits in it for that
         self._foreseen: Foreseen | None = None
         self._enabled = True
         self.images = 0  # begun
@@ -94,21 +95,35 @@ class FusedPath(Undos):
         if self.decoder is not None and self.decoder.decoder is not decoder:
             self.decoder.undo()
             self.decoder = None
-        self._untouched = None
+        self._take_untouched()
         if decoder is not None and self.decoder is None:
             self._begin_decoder(decoder)
             self._end_decoder()
 
     def _begin_decoder(self, decoder: Any) -> None:
-        """What its kernels are not needed for, while they and those of the blocks are compiled."""
+        """What its kernels are not needed for. The rest waits for its first call, at the latest for the image's end: by then they
+        are compiled, and the GPU is busy with the last scale."""
         self._decodes, self.why_not_decoder = decoder, None
         try:
             self._untouched = Untouched(decoder, self._likely_latent())
         except ValueError as error:
             self.why_not_decoder = str(error)
+            return
+        self._first_decode = replace_method(decoder, "forward", self._decode_first)
+
+    def _decode_first(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        decoder = self._decodes
+        self._end_decoder()
+        return decoder.forward(*args, **kwargs)
+
+    def _take_untouched(self) -> Untouched | None:
+        if self._first_decode is not None:
+            self._first_decode.undo()
+        untouched, self._untouched, self._first_decode = self._untouched, None, None
+        return untouched
 
     def _end_decoder(self) -> None:
-        untouched, self._untouched = self._untouched, None
+        untouched = self._take_untouched()
         if untouched is None:
             return
         try:
@@ -207,6 +222,7 @@ class FusedPath(Undos):
             self._drawing.release()
 
     def _drew(self) -> None:
+        self._end_decoder()  # of an image that did not call it
         if self.work is not None and self._start is not None:
             self.work.images += 1
         self._since += 1
@@ -215,7 +231,6 @@ class FusedPath(Undos):
         given = {**dict(zip(self.stack.parameters, args, strict=False)), **kwargs}
         if self._start == 0:
             self._begin(given)
-            self._end_decoder()
         if self._start is None:
             return inner(*args, **kwargs)
         work = self.work

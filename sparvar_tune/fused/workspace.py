@@ -137,6 +137,7 @@ class Workspace:
         self.why_not_graphs: str | None = None
         self.images = 0  # drawn to the end
         self.sparse = [path.new_attention(schedule) for _ in range(2 if path.splits(schedule) else 1)]
+        self._of_attention: Ahead | None = None  # its binaries, until they are waited for
         form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
         self.problems = {
             rows: [AttentionProblem(schedule, s, rows, *form) for s in range(len(schedule))]
@@ -144,16 +145,29 @@ class Workspace:
         }
 
     def compile(self, stack: _Builds, device: torch.device) -> None:
-        """Compiles what an image launches, but for the decoder's; what a later call still lacks is compiled there."""
+        """Compiles what an image launches, but for the decoder's; what a later call still lacks is compiled there.
+
+        Returns when the blocks' own binaries are ready. Those of attention are the longest, and most policies are dense at the
+        first scales, so what needs them waits for them: `attention`.
+        """
         builds = list(stack.builds(self.thinning.lengths(), self.thinning.prune is not None))
-        form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
-        for attend in self.sparse:
-            builds += attention_builds(attend, form, self.dtype, device)
         if self.precision is not None:
             builds += scaled_builds(stack.blocks, self.dtype, stack.exact_gelu, self.precision.fmt)
         ahead = Ahead(builds, device)
+        form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
+        self._of_attention = Ahead(
+            [build for attend in self.sparse for build in attention_builds(attend, form, self.dtype, device)], device
+        )
         self.plan_dense(device)
         ahead.wait()
+
+    def attention(self) -> list[SparseAttention]:
+        """What attends where a layer is not dense, ready to: one object, or one for each half of the rows. Raises what compiling
+        its binaries raised, once."""
+        ahead, self._of_attention = self._of_attention, None
+        if ahead is not None:
+            ahead.wait()
+        return self.sparse
 
     def plan_dense(self, device: torch.device) -> None:
         """Runs each dense attention of an image once, of whatever the buffers hold: cuDNN plans a shape for 50 to 200 ms.
@@ -278,8 +292,9 @@ class OnePass:
         if plan is None or _is_dense(plan):
             return dense_attention(q, k, v, self.work.problems[self.rows][s or 0])
         assert s is not None
-        if len(self.work.sparse) == 1 or self.rows < self.work.rows:  # what is left after a drop is the first object's half
+        attention = self.work.attention()
+        if len(attention) == 1 or self.rows < self.work.rows:  # what is left after a drop is the first object's half
             return sparse(q, k, v, layer, s)
         half = self.rows // 2
-        halves = zip(self.work.sparse, (slice(None, half), slice(half, None)), strict=True)
+        halves = zip(attention, (slice(None, half), slice(half, None)), strict=True)
         return torch.cat([a(q[h], k[h], v[h], layer, s) for a, h in halves])

@@ -189,3 +189,34 @@ def test_what_is_being_made_is_not_made_twice(binary, monkeypatch):
     second.wait()
     assert sorted(made, key=str) == sorted(wanted, key=str) and not ahead.Ahead._begun
     first.wait()
+
+
+def test_an_image_waits_for_attention_where_it_is_first_sparse(monkeypatch):
+    """For the blocks' own binaries before the first pass, for attention's before the first call that is not dense."""
+    import adapter_checks as checks
+    import block_lookalikes
+    from fused_checks import on
+
+    from sparvar_tune.fused import workspace
+
+    class Told:
+        def __init__(self, builds, device):
+            self.what = "attention" if "attention" in builds else "blocks"
+            order.append(f"begins {self.what}")
+
+        def wait(self):
+            order.append(f"waits for {self.what}")
+
+    driven, order = block_lookalikes.Infinity(), []
+    scales, own = len(driven.grids()), workspace.dense_attention
+    attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), scales)["windows"])
+    monkeypatch.setattr(workspace, "Ahead", Told)
+    monkeypatch.setattr(workspace, "attention_builds", lambda *_: ["attention"])
+    monkeypatch.setattr(workspace, "dense_attention", lambda *given: order.append("dense") or own(*given))
+    with on(driven, attend) as path:
+        checks.draw(driven)
+        order.clear()
+        path.fused.work.compile(path.fused.stack, torch.device("cpu"))  # as a GPU's first image does
+        checks.draw(driven)
+    planned, dense = ["dense"] * (scales - 2), ["dense"] * (scales - 2) * len(driven.blocks)
+    assert order == ["begins blocks", "begins attention", *planned, "waits for blocks", *dense, "waits for attention"]

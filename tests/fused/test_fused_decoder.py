@@ -270,6 +270,33 @@ def test_the_public_decoder(family):
         assert decoder(z.bfloat16()).dtype == torch.bfloat16
 
 
+def test_the_block_path_leaves_it_alone_until_its_first_call():
+    """Its kernels are compiled while the blocks draw; the first picture of all is decoded on the fused path, and once."""
+    import adapter_checks as checks
+    import block_lookalikes
+
+    from sparvar_tune import adapters
+    from sparvar_tune.fused import put_on
+
+    driven, z = block_lookalikes.Infinity(), latent()
+    driven.model.quantiser.decoder = decoder = made()
+    want, before = decoder(z), checks.everything(driven)
+    with put_on(*adapters.recognise(driven.model), None, "fused") as path:
+        engine, own = path.fused, decoder.conv_in
+        engine._begin_decoder(decoder)
+        assert engine.decoder is None and engine.why_not_decoder is None
+        layout = own.weight.stride()
+        with torch.no_grad():
+            got = decoder(z)
+        assert engine.decoder.decoder is decoder and engine.decoder.reason is None and own.weight.stride() != layout
+        assert apart(got, want) < 1e-5
+        engine._put_on_decoder(None)
+        engine._begin_decoder(decoder)
+        engine._put_on_decoder(None)  # switched off before it was called
+        assert engine.decoder is None and "forward" not in vars(decoder) and torch.equal(decoder(z), want)
+    assert checks.everything(driven) == before
+
+
 def test_the_block_path_puts_it_on_with_the_first_image_and_takes_it_off():
     """Off while the path is switched off, back on with it, and gone when it is undone."""
     import adapter_checks as checks
