@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_kernels.backends.dense import dense_attention, dense_with_lse, why_not_flash3
+from sparvar_kernels.backends.dense import dense_attention, dense_with_lse, has_few_scores, why_not_flash3
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import LayerPlan, Policy
@@ -183,8 +183,8 @@ class Workspace:
                 q = torch.empty(each, problem.num_queries, problem.heads, problem.head_dim, dtype=self.dtype, device=device)
                 end = self.thinning.filled[0][s] + problem.num_queries
                 q, k, v = q.transpose(1, 2), *(t[:each, :, :end] for t in self.cache(0))
-                if why_not_flash3(q, k, v) is None:
-                    continue  # it plans nothing
+                if why_not_flash3(q, k, v) is None or has_few_scores(q, k):
+                    continue  # FlashAttention plans nothing
                 if kind == "decides":
                     dense_with_lse(q, k, v, problem.softmax_scale)
                 else:

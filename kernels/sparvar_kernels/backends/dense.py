@@ -17,6 +17,9 @@ from sparvar_kernels.geometry.scales import Tile, partition
 # Largest logit for which exp() without subtracting the maximum stays exact in fp32: sums over 2**17 keys of e**60
 # stay below 3e38 and e**-60 relative to the largest term is far below fp32 resolution.
 SAFE_LOGIT = 60.0
+# Up to so many scores FlashAttention-2 stands for cuDNN, which plans a new shape for 50 ms: on an H200 3 us slower for one query,
+# as fast or faster from there on (from 2.4 million on 1.1 to 1.9 times slower).
+FEW_SCORES = 1 << 20
 SCORE_ELEMENTS = 1 << 18  # scores held at once on a CPU: 1 MiB of fp32; best of 2**16..2**21 (27 ms against 31..121)
 
 
@@ -26,12 +29,13 @@ def out_like(q: Tensor) -> Tensor:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Tensor:
-    """The fastest dense attention there is here: FlashAttention-3 where it is installed and fits, cuDNN where it runs, else
-    PyTorch's own choice of backend. [B, H, Nq, D]."""
+    """The fastest dense attention there is here: FlashAttention-3 where it is installed and fits, cuDNN where it runs (for few
+    scores FlashAttention-2), else PyTorch's own choice of backend. [B, H, Nq, D]."""
     if q.is_cuda and why_not_flash3(q, k, v) is None:
         return _flash3(q, k, v, problem.softmax_scale)[0]
     if q.is_cuda and _cudnn_runs(q):
-        return _cudnn(q, k, v, problem.softmax_scale, False)[0]
+        attend = _flash2 if has_few_scores(q, k) else _cudnn
+        return attend(q, k, v, problem.softmax_scale, False)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=problem.softmax_scale)
 
 
@@ -87,6 +91,15 @@ def _cudnn_here(device: int) -> bool:
     return usable and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def has_few_scores(q: Tensor, k: Tensor) -> bool:
+    return q.shape[:3].numel() * k.shape[2] <= FEW_SCORES
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor]:
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+    return out, sums
+
+
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor]:
     out, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, lse, 0.0, False, False, scale=scale)[:2]
     return out, sums
@@ -100,13 +113,13 @@ def dense_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         return (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype), lse
     if why_not_flash3(q, k, v) is None:
         return _flash3(q, k, v, scale)
-    if _cudnn_runs(q):
+    if _cudnn_runs(q) and not has_few_scores(q, k):
         out, lse = _cudnn(q, k, v, scale, True)
         return out, lse.reshape(q.shape[:3])
     if q.dtype == torch.float32:
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)[:2]
     else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+        out, lse = _flash2(q, k, v, scale, True)
     return out, lse[..., : q.shape[2]]
 
 
