@@ -124,10 +124,10 @@ def _make_ready(builds: list[Any], device: torch.device) -> None:
             return
         missing.sort(key=_size, reverse=True)
         wait = in_children(missing, torch.cuda.get_device_capability(device))
-        with contextlib.suppress(Exception):  # launching says what is wrong with it
-            binary.load_driver()
     wait()
     with _IN_TRITON, ThreadPoolExecutor(_side_by_side(len(missing))) as pool:
+        with contextlib.suppress(Exception):  # launching says what is wrong with it
+            binary.load_driver()  # not sooner: the next `Ahead` forks first, whose binaries may be the longest
         list(pool.map(lambda build: binary.launcher(build, device), missing))
 
 

@@ -212,6 +212,7 @@ def test_an_image_waits_for_attention_where_it_is_first_sparse(monkeypatch):
     attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), scales)["windows"])
     monkeypatch.setattr(workspace, "Ahead", Told)
     monkeypatch.setattr(workspace, "attention_builds", lambda *_: ["attention"])
+    monkeypatch.setattr(workspace, "has_few_scores", lambda *_: False)  # cuDNN would plan these
     monkeypatch.setattr(workspace, "dense_attention", lambda *given: order.append("dense") or own(*given))
     with on(driven, attend) as path:
         checks.draw(driven)
