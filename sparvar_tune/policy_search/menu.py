@@ -76,9 +76,16 @@ def fixed_points(
     schedule: ScaleSchedule, layers: int, heads: int, shipped: Mapping[str, Policy] | None = None,
     can: Collection[str] = (SkipScales.kind,), formats: Sequence[str] = (),
 ) -> dict[str, Policy]:  # fmt: skip
-    """Name -> policy a search looks at first: `shipped` ones, the paper's where the schedule is long enough, and those of
-    `step_menu`, whose attention is dense."""
+    """Name -> policy a search looks at first: `shipped` ones, as they are and with products of 8 bits, the paper's where the
+    schedule is long enough, and those of `step_menu`, whose attention is dense."""
     out = dict(shipped or {})
+    if formats and Precision.kind in can:
+        step, first = Precision(decision_scale(schedule), ((0, layers - 1),), formats[0]), decision_scale(schedule)
+        kinds = {name: {own.kind for own in policy.steps} for name, policy in out.items()}
+        out |= {
+            f"{name}, {formats[0]} products from {first}": replace(policy, steps=(*policy.steps, step))
+            for name, policy in out.items() if not kinds[name] & {Precision.kind, CacheBudget.kind}
+        }  # fmt: skip
     if len(schedule) >= PAPER_SCALES:
         out["paper"] = paper_policy(schedule, layers, heads)
     dense = Policy(("A" * heads,) * layers)
