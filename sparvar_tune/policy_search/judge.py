@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, pvariance, stdev
 from typing import Any
 
@@ -20,13 +20,13 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
 from sparvar_tune.catalog.metrics import LEAD, always, find_metric
 from sparvar_tune.generation import Precision, why_not_steps
-from sparvar_tune.generation.scaled_product import capability_of, gaining
+from sparvar_tune.generation.scaled_product import capability_of, gaining, precision_of
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
 from sparvar_tune.policy_search.menu import OptionTable, StepOption, assign, decision_scale, fixed_points, step_menu
 from sparvar_tune.policy_search.study import Knobs, Verdict
 
-MARGIN_DB = 0.25  # predictions from 8 pairs that were also searched on are optimistic: two of three runs missed with 0.05
+MARGIN_DB = 0.1  # predictions from pairs that were also searched on are optimistic: of 8 pairs two of three runs missed with 0.05
 RACE_AFTER = 3  # pairs judged before a trial may be given up
 TWIN_EVERY = 5  # one pair in so many has a dense twin; the first of a trial is among those before the race
 SLOWER = 1.06  # than the best by so much over the first pairs: given up
@@ -84,6 +84,14 @@ def offered(adapter: Adapter) -> Collection[str]:
 def formats(adapter: Adapter) -> Sequence[str]:
     """The 8-bit formats that `Precision` gains with where its model is, the best first."""
     return gaining(capability_of(adapter.device))
+
+
+def without_slow_steps(policy: Policy, adapter: Adapter) -> Policy:
+    """A policy found elsewhere without the products that the machine of `adapter` would only emulate, like `Tuned.policy`."""
+    step = precision_of(policy)
+    if step is None or step.fmt in formats(adapter):
+        return policy
+    return replace(policy, steps=tuple(own for own in policy.steps if own is not step))
 
 
 def prompt_of(adapter: Adapter, pair: Pair) -> str:

@@ -80,11 +80,11 @@ def fixed_points(
     schedule is long enough, and those of `step_menu`, whose attention is dense."""
     out = dict(shipped or {})
     if formats and Precision.kind in can:
-        step, first = Precision(decision_scale(schedule), ((0, layers - 1),), formats[0]), decision_scale(schedule)
-        kinds = {name: {own.kind for own in policy.steps} for name, policy in out.items()}
+        first, fmt = decision_scale(schedule), formats[0]
         out |= {
-            f"{name}, {formats[0]} products from {first}": replace(policy, steps=(*policy.steps, step))
-            for name, policy in out.items() if not kinds[name] & {Precision.kind, CacheBudget.kind}
+            f"{name}, {fmt} products from {s}": replace(policy, steps=(*policy.steps, Precision(s, ((0, layers - 1),), fmt)))
+            for name, policy in out.items() if not {step.kind for step in policy.steps} & {Precision.kind, CacheBudget.kind}
+            for s in (first, first + 1)
         }  # fmt: skip
     if len(schedule) >= PAPER_SCALES:
         out["paper"] = paper_policy(schedule, layers, heads)

@@ -46,6 +46,7 @@ from sparvar_tune.policy_search.judge import (
     points_of,
     steps_named,
     steps_of,
+    without_slow_steps,
 )
 from sparvar_tune.policy_search.menu import OptionTable, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
@@ -212,7 +213,7 @@ def shipped_policies(request: Request, adapter: Adapter, say: Callable[[str], No
             except schema.ProfileError as error:
                 say(f"not begun with: {error}")
                 continue
-            w, policy = profile.workload, profile.policy
+            w, policy = profile.workload, without_slow_steps(profile.policy, adapter)
             fits = (w.weights_sha256, w.schedule) == (adapter.weights_sha256, adapter.schedule)
             fits = fits and why_not_steps(policy.steps, steps_of(adapter), "it") is None
             if fits and profile.policy_state == "measured" and policy not in found.values():

@@ -33,8 +33,8 @@ from sparvar_tune.generation import (
 )  # fmt: skip
 from sparvar_tune.generation.scaled_product import ScaledLinears, ScaledProduct, capability_of, gaining, why_no_gain
 from sparvar_tune.pocketvar.model import Generation
-from sparvar_tune.policy_search.judge import make_attention, offered
-from sparvar_tune.policy_search.menu import step_menu
+from sparvar_tune.policy_search.judge import make_attention, offered, without_slow_steps
+from sparvar_tune.policy_search.menu import fixed_points, step_menu
 from sparvar_tune.profile.reader import Reader, to_plain
 from sparvar_tune.runtime.tuned import Tuned
 
@@ -326,3 +326,26 @@ def test_an_adapter_does_it():
                              "model": find_model("pocketvar")})()  # fmt: skip
     policy = Policy(("AA",) * 2, (), (Precision(5, ((0, 1),)),))
     assert make_attention(adapter, policy).policy is policy
+
+
+def test_a_shipped_policy_is_begun_with_without_products_that_would_be_emulated(monkeypatch):
+    class Driven:
+        device = "cpu"
+
+    policy = Policy(("A",) * 4, (), (SkipScales((4,)), WHOLE))
+    monkeypatch.setattr(scaled_product, "multiplies_int8", lambda: True)
+    assert without_slow_steps(policy, Driven()) == policy
+    monkeypatch.setattr(scaled_product, "multiplies_int8", lambda: False)
+    assert without_slow_steps(policy, Driven()).steps == policy.steps[:1]
+
+
+def test_a_search_begins_with_shipped_policies_and_8_bit_products_together():
+    shipped = Policy(("A",) * 4)
+    found = fixed_points(SCHEDULE, 4, 1, {"shipped x": shipped}, ("precision",), ("int8", "e4m3"))
+    for s in (2, 3):
+        (step,) = found[f"shipped x, int8 products from {s}"].steps
+        assert step == Precision(s, ((0, 3),), "int8") and found["shipped x"] is shipped
+    with_it = {"shipped x": dataclasses.replace(shipped, steps=(STEP,))}
+    for can, formats, policies in (((), ("int8",), {"shipped x": shipped}), (("precision",), (), {"shipped x": shipped}),
+                                   (("precision",), ("int8",), with_it)):  # fmt: skip
+        assert not any("shipped x," in name for name in fixed_points(SCHEDULE, 4, 1, policies, can, formats))
