@@ -87,9 +87,9 @@ def formats(adapter: Adapter) -> Sequence[str]:
 
 
 def without_slow_steps(policy: Policy, adapter: Adapter) -> Policy:
-    """A policy found elsewhere without the products that the machine of `adapter` would only emulate, like `Tuned.policy`."""
+    """A policy found elsewhere without 8-bit products that `adapter` cannot do, or its machine would only emulate."""
     step = precision_of(policy)
-    if step is None or step.fmt in formats(adapter):
+    if step is None or (step.kind in steps_of(adapter) and step.fmt in formats(adapter)):
         return policy
     return replace(policy, steps=tuple(own for own in policy.steps if own is not step))
 

@@ -330,13 +330,16 @@ def test_an_adapter_does_it():
 
 def test_a_shipped_policy_is_begun_with_without_products_that_would_be_emulated(monkeypatch):
     class Driven:
-        device = "cpu"
+        device, steps = "cpu", ("precision", "skip_scales")
 
     policy = Policy(("A",) * 4, (), (SkipScales((4,)), WHOLE))
     monkeypatch.setattr(scaled_product, "multiplies_int8", lambda: True)
     assert without_slow_steps(policy, Driven()) == policy
     monkeypatch.setattr(scaled_product, "multiplies_int8", lambda: False)
     assert without_slow_steps(policy, Driven()).steps == policy.steps[:1]
+    monkeypatch.setattr(scaled_product, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(Driven, "steps", ("skip_scales",))
+    assert without_slow_steps(policy, Driven()).steps == policy.steps[:1], "it cannot do them"
 
 
 def test_a_search_begins_with_shipped_policies_and_8_bit_products_together():

@@ -269,7 +269,7 @@ def test_the_adapter_keeps_every_promise(capsys):
 def test_a_policy_may_take_every_step(driven):
     """Also half dropped in the midst of scales that live on a decision: what the search is offered, it can draw."""
     state, rules = driven.start((3, 1), first_touched(driven)), paper_policy(driven.schedule, 2, 2).rules
-    offered = step_menu(driven.schedule, driven.steps, 2)
+    offered = step_menu(driven.schedule, driven.steps, 2, ("int8", "e4m3"))
     assert {step.kind for option in offered.values() for step in option.steps} == set(driven.steps) == set(adapter.STEPS)
     dense = driven.finish(state, driven.dense)
     for name, option in offered.items():
