@@ -84,7 +84,7 @@ def linears(block: Any) -> tuple[Any, ...]:
 
 
 def make_precise(found: Parts, step: Any) -> Undos:
-    """Multiplies scaled rows of 8-bit floats (`generation/precision.py`)."""
+    """Multiplies scaled rows of 8-bit numbers (`generation/precision.py`)."""
     return scale_products(found, step, linears, BLOCK.named)
 
 

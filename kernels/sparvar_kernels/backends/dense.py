@@ -92,6 +92,7 @@ def _cudnn_here(device: int) -> bool:
 
 
 def has_few_scores(q: Tensor, k: Tensor) -> bool:
+    """Whether q [B, H, Nq, D] and k [B, H, Nk, D] make so few scores that no plan of cuDNN pays."""
     return q.shape[:3].numel() * k.shape[2] <= FEW_SCORES
 
 

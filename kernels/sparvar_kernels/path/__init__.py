@@ -1,6 +1,6 @@
 """The passes around attention, each made one: q/k norm + rotation + append, add + norm, SwiGLU's gate, attention to the text
 or, where that is folded into products, its softmax; and of the picture's decoder the one between convolutions, group norm + SiLU;
-and a product of 8-bit floats with what makes its rows.
+and a product of 8-bit numbers with what makes its rows.
 
 They compute what the public models' own modules do, with fp32 arithmetic and one rounding at the end. On a GPU each is one
 Triton kernel that reads and writes every byte once (group norm three, the input read twice); on a CPU plain torch. None is the
