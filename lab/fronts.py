@@ -166,9 +166,7 @@ def draw_pairs(
     drawn: dict[str, list[Drawn]] = {name: [] for name in names}
     until = 0
     if not adapter.as_one:  # what all ways share is drawn once: on a CPU it takes a while
-        steps = [step for attend in ways.values() if hasattr(attend, "policy") for step in attend.policy.steps]
-        begins = [step.from_scale for step in steps if hasattr(step, "from_scale")]
-        until = min([first_touched(adapter), *begins])
+        until = first_touched(adapter, [attend.policy for attend in ways.values() if hasattr(attend, "policy")])
     adapter.start(pairs[0], until)  # on a GPU it captures what all ways share
     for i, pair in enumerate(pairs):
         made: dict[str, tuple[Tensor, float, bool]] = {}

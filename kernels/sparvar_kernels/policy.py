@@ -63,6 +63,12 @@ class Policy:
         """Scales that its steps leave out altogether."""
         return tuple(s for step in self.steps for s in step.skips)
 
+    @property
+    def from_scale(self) -> int | None:
+        """The first scale that it changes, None where it changes nothing."""
+        begins = [*(rule.scale_index for rule in self.rules), *(step.from_scale for step in self.steps)]
+        return min(begins, default=None)
+
     @classmethod
     def uniform(cls, layers: int, heads: int, rules: dict[int, Variant]) -> Policy:
         """Every head alike (class "A"): one variant per scale."""

@@ -86,10 +86,11 @@ def run_pairs(
     more: metrics beside those of the table. Ends early once `give_up` says so after a pair.
     """
     stopwatch, begun = Stopwatch(adapter.device, clock), clock()
+    first = first_touched(adapter, [way.policy for way in ways.values() if hasattr(way, "policy")])
     outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
     for i, pair in enumerate(pairs):
         states: list[Any] = []
-        shared = stopwatch(lambda: states.append(adapter.start(pair, first_touched(adapter))))  # noqa: B023
+        shared = stopwatch(lambda: states.append(adapter.start(pair, first)))  # noqa: B023
         made: dict[str, tuple[Tensor, float, dict[int, float]]] = {}
         watched: list[TimedByScale] = []
         names = list(ways)

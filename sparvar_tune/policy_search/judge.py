@@ -8,7 +8,7 @@ well: a machine that is busy now and idle in an hour changes both times, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median, pvariance, stdev
 from typing import Any
@@ -105,9 +105,10 @@ def prepare(adapter: Adapter, attend: Any) -> bool:
     return bool(getattr(adapter, "prepare", lambda _attend: False)(attend))
 
 
-def first_touched(adapter: Adapter) -> int:
-    """The first scale any policy of the search may act on."""
-    return decision_scale(adapter.schedule)
+def first_touched(adapter: Adapter, policies: Iterable[Policy] = ()) -> int:
+    """The first scale at which a search's rules, or one of these policies, may change anything: what comes before is shared."""
+    begins = (policy.from_scale for policy in policies)
+    return min([decision_scale(adapter.schedule), *(s for s in begins if s is not None)])
 
 
 class Judge:
@@ -124,8 +125,9 @@ class Judge:
         self.points = dict(points or points_of(adapter))
         self.stopwatch = Stopwatch(adapter.device, clock)
         self.references: list[Reference] = []
+        first = first_touched(adapter, self.points.values())  # these hold every step of the menu
         for i, pair in enumerate(pairs):
-            state = adapter.start(pair, first_touched(adapter))
+            state = adapter.start(pair, first)
             made: list[torch.Tensor] = []
             prepare(adapter, adapter.dense)
             ms = self.stopwatch(lambda: made.append(adapter.finish(state, adapter.dense)))  # noqa: B023

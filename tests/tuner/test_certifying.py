@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import types
 
 import pytest
 import replayed
@@ -12,15 +13,20 @@ import tiny
 import torch
 from made_profiles import profile
 
+from sparvar_kernels.policy import Policy
+from sparvar_kernels.variants import Pooled
 from sparvar_tune import runtime
+from sparvar_tune.bitwise.sampling import DenseAttention
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.metrics import MS_SSIM_BETAS, find_metric, ms_ssim_levels
 from sparvar_tune.catalog.models import find_model
+from sparvar_tune.generation import Precision
 from sparvar_tune.measure import pairs as drawing
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, compare_pictures, lower_bound, worst_mean
 from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs, search_pairs, verify_pairs, yardstick_pairs
 from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search
+from sparvar_tune.policy_search.judge import first_touched
 from sparvar_tune.profile import store
 from sparvar_tune.profile.describe import describe_evidence
 from sparvar_tune.profile.schema import Measured
@@ -299,3 +305,34 @@ def test_verify_keeps_evidence_as_it_was_measured_or_refutes_it(
     assert written.exists() == good
     if good:
         assert store.load(written).evidence == proof and store.load(written).created > "2026"
+
+
+# --- what pictures of a pair share ---
+
+
+class _Counted:
+    """Adapter of a schedule of six grids whose pictures are the scales that a way drew by itself."""
+
+    device, num_classes, schedule = "cpu", 1, tiny.make_model().schedule
+
+    def __init__(self):
+        self.begun = []
+
+    def start(self, pair, scale):
+        self.begun.append(scale)
+        return scale
+
+    def finish(self, state, way):
+        return torch.full((1, 3, 16, 16), 0.5)
+
+
+@pytest.mark.parametrize("begins", [0, 1, 5])
+def test_pictures_share_only_what_comes_before_the_first_scale_that_any_way_changes(begins):
+    """A step that begins before the decision scale changes scales that were once shared with the dense picture."""
+    adapter, steps = _Counted(), (Precision(begins, ((0, 1),)),)
+    tuned = types.SimpleNamespace(policy=Policy(("AA", "AA"), (), steps), reset=lambda: None, skip_scales=())
+    certify.run_pairs(adapter, {"dense": DenseAttention(1.0), "tuned": tuned}, [(0, 1)], lambda text: None)
+    assert adapter.begun == [min(begins, len(adapter.schedule) - 3)]
+    rule = Policy.uniform(2, 2, {begins: Pooled(0, 2)})
+    assert (rule.from_scale, Policy(("A",)).from_scale) == (begins, None)
+    assert first_touched(adapter, [rule, Policy(("A",))]) == min(begins, len(adapter.schedule) - 3)
