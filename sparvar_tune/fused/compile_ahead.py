@@ -47,14 +47,16 @@ DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 class Ahead:
     """Binaries (`backends.triton.binary.Build`) that are being made ready for `device`; see the module docstring.
 
-    What another one is making already is waited for and not made twice.
+    What another one is making already is waited for and not made twice. after: returns when this one may begin to compile.
+    begun: set when its children are at work, when it needs none, or when it failed.
     """
 
     _begun: ClassVar[dict[tuple[Any, torch.device], Ahead]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, builds: Iterable[Any], device: torch.device) -> None:
+    def __init__(self, builds: Iterable[Any], device: torch.device, after: Callable[[], None] = lambda: None) -> None:
         self._error: BaseException | None = None
+        self._after, self.begun = after, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         with self._lock:
             keys = {(build, device): self._begun.get((build, device), self) for build in builds}
@@ -73,11 +75,13 @@ class Ahead:
 
     def _run(self) -> None:
         try:
+            self._after()
             if self._own:
-                _make_ready([build for build, _ in self._own], self._own[0][1])
+                _make_ready([build for build, _ in self._own], self._own[0][1], self.begun.set)
         except BaseException as error:
             self._error = error
         finally:
+            self.begun.set()
             with self._lock:
                 for key in self._own:
                     del self._begun[key]
@@ -105,7 +109,7 @@ def _read_triton() -> None:
         getattr(cache, "triton_key", lambda: None)()
 
 
-def _make_ready(builds: list[Any], device: torch.device) -> None:
+def _make_ready(builds: list[Any], device: torch.device, begun: Callable[[], None]) -> None:
     from sparvar_kernels.backends.triton import binary
 
     def is_made(build: Any) -> bool:
@@ -124,6 +128,7 @@ def _make_ready(builds: list[Any], device: torch.device) -> None:
             return
         missing.sort(key=_size, reverse=True)
         wait = in_children(missing, torch.cuda.get_device_capability(device))
+    begun()
     wait()
     with _IN_TRITON, ThreadPoolExecutor(_side_by_side(len(missing))) as pool:
         with contextlib.suppress(Exception):  # launching says what is wrong with it

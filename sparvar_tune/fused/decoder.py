@@ -10,7 +10,7 @@ upsampling are the model's own modules, called as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,10 +55,13 @@ class Untouched:
     """A decoder before anything in it was changed, with its own picture of a small latent; raises as `attach_decoder` does.
 
     Under the caller's autocast, so that it needs what later pictures need. On a GPU our kernels are compiled meanwhile.
-    likely: sides (height, width) of the latent that is to be decoded, and how many.
+    likely: sides (height, width) of the latent that is to be decoded, and how many. after: returns when compiling may begin, so
+    that what is needed sooner and takes longer goes first.
     """
 
-    def __init__(self, decoder: nn.Module, likely: tuple[int, int, int] | None = None) -> None:
+    def __init__(
+        self, decoder: nn.Module, likely: tuple[int, int, int] | None = None, after: Callable[[], None] | None = None
+    ) -> None:
         reason = why_not_decoder(decoder)
         if reason:
             raise self._refusal(decoder, reason)
@@ -70,7 +73,8 @@ class Untouched:
             shapes = [tuple(self.z.shape)]
             if likely is not None:
                 shapes.append((likely[2], weight.shape[1], *likely[:2]))
-            Ahead((b for shape in shapes for b in decoder_builds(decoder, shape, self.dtype)), self.z.device)
+            builds = (b for shape in shapes for b in decoder_builds(decoder, shape, self.dtype))
+            Ahead(builds, self.z.device, after or (lambda: None))
         with torch.no_grad(), self._autocast():
             try:
                 self.want: Tensor = decoder(self.z)

@@ -105,7 +105,8 @@ class FusedPath(Undos):
         are compiled, and the GPU is busy with the last scale."""
         self._decodes, self.why_not_decoder = decoder, None
         try:
-            self._untouched = Untouched(decoder, self._likely_latent())
+            first = self._foreseen.let_go_first if self._foreseen is not None else None
+            self._untouched = Untouched(decoder, self._likely_latent(), first)
         except ValueError as error:
             self.why_not_decoder = str(error)
             return

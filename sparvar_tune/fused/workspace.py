@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
-from sparvar_kernels.backends.dense import dense_attention, dense_with_lse, has_few_scores, why_not_flash3
+from sparvar_kernels.backends.dense import dense_attention, dense_with_lse, plans_shapes
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import LayerPlan, Policy
@@ -94,6 +94,7 @@ class Foreseen:
 
     def __init__(self, of: SparseAttention, made: SparseAttention, found: Parts, dtype: torch.dtype) -> None:
         self.of, self._made = of, made
+        self._binaries: Ahead | None = None
         schedule, device = made.schedule, next(found.attentions[0].parameters()).device
         form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
 
@@ -102,10 +103,16 @@ class Foreseen:
                 problems = [AttentionProblem(schedule, s, 2, *form) for s in range(len(schedule))]
                 builds = attention_builds(made, problems, dtype, device)
                 torch.cuda.current_stream().synchronize()  # of this thread, on which nobody else waits
-                Ahead(builds, device)
+                self._binaries = Ahead(builds, device)
 
         self._thread = threading.Thread(target=build, daemon=True)
         self._thread.start()
+
+    def let_go_first(self) -> None:
+        """Returns when its binaries, the longest of an image, are being compiled or need not be."""
+        self._thread.join()
+        if self._binaries is not None:
+            self._binaries.begun.wait()
 
     def taken(self) -> SparseAttention:
         """The attention, when its tables are built."""
@@ -183,8 +190,8 @@ class Workspace:
                 q = torch.empty(each, problem.num_queries, problem.heads, problem.head_dim, dtype=self.dtype, device=device)
                 end = self.thinning.filled[0][s] + problem.num_queries
                 q, k, v = q.transpose(1, 2), *(t[:each, :, :end] for t in self.cache(0))
-                if why_not_flash3(q, k, v) is None or has_few_scores(q, k):
-                    continue  # FlashAttention plans nothing
+                if not plans_shapes(q, k, v):
+                    continue
                 if kind == "decides":
                     dense_with_lse(q, k, v, problem.softmax_scale)
                 else:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from importlib.util import find_spec
 
 import pytest
@@ -178,7 +179,7 @@ def test_source_is_read_by_one_thread_at_a_time(binary, compiled, monkeypatch):
 def test_what_is_being_made_is_not_made_twice(binary, monkeypatch):
     made, begun = [], ahead.threading.Event()
 
-    def make_ready(given, device):
+    def make_ready(given, device, children):
         begun.wait()
         made.extend(given)
 
@@ -189,6 +190,67 @@ def test_what_is_being_made_is_not_made_twice(binary, monkeypatch):
     second.wait()
     assert sorted(made, key=str) == sorted(wanted, key=str) and not ahead.Ahead._begun
     first.wait()
+
+
+def test_others_begin_to_compile_after_what_goes_first(binary, forked, monkeypatch):
+    """Children of the second are started when those of the first are at work, and not when they are done."""
+    order, own = [], ahead.in_children
+
+    def in_children(given, capability):
+        order.append(len(given))
+        wait = own(given, capability)
+
+        def done():
+            if len(order) == 1:
+                assert seen.wait(60), "the second waits for the end of the first"
+            wait()
+
+        return done
+
+    seen, wanted = threading.Event(), builds(3)
+    monkeypatch.setattr(ahead, "in_children", in_children)
+    let = threading.Event()
+    first = ahead.Ahead(wanted[:1], DEVICE, after=lambda: let.wait(60))
+    second = ahead.Ahead(wanted[1:], DEVICE, after=first.begun.wait)
+    assert order == [] and not second.begun.is_set()
+    let.set()
+    second.begun.wait(60)
+    seen.set()
+    first.wait()
+    second.wait()
+    assert order == [1, 2] and all(is_made(binary, b) for b in wanted)
+
+
+@pytest.mark.parametrize("ends", ["made", "raises", "nothing"])
+def test_nobody_waits_for_what_begins_to_compile_no_more(binary, compiled, monkeypatch, ends):
+    wanted = builds(1)
+    if ends == "made":
+        ahead.compile_ahead(wanted, DEVICE)
+    if ends == "raises":
+        monkeypatch.setattr(ahead, "_make_ready", lambda *_: 1 / 0)
+    first = ahead.Ahead([] if ends == "nothing" else wanted, DEVICE)
+    assert first.begun.wait(60)
+    if ends == "raises":
+        with pytest.raises(ZeroDivisionError):
+            first.wait()
+
+
+def test_the_decoder_lets_attention_go_first():
+    """Also where the attention cannot be made ready: nothing then goes before it."""
+    from sparvar_tune.fused import workspace
+
+    for fails in (False, True):
+        foreseen = object.__new__(workspace.Foreseen)
+        foreseen._binaries = None if fails else types.SimpleNamespace(begun=threading.Event())
+        foreseen._thread, done = threading.Thread(target=lambda: None), []
+        foreseen._thread.start()
+        waiting = threading.Thread(target=lambda: done.append(foreseen.let_go_first()))  # noqa: B023
+        waiting.start()
+        if not fails:
+            assert not done
+            foreseen._binaries.begun.set()
+        waiting.join(60)
+        assert done == [None]
 
 
 def test_an_image_waits_for_attention_where_it_is_first_sparse(monkeypatch):
@@ -212,7 +274,7 @@ def test_an_image_waits_for_attention_where_it_is_first_sparse(monkeypatch):
     attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), scales)["windows"])
     monkeypatch.setattr(workspace, "Ahead", Told)
     monkeypatch.setattr(workspace, "attention_builds", lambda *_: ["attention"])
-    monkeypatch.setattr(workspace, "has_few_scores", lambda *_: False)  # cuDNN would plan these
+    monkeypatch.setattr(workspace, "plans_shapes", lambda *_: True)  # as cuDNN does
     monkeypatch.setattr(workspace, "dense_attention", lambda *given: order.append("dense") or own(*given))
     with on(driven, attend) as path:
         checks.draw(driven)

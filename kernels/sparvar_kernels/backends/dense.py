@@ -33,7 +33,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) 
     scores FlashAttention-2), else PyTorch's own choice of backend. [B, H, Nq, D]."""
     if q.is_cuda and why_not_flash3(q, k, v) is None:
         return _flash3(q, k, v, problem.softmax_scale)[0]
-    if q.is_cuda and _cudnn_runs(q):
+    if q.is_cuda and _cudnn_runs(q):  # `plans_shapes` says which of the two
         attend = _flash2 if has_few_scores(q, k) else _cudnn
         return attend(q, k, v, problem.softmax_scale, False)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=problem.softmax_scale)
@@ -89,6 +89,11 @@ def _cudnn_runs(q: Tensor) -> bool:
 def _cudnn_here(device: int) -> bool:
     usable = torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
     return usable and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def plans_shapes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether dense attention of these, with log-sum-exp or not, is cuDNN's, which plans a new shape for 50 to 200 ms."""
+    return why_not_flash3(q, k, v) is not None and _cudnn_runs(q) and not has_few_scores(q, k)
 
 
 def has_few_scores(q: Tensor, k: Tensor) -> bool:
