@@ -21,6 +21,7 @@ from sparvar_kernels.path.door import FLOATS
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
+from sparvar_tune.fused.convolution import conv_of, few_outputs
 from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
 
@@ -167,8 +168,8 @@ class FusedDecoder(Undos):
                     x = attentions[i](x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        out: Tensor = decoder.conv_out(_normed(decoder.norm_out, x))
-        return out.contiguous()  # as the model's own code gives it: a caller may view() it
+        # contiguous as the model's own code gives it: a caller may view() it
+        return few_outputs(decoder.conv_out, _normed(decoder.norm_out, x))
 
     def compile(self, z: Tensor) -> None:
         """Makes ready what latents of z's shape launch."""
@@ -250,12 +251,6 @@ class ChannelsLast:
         if self.before is not None and self.weight.is_contiguous(memory_format=torch.channels_last):
             self._lay(self.before)
         self.before = None
-
-
-def conv_of(module: Any) -> nn.Conv2d | None:
-    """The 2-D convolution that a module is or, as Infinity's `Conv`, holds."""
-    inner = getattr(module, "conv", module)
-    return inner if isinstance(inner, nn.Conv2d) else None
 
 
 def norm_of(module: Any) -> nn.GroupNorm | None:
