@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparvar_tune.fused.product import why_not_owned
 
+SEPARATE = ("cuda",)  # where a bias is a pass of its own
 HALF = (torch.bfloat16, torch.float16)
 # Of few outputs cuDNN has no fast kernel for channels_last half precision: 160 -> 3 of a picture of 1024 x 1024 takes an H100
 # 6.2 ms; 1.6 ms with 4 to 16 outputs, 0.42 ms with 32, 0.44 ms with 64.
@@ -35,6 +36,25 @@ def plain_conv(module: Any) -> nn.Conv2d | None:
     return conv if alone and all(why_not_owned(m) is None for m in holders) else None
 
 
+def bias_apart(module: Any) -> Tensor | None:
+    """The bias that `bare` leaves to the pass behind the convolution, or None where the module adds its own or has none."""
+    conv = plain_conv(module)
+    return None if conv is None or conv.weight.device.type not in SEPARATE else conv.bias
+
+
+def bare(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """module(x) without the bias beside it, which is still to be added."""
+    bias, conv = bias_apart(module), conv_of(module)
+    if bias is None or conv is None:
+        return module(x), None
+    return _called(conv, x, conv.weight), bias
+
+
+def biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [B, C, H, W] + bias [C] in the dtype of x."""
+    return x if bias is None else x + bias.to(x.dtype)[:, None, None]
+
+
 def few_outputs(module: Any, x: Tensor) -> Tensor:
     """module(x) [B, O, H, W], contiguous, of few outputs O.
 
@@ -45,8 +65,7 @@ def few_outputs(module: Any, x: Tensor) -> Tensor:
         out: Tensor = module(x)
         return out.contiguous()
     wide = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, LEAST_OUTPUTS - conv.out_channels))
-    picture = _called(conv, x, wide)[:, : conv.out_channels].contiguous()
-    return picture if conv.bias is None else picture.add_(conv.bias.to(picture.dtype)[:, None, None])
+    return biased(_called(conv, x, wide)[:, : conv.out_channels].contiguous(), conv.bias)
 
 
 def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:

@@ -1,11 +1,12 @@
-"""The picture decoder of the public models: every group norm + SiLU one pass that writes what the next convolution reads.
+"""The picture decoder of the public models: between two convolutions one pass, which writes what the next convolution reads.
 
     conv_in -> mid -> levels of residual blocks, attention and upsampling -> norm_out -> SiLU -> conv_out
 
-Under autocast PyTorch runs the norm and SiLU in fp32: six passes over fp32 pictures where one of half the width does. Modules are
+Under autocast PyTorch runs the norm and SiLU in fp32: six passes over fp32 pictures where one of half the width does. On a GPU it
+adds a convolution's bias in a pass of its own; those of residual blocks go into the norm and the sum behind them. Modules are
 known by their attributes (the taming-transformers family: Infinity, VAR and HART draw with it), and since code between modules
-cannot be read off them, a small random latent is decoded both ways when the path is put on. Convolutions, attention and
-upsampling are the model's own modules, called as they are.
+cannot be read off them, a small random latent is decoded both ways when the path is put on. Attention, upsampling and
+convolutions that are more than their weights are the model's own modules, called as they are.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparvar_kernels.path import group_norm_silu
-from sparvar_kernels.path.door import FLOATS
+from sparvar_kernels.path import biased_sum, group_norm_silu
+from sparvar_kernels.path.biased_sum import why_not_biased_sum
+from sparvar_kernels.path.door import FLOATS, form
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
-from sparvar_tune.fused.convolution import conv_of, few_outputs
+from sparvar_tune.fused.convolution import bare, bias_apart, biased, conv_of, few_outputs
 from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
 
@@ -203,10 +205,13 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
     dtype: what convolutions make, autocast's where it is on. Every upsampling is taken to double both sides, and pictures to
     be channels_last; what is foreseen wrongly costs its compilation, what is missed is compiled when it is needed.
     """
+    from sparvar_kernels.path.triton.biased_sum import biased_sum_build
     from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
     batch, _, height, width = latent
     plain = {id(norm_of(m.norm)) for m in decoder.modules() if is_attention(m)}
+    blocks = {id(block): block for _, block in _blocks(decoder)}
+    adds = {id(norm_of(block.norm2)): _dtype(bias_apart(block.conv1)) for block in blocks.values()}
     sides: list[list[nn.Module]] = [[decoder.mid]]  # what runs before the first upsampling, between it and the second, ...
     for level in reversed(decoder.up):
         sides[-1].append(level)
@@ -217,11 +222,19 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
     for i, parts in enumerate(sides):
         for norm in (m for part in parts for m in part.modules() if isinstance(m, nn.GroupNorm)):
             shape = Cut(batch, norm.num_channels, height * width * 4**i, last=True)
-            weight, bias = (None if t is None else t.dtype for t in (norm.weight, norm.bias))
-            silu = id(norm) not in plain
-            made = group_norm_builds(shape, norm.num_groups, dtype, dtype, weight, bias, silu, shape.aligned)
-            found |= dict.fromkeys(made)
+            types = _dtype(norm.weight), _dtype(norm.bias), id(norm) not in plain, shape.aligned, adds.get(id(norm))
+            found |= dict.fromkeys(group_norm_builds(shape, norm.num_groups, dtype, dtype, *types))
+        for block in (blocks[id(m)] for part in parts for m in part.modules() if id(m) in blocks):
+            conv, beside, own = conv_of(block.conv2), _dtype(bias_apart(_shortcut(block))), _dtype(bias_apart(block.conv2))
+            assert conv is not None
+            shape = Cut(batch, conv.out_channels, height * width * 4**i, last=True)
+            if beside is not None or own is not None:
+                found[biased_sum_build(shape, dtype, beside, own, shape.aligned)] = None
     return list(found)
+
+
+def _dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
 
 
 def _made_by_convolutions(z: Tensor) -> torch.dtype:
@@ -313,14 +326,14 @@ def _why_not_alike(got: Tensor, want: Tensor) -> str | None:
     return None
 
 
-def _normed(module: Any, x: Tensor, silu: bool = True) -> Tensor:
-    """silu(norm(x)) in the dtype that a convolution casts it to."""
+def _normed(module: Any, x: Tensor, silu: bool = True, add: Tensor | None = None) -> Tensor:
+    """silu(norm(x + add)) in the dtype that a convolution casts it to."""
     norm = norm_of(module)
     assert norm is not None
     dtype = _made_by_convolutions(x)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous(memory_format=torch.channels_last)
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, out_dtype=dtype)
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, out_dtype=dtype, add=add)
 
 
 class _Normed:
@@ -337,11 +350,15 @@ class _Normed:
 
 def _residual(block: Any, x: Tensor) -> Tensor:
     """A residual block."""
-    h = block.conv1(_normed(block.norm1, x))
-    h = _normed(block.norm2, h)
+    h, bias = bare(block.conv1, _normed(block.norm1, x))
+    h = _normed(block.norm2, h, add=bias)
     if getattr(block, "dropout", None) is not None:
         h = block.dropout(h)
-    h = block.conv2(h)
+    h, bias = bare(block.conv2, h)
     shortcut = _shortcut(block)
-    out: Tensor = (x if shortcut is None else shortcut(x)) + h
-    return out
+    x, x_bias = (x, None) if shortcut is None else bare(shortcut, x)
+    if bias is None and x_bias is None:
+        return x + h
+    if why_not_biased_sum(*map(form, (x, h, x_bias, bias))) is not None:  # of two dtypes or memory formats
+        return biased(x, x_bias) + biased(h, bias)
+    return biased_sum(x, h, x_bias, bias)
