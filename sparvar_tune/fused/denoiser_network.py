@@ -13,7 +13,7 @@ output once, as before. The time's part of y is made of one row for all: the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from sparvar_kernels.path.door import FLOATS
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.product import why_not_owned
+from sparvar_tune.fused.watched import Walked
 
 MOST_ROWS = (1 << 16) - 1  # programs along a GPU's second axis
 ROWS = 64  # of the check
@@ -39,19 +40,26 @@ class DenoiserNetwork:
     def __init__(self, net: Any) -> None:
         self.net = net
         self.reason = why_not_network(net)
-        self._looked_at = False
+        self._parts, self._replaced = Walked(net), list[nn.Module]()
+        self._state: Hashable = None
         self._condition: tuple[Tensor, Tensor] | None = None
 
     def why_not(self, own: Callable[..., Tensor], x: Tensor, t: Tensor, c: Tensor) -> str | None:
-        """Why own(x, t, c) of a step is not to be replaced, or None. At the first call both ways are compared, of a few rows."""
-        if self.reason is None and not self._looked_at:
-            self._looked_at = True
-            self.reason = self._why_not_alike(own, x[:ROWS], t[:ROWS], c[:ROWS])
+        """Why own(x, t, c) of a step is not to be replaced, or None.
+
+        Where weights lie in new places, as at the first call, modules are looked at and both ways compared, of a few rows.
+        """
+        state = self._parts.state()
+        if state != self._state:
+            self._state, self.reason = state, why_not_network(self.net)
+            if self.reason is None:
+                self._replaced = list(_replaced(self.net))
+                self.reason = self._why_not_alike(own, x[:ROWS], t[:ROWS], c[:ROWS])
         if self.reason:
             return self.reason
         if x.ndim != 2 or not 1 <= len(x) <= MOST_ROWS:
             return f"it is given {tuple(x.shape)}, want 1 to {MOST_ROWS} rows"
-        return next((reason for module in _replaced(self.net) if (reason := why_not_owned(module))), None)
+        return next((reason for module in self._replaced if (reason := why_not_owned(module))), None)
 
     def condition(self, c: Tensor) -> Tensor:
         """cond_embed(c) [rows, C], kept until `forget` is called."""

@@ -151,6 +151,12 @@ def test_what_cannot_be_replaced_any_more_is_called():
     assert "another tool's hook is on its LayerNorm" in network.why_not(net, *given())
     hook.remove()
     assert network.why_not(net, *given()) is None
+    net.res_blocks[2], calls = Block().requires_grad_(False), net.calls
+    assert network.why_not(net, *given()) is None and net.calls == calls + 1
+    net.res_blocks[2].without = "gate"
+    net.res_blocks[2].mlp[0] = nn.Linear(WIDTH, WIDTH)
+    assert "something else" in network.why_not(net, *given())
+    net.res_blocks[2] = made().res_blocks[2]
     assert "want 1 to" in network.why_not(net, *given(denoiser_network.MOST_ROWS + 1))
     assert "no Linear input_proj" in DenoiserNetwork(nn.Linear(2, 2)).reason and why_not_network(Denoiser())
 
