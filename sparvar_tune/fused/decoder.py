@@ -5,8 +5,8 @@
 Under autocast PyTorch runs the norm and SiLU in fp32: six passes over fp32 pictures where one of half the width does. On a GPU it
 adds a convolution's bias in a pass of its own; those of residual blocks go into the norm and the sum behind them. Modules are
 known by their attributes (the taming-transformers family: Infinity, VAR and HART draw with it), and since code between modules
-cannot be read off them, a small random latent is decoded both ways when the path is put on. Attention, upsampling and
-convolutions that are more than their weights are the model's own modules, called as they are.
+cannot be read off them, a small random latent is decoded both ways when the path is put on. Attention and convolutions that
+are more than their weights are the model's own modules, called as they are; so is upsampling but by nearest pixels.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparvar_kernels.path import biased_sum, group_norm_silu
+from sparvar_kernels.path import biased_sum, doubled, group_norm_silu
 from sparvar_kernels.path.biased_sum import why_not_biased_sum
 from sparvar_kernels.path.door import FLOATS, form
+from sparvar_kernels.path.doubled import why_not_doubled
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
@@ -145,6 +147,7 @@ class FusedDecoder(Undos):
         self.graph = ModuleGraph(decoder) if graphs else None
         self.reason: str | None = None
         self.compiled: set[torch.Size] = set()  # latents whose binaries were made
+        self.doubling: set[nn.Module] = set()  # upsampling that is known
         if channels_last:
             for module in decoder.modules():
                 if isinstance(module, nn.Conv2d):
@@ -152,6 +155,8 @@ class FusedDecoder(Undos):
         for module in decoder.modules():
             if is_attention(module):
                 self.add(replace_method(module.norm, "forward", _Normed(module.norm)))
+        upsamplings = [level.upsample for level in reversed(decoder.up) if hasattr(level, "upsample")]
+        self.doubling |= {module for i, module in enumerate(upsamplings) if _is_doubling(module, 2**i)}
         self.add(replace_method(decoder, "forward", self._forward))
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -169,9 +174,14 @@ class FusedDecoder(Undos):
                 if len(attentions):
                     x = attentions[i](x)
             if hasattr(level, "upsample"):
-                x = level.upsample(x)
+                x = self._upsampled(level.upsample, x)
         # contiguous as the model's own code gives it: a caller may view() it
         return few_outputs(decoder.conv_out, _normed(decoder.norm_out, x))
+
+    def _upsampled(self, module: Any, x: Tensor) -> Tensor:
+        known = module in self.doubling and why_not_owned(module) is None and why_not_doubled(form(x)) is None
+        out: Tensor = module.conv(doubled(x)) if known else module(x)
+        return out
 
     def compile(self, z: Tensor) -> None:
         """Makes ready what latents of z's shape launch."""
@@ -206,6 +216,7 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
     be channels_last; what is foreseen wrongly costs its compilation, what is missed is compiled when it is needed.
     """
     from sparvar_kernels.path.triton.biased_sum import biased_sum_build
+    from sparvar_kernels.path.triton.doubled import doubled_build
     from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
     batch, _, height, width = latent
@@ -230,6 +241,11 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
             shape = Cut(batch, conv.out_channels, height * width * 4**i, last=True)
             if beside is not None or own is not None:
                 found[biased_sum_build(shape, dtype, beside, own, shape.aligned)] = None
+        upsamplings: list[Any] = [getattr(part, "upsample", None) for part in parts]
+        for conv in (conv_of(module.conv) for module in upsamplings if _may_double(module)):
+            assert conv is not None
+            shape = Cut(batch, conv.in_channels, height * width * 4**i, last=True)
+            found[doubled_build(shape, dtype, shape.aligned)] = None
     return list(found)
 
 
@@ -312,6 +328,31 @@ def _shortcut(block: Any) -> Any:
     """The convolution beside a block's own two, or None."""
     found = next((own for name in SHORTCUTS if isinstance(own := getattr(block, name, None), nn.Module)), None)
     return None if isinstance(found, nn.Identity) else found
+
+
+def _may_double(module: Any) -> bool:
+    """Whether a module holds one convolution `conv` and nothing else."""
+    if not isinstance(module, nn.Module) or conv_of(getattr(module, "conv", None)) is None:
+        return False
+    return list(module._modules) == ["conv"] and not module._parameters and why_not_owned(module) is None
+
+
+def _is_doubling(module: Any, times: int) -> bool:
+    """Whether it convolves a picture of twice the sides, tried with one as it is on the way from the small latent.
+
+    times: the latent's sides. What cuDNN plans for it, the check of the whole needs too.
+    """
+    if not _may_double(module):
+        return False
+    weight = conv_of(module.conv).weight  # type: ignore[union-attr]
+    sides = (n * times for n in LATENT)
+    x = torch.randn(1, weight.shape[1], *sides, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = x.to(_made_by_convolutions(x), memory_format=torch.channels_last)
+    try:
+        own, ours = module(x), module.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    except Exception:  # it takes something else than a picture
+        return False
+    return own.shape == ours.shape and bool((own - ours).float().norm() <= 0.01 * own.float().norm())
 
 
 def _why_not_alike(got: Tensor, want: Tensor) -> str | None:

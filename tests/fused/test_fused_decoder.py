@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from decoder_lookalikes import Held, Plain, Rectified, made
 from public_models.stand_ins import put_missing, put_module, quietly
 from torch import nn
 
+from sparvar_kernels.path import doubled
 from sparvar_tune.adapters import flash_attn_stand_in
 from sparvar_tune.adapters.instance_forward import replace_method
 from sparvar_tune.fused import convolution
@@ -78,9 +80,10 @@ def test_draws_what_the_untouched_decoder_draws_and_undoes_exactly(kind, shortcu
 @pytest.mark.parametrize("separate", [(), ("cpu",)])
 def test_foresees_what_a_picture_launches(kind, separate, monkeypatch):
     from sparvar_kernels.path.triton.biased_sum import biased_sum_build
+    from sparvar_kernels.path.triton.doubled import doubled_build
     from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
-    launched, sums = set(), set()
+    launched, sums, larger = set(), set(), set()
 
     def cut(x):
         assert x.is_contiguous(memory_format=torch.channels_last)
@@ -101,8 +104,10 @@ def test_foresees_what_a_picture_launches(kind, separate, monkeypatch):
     with attach_decoder(decoder), torch.autocast("cpu", torch.bfloat16):
         monkeypatch.setattr(fused, "group_norm_silu", recorded)
         monkeypatch.setattr(fused, "biased_sum", recorded_sum)
+        monkeypatch.setattr(fused, "doubled", lambda x: larger.add(doubled_build(cut(x), x.dtype, cut(x).aligned)) or doubled(x))
         decoder(z)
-        assert set(decoder_builds(decoder, tuple(z.shape), torch.bfloat16)) == launched | sums
+        assert set(decoder_builds(decoder, tuple(z.shape), torch.bfloat16)) == launched | sums | larger
+        assert len(larger) == 1
         assert len(launched) >= 6 and len(sums) == (3 if separate else 0)
 
 
@@ -137,6 +142,30 @@ def test_biases_go_into_the_pass_behind_their_convolution(kind, monkeypatch):
                 m.setattr(fused, "biased_sum", lambda x, h, x_bias, bias, lost=lost: total(
                     x, h, None if lost == "x_bias" else x_bias, None if lost == "bias" else bias))  # fmt: skip
                 assert apart(decoder(z), want) > 0.01, lost
+
+
+def test_upsampling_is_replaced_where_it_is_by_nearest_pixels(monkeypatch):
+    """Not where it interpolates otherwise, does more, or is hooked later."""
+    calls = []
+    monkeypatch.setattr(fused, "doubled", lambda x: calls.append(1) or doubled(x))
+
+    def smooth(module):
+        module.__class__ = type("Smooth", (nn.Module,), {
+            "forward": lambda self, x: self.conv(F.interpolate(x, scale_factor=2, mode="bilinear"))})  # fmt: skip
+
+    changes = {
+        "known": (lambda m: None, True), "smooth": (smooth, False), "more": (lambda m: setattr(m, "pxsl", nn.Identity()), False),
+    }  # fmt: skip
+    for name, (change, known) in changes.items():
+        decoder, z = made(), latent()
+        change(decoder.up[1].upsample)
+        want = decoder(z)
+        with attach_decoder(decoder):
+            calls.clear()
+            assert apart(decoder(z), want) < 1e-5 and len(calls) == known, name
+            decoder.up[1].upsample.register_forward_hook(lambda m, x, out: out * 2)
+            hooked = decoder(z)
+            assert len(calls) == known and apart(hooked, want) > 0.01, name
 
 
 def test_parts_of_a_sum_of_two_memory_formats(monkeypatch):
