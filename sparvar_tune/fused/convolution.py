@@ -71,7 +71,8 @@ def few_outputs(module: Any, x: Tensor) -> Tensor:
 def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return x.is_cuda and dtype in HALF and conv.groups == 1 and conv.out_channels < LEAST_OUTPUTS
+    few = conv.groups == 1 and conv.out_channels < LEAST_OUTPUTS
+    return few and x.is_cuda and dtype in HALF and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _called(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
