@@ -1,11 +1,12 @@
-"""The picture decoder of the public models: every group norm + SiLU one pass that writes what the next convolution reads.
+"""The picture decoder of the public models: between two convolutions one pass, which writes what the next convolution reads.
 
     conv_in -> mid -> levels of residual blocks, attention and upsampling -> norm_out -> SiLU -> conv_out
 
-Under autocast PyTorch runs the norm and SiLU in fp32: six passes over fp32 pictures where one of half the width does. Modules are
+Under autocast PyTorch runs the norm and SiLU in fp32: six passes over fp32 pictures where one of half the width does. On a GPU it
+adds a convolution's bias in a pass of its own; those of residual blocks go into the norm and the sum behind them. Modules are
 known by their attributes (the taming-transformers family: Infinity, VAR and HART draw with it), and since code between modules
-cannot be read off them, a small random latent is decoded both ways when the path is put on. Convolutions, attention and
-upsampling are the model's own modules, called as they are.
+cannot be read off them, a small random latent is decoded both ways when the path is put on. Attention and convolutions that
+are more than their weights are the model's own modules, called as they are; so is upsampling but by nearest pixels.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparvar_kernels.path import group_norm_silu
-from sparvar_kernels.path.door import FLOATS
+from sparvar_kernels.path import biased_sum, doubled, group_norm_silu
+from sparvar_kernels.path.biased_sum import why_not_biased_sum
+from sparvar_kernels.path.door import FLOATS, form
+from sparvar_kernels.path.doubled import why_not_doubled
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
+from sparvar_tune.fused.convolution import bare, bias_apart, biased, conv_of, few_outputs
 from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
 
@@ -146,6 +151,7 @@ class FusedDecoder(Undos):
         self.graph = ModuleGraph(decoder) if graphs else None
         self.reason: str | None = None
         self.compiled: set[torch.Size] = set()  # latents whose binaries were made
+        self.doubling: set[nn.Module] = set()  # upsampling that is known
         if channels_last:
             for module in decoder.modules():
                 if isinstance(module, nn.Conv2d):
@@ -153,6 +159,8 @@ class FusedDecoder(Undos):
         for module in decoder.modules():
             if is_attention(module):
                 self.add(replace_method(module.norm, "forward", _Normed(module.norm)))
+        upsamplings = [level.upsample for level in reversed(decoder.up) if hasattr(level, "upsample")]
+        self.doubling |= {module for i, module in enumerate(upsamplings) if _is_doubling(module, 2**i)}
         self.add(replace_method(decoder, "forward", self._forward))
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -170,9 +178,14 @@ class FusedDecoder(Undos):
                 if len(attentions):
                     x = attentions[i](x)
             if hasattr(level, "upsample"):
-                x = level.upsample(x)
-        out: Tensor = decoder.conv_out(_normed(decoder.norm_out, x))
-        return out.contiguous()  # as the model's own code gives it: a caller may view() it
+                x = self._upsampled(level.upsample, x)
+        # contiguous as the model's own code gives it: a caller may view() it
+        return few_outputs(decoder.conv_out, _normed(decoder.norm_out, x))
+
+    def _upsampled(self, module: Any, x: Tensor) -> Tensor:
+        known = module in self.doubling and why_not_owned(module) is None and why_not_doubled(form(x)) is None
+        out: Tensor = module.conv(doubled(x)) if known else module(x)
+        return out
 
     def compile(self, z: Tensor) -> None:
         """Makes ready what latents of z's shape launch."""
@@ -206,10 +219,14 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
     dtype: what convolutions make, autocast's where it is on. Every upsampling is taken to double both sides, and pictures to
     be channels_last; what is foreseen wrongly costs its compilation, what is missed is compiled when it is needed.
     """
+    from sparvar_kernels.path.triton.biased_sum import biased_sum_build
+    from sparvar_kernels.path.triton.doubled import doubled_build
     from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
     batch, _, height, width = latent
     plain = {id(norm_of(m.norm)) for m in decoder.modules() if is_attention(m)}
+    blocks = {id(block): block for _, block in _blocks(decoder)}
+    adds = {id(norm_of(block.norm2)): _dtype(bias_apart(block.conv1)) for block in blocks.values()}
     sides: list[list[nn.Module]] = [[decoder.mid]]  # what runs before the first upsampling, between it and the second, ...
     for level in reversed(decoder.up):
         sides[-1].append(level)
@@ -220,11 +237,24 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
     for i, parts in enumerate(sides):
         for norm in (m for part in parts for m in part.modules() if isinstance(m, nn.GroupNorm)):
             shape = Cut(batch, norm.num_channels, height * width * 4**i, last=True)
-            weight, bias = (None if t is None else t.dtype for t in (norm.weight, norm.bias))
-            silu = id(norm) not in plain
-            made = group_norm_builds(shape, norm.num_groups, dtype, dtype, weight, bias, silu, shape.aligned)
-            found |= dict.fromkeys(made)
+            types = _dtype(norm.weight), _dtype(norm.bias), id(norm) not in plain, shape.aligned, adds.get(id(norm))
+            found |= dict.fromkeys(group_norm_builds(shape, norm.num_groups, dtype, dtype, *types))
+        for block in (blocks[id(m)] for part in parts for m in part.modules() if id(m) in blocks):
+            conv, beside, own = conv_of(block.conv2), _dtype(bias_apart(_shortcut(block))), _dtype(bias_apart(block.conv2))
+            assert conv is not None
+            shape = Cut(batch, conv.out_channels, height * width * 4**i, last=True)
+            if beside is not None or own is not None:
+                found[biased_sum_build(shape, dtype, beside, own, shape.aligned)] = None
+        upsamplings: list[Any] = [getattr(part, "upsample", None) for part in parts]
+        for conv in (conv_of(module.conv) for module in upsamplings if _may_double(module)):
+            assert conv is not None
+            shape = Cut(batch, conv.in_channels, height * width * 4**i, last=True)
+            found[doubled_build(shape, dtype, shape.aligned)] = None
     return list(found)
+
+
+def _dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
 
 
 def _made_by_convolutions(z: Tensor) -> torch.dtype:
@@ -254,12 +284,6 @@ class ChannelsLast:
         if self.before is not None and self.weight.is_contiguous(memory_format=torch.channels_last):
             self._lay(self.before)
         self.before = None
-
-
-def conv_of(module: Any) -> nn.Conv2d | None:
-    """The 2-D convolution that a module is or, as Infinity's `Conv`, holds."""
-    inner = getattr(module, "conv", module)
-    return inner if isinstance(inner, nn.Conv2d) else None
 
 
 def norm_of(module: Any) -> nn.GroupNorm | None:
@@ -310,6 +334,31 @@ def _shortcut(block: Any) -> Any:
     return None if isinstance(found, nn.Identity) else found
 
 
+def _may_double(module: Any) -> bool:
+    """Whether a module holds one convolution `conv` and nothing else."""
+    if not isinstance(module, nn.Module) or conv_of(getattr(module, "conv", None)) is None:
+        return False
+    return list(module._modules) == ["conv"] and not module._parameters and why_not_owned(module) is None
+
+
+def _is_doubling(module: Any, times: int) -> bool:
+    """Whether it convolves a picture of twice the sides, tried with one as it is on the way from the small latent.
+
+    times: the latent's sides. What cuDNN plans for it, the check of the whole needs too.
+    """
+    if not _may_double(module):
+        return False
+    weight = conv_of(module.conv).weight  # type: ignore[union-attr]
+    sides = (n * times for n in LATENT)
+    x = torch.randn(1, weight.shape[1], *sides, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = x.to(_made_by_convolutions(x), memory_format=torch.channels_last)
+    try:
+        own, ours = module(x), module.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    except Exception:  # it takes something else than a picture
+        return False
+    return own.shape == ours.shape and bool((own - ours).float().norm() <= 0.01 * own.float().norm())
+
+
 def _why_not_alike(got: Tensor, want: Tensor) -> str | None:
     """Why two decodings are not of one decoder, or None."""
     if got.shape != want.shape or got.dtype != want.dtype:
@@ -322,14 +371,14 @@ def _why_not_alike(got: Tensor, want: Tensor) -> str | None:
     return None
 
 
-def _normed(module: Any, x: Tensor, silu: bool = True) -> Tensor:
-    """silu(norm(x)) in the dtype that a convolution casts it to."""
+def _normed(module: Any, x: Tensor, silu: bool = True, add: Tensor | None = None) -> Tensor:
+    """silu(norm(x + add)) in the dtype that a convolution casts it to."""
     norm = norm_of(module)
     assert norm is not None
     dtype = _made_by_convolutions(x)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous(memory_format=torch.channels_last)
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, out_dtype=dtype)
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, out_dtype=dtype, add=add)
 
 
 class _Normed:
@@ -346,11 +395,15 @@ class _Normed:
 
 def _residual(block: Any, x: Tensor) -> Tensor:
     """A residual block."""
-    h = block.conv1(_normed(block.norm1, x))
-    h = _normed(block.norm2, h)
+    h, bias = bare(block.conv1, _normed(block.norm1, x))
+    h = _normed(block.norm2, h, add=bias)
     if getattr(block, "dropout", None) is not None:
         h = block.dropout(h)
-    h = block.conv2(h)
+    h, bias = bare(block.conv2, h)
     shortcut = _shortcut(block)
-    out: Tensor = (x if shortcut is None else shortcut(x)) + h
-    return out
+    x, x_bias = (x, None) if shortcut is None else bare(shortcut, x)
+    if bias is None and x_bias is None:
+        return x + h
+    if why_not_biased_sum(*map(form, (x, h, x_bias, bias))) is not None:  # of two dtypes or memory formats
+        return biased(x, x_bias) + biased(h, bias)
+    return biased_sum(x, h, x_bias, bias)

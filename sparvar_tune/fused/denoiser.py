@@ -2,7 +2,8 @@
 
 Its steps are an improved DDPM (Nichol & Dhariwal, arXiv 2102.09672, equations 13 to 15). The public code makes every step its
 timesteps and coefficients of NumPy arrays on the host and waits until the GPU has them, ten times a step. Here they are on the
-device, and the network's 150 launches are one CUDA graph. Operations, their order and the random numbers are the same.
+device, and the network's launches are one CUDA graph. Operations around the network, their order and the random numbers are the
+same; the network itself is `DenoiserNetwork` where it is known whole, else the model's own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparvar_tune.adapters.instance_forward import Undos, replace_method, why_not_replace
+from sparvar_tune.fused.denoiser_network import DenoiserNetwork
 from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
 
@@ -34,27 +36,41 @@ def put_on_denoiser(model: Any, drawing: Callable[[], bool], graphs: bool) -> Un
     drawing(): whether the image being drawn is on this path; where not, the model's own code runs.
     """
     undos, loss = Undos(), getattr(model, "diffloss", None)
+    network: DenoiserNetwork | None = None
+    steps: Steps | None = None
     diffusion, net = getattr(loss, "gen_diffusion", None), getattr(loss, "net", None)
     if diffusion is not None and _why_not_diffusion(diffusion) is None:
-        steps = Steps(diffusion)
+        steps = known = Steps(diffusion)
 
         def loop(inner: Any, *args: Any, **kwargs: Any) -> Tensor:
             given = dict(zip(("model", "shape", "noise"), args, strict=False)) | kwargs
-            plain = drawing() and steps.why_not(given) is None
-            return steps(given) if plain else cast(Tensor, inner(*args, **kwargs))
+            if not drawing() or known.why_not(given):
+                return cast(Tensor, inner(*args, **kwargs))
+            try:
+                return known(given)
+            finally:
+                known.t = None
+                if network is not None:
+                    network.forget()
 
         undos.add(replace_method(diffusion, "p_sample_loop", loop))
     if not graphs or not isinstance(net, nn.Module) or _why_not_network(net):
         return undos
     embed: Any = net.time_embed
-    waves, graph = Waves(embed), ModuleGraph(net)
+    waves, graph, own_graph = Waves(embed), ModuleGraph(net), ModuleGraph(net)
+    network = own = DenoiserNetwork(net)
 
     def time_embed(inner: Any, t: Tensor) -> Tensor:
         found = waves(t) if drawing() else None
         return cast(Tensor, inner(t) if found is None else embed.mlp(found))
 
     def forward(inner: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return graph(inner, x, t, c) if drawing() and x.is_cuda else cast(Tensor, inner(x, t, c))
+        if not drawing():
+            return cast(Tensor, inner(x, t, c))
+        if steps is not None and t is steps.t and own.why_not(inner, x, t, c) is None:  # of all rows one time
+            given = x, t[:1], own.condition(c)
+            return own_graph(own, *given) if x.is_cuda else own(*given)
+        return graph(inner, x, t, c) if x.is_cuda else cast(Tensor, inner(x, t, c))
 
     undos.add(replace_method(embed, "forward", time_embed))
     undos.add(replace_method(net, "forward", forward))
@@ -62,10 +78,14 @@ def put_on_denoiser(model: Any, drawing: Callable[[], bool], graphs: bool) -> Un
 
 
 class Steps:
-    """All steps of a diffusion that predicts noise and a learned range of variances, from noise [N, C] to a sample [N, C]."""
+    """All steps of a diffusion that predicts noise and a learned range of variances, from noise [N, C] to a sample [N, C].
+
+    t: the times [N] that the network is given, one and the same in all places; None between pictures.
+    """
 
     def __init__(self, diffusion: Any) -> None:
         self.diffusion = diffusion
+        self.t: Tensor | None = None
         self._tables: dict[torch.device, Tensor] = {}
 
     def why_not(self, given: Mapping[str, Any]) -> str | None:
@@ -83,7 +103,7 @@ class Steps:
         rows = self._table(x.device).unbind(0)
         for i in range(len(rows) - 1, -1, -1):
             most, least, of_x, of_noise, of_start, of_last = rows[i].unbind(0)
-            t = torch.full((x.shape[0],), self.diffusion.timestep_map[i], dtype=torch.int64, device=x.device)
+            t = self.t = torch.full((x.shape[0],), self.diffusion.timestep_map[i], dtype=torch.int64, device=x.device)
             predicted, between = torch.split(model(x, t, **options), x.shape[1], dim=1)
             share = (between + 1) / 2
             log_variance = share * most + (1 - share) * least

@@ -18,6 +18,7 @@ from sparvar_tune.adapters.hart import BLOCK, linears
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.denoiser import put_on_denoiser
+from sparvar_tune.fused.denoiser_network import network_builds
 from sparvar_tune.fused.product import Product, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
 from sparvar_tune.fused.var import learned_factor
@@ -103,7 +104,8 @@ class HartStack:
         weight = block.gate.weight
         evens = (True,) if weight is not None and weight.shape[0] % BLOCK == 0 else (True, False)
         made += [gated_silu_build(dtype, even) for even in evens]
-        return [*made, residual_norm_build(self.held, self.held, width, "none", True, update)]
+        made.append(residual_norm_build(self.held, self.held, width, "none", True, update))
+        return [*made, *network_builds(getattr(getattr(found.model, "diffloss", None), "net", None), dtype)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """The table of all places, by the model's own rotary modules and as they round it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparvar_kernels.path import ScaledRows, scaled_rows
 from sparvar_kernels.path.scaled_product import SIDE, Then
-from sparvar_tune.adapters.instance_forward import why_not_replace
+from sparvar_tune.adapters.instance_forward import OLD, why_not_replace
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.generation import Precision
 from sparvar_tune.generation.scaled_product import ScaledProduct, scaled_weights
@@ -129,7 +129,7 @@ def _tensors(module: Any) -> Iterator[Tensor]:
 
 def why_not_owned(module: Any) -> str | None:
     """Why a module's work cannot be done in its place, or None: nobody has put a hook or another forward on it."""
-    own = module.__dict__
-    if any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")):
+    own = module.__dict__  # of hundreds of modules at every picture, so without a loop
+    if own.get("_forward_hooks") or own.get("_forward_pre_hooks") or own.get("_hf_hook"):
         return f"another tool's hook is on its {type(module).__name__}"
-    return why_not_replace(module)
+    return why_not_replace(module) if "forward" in own or OLD in own else None

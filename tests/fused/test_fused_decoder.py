@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from decoder_lookalikes import Held, Plain, Rectified, made
 from public_models.stand_ins import put_missing, put_module, quietly
 from torch import nn
 
+from sparvar_kernels.path import doubled
 from sparvar_tune.adapters import flash_attn_stand_in
 from sparvar_tune.adapters.instance_forward import replace_method
+from sparvar_tune.fused import convolution
 from sparvar_tune.fused import decoder as fused
 from sparvar_tune.fused.decoder import attach_decoder, decoder_builds, decoder_of
 
@@ -74,22 +77,105 @@ def test_draws_what_the_untouched_decoder_draws_and_undoes_exactly(kind, shortcu
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("kind", [Plain, Held])
-def test_foresees_what_a_picture_launches(kind, monkeypatch):
+@pytest.mark.parametrize("separate", [(), ("cpu",)])
+def test_foresees_what_a_picture_launches(kind, separate, monkeypatch):
+    from sparvar_kernels.path.triton.biased_sum import biased_sum_build
+    from sparvar_kernels.path.triton.doubled import doubled_build
     from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
-    launched = set()
+    launched, sums, larger = set(), set(), set()
 
-    def recorded(x, groups, weight, bias, eps, *, silu, out_dtype):
+    def cut(x):
         assert x.is_contiguous(memory_format=torch.channels_last)
-        shape = Cut(len(x), x.shape[1], x.shape[2] * x.shape[3], last=True)
-        launched.update(group_norm_builds(shape, groups, x.dtype, out_dtype, weight.dtype, bias.dtype, silu, shape.aligned))
+        return Cut(len(x), x.shape[1], x.shape[2] * x.shape[3], last=True)
+
+    def recorded(x, groups, weight, bias, eps, *, silu, out_dtype, add):
+        types = weight.dtype, bias.dtype, silu, cut(x).aligned, None if add is None else add.dtype
+        launched.update(group_norm_builds(cut(x), groups, x.dtype, out_dtype, *types))
         return x.to(out_dtype)
 
+    def recorded_sum(x, update, *biases):
+        types = (None if bias is None else bias.dtype for bias in biases)
+        sums.add(biased_sum_build(cut(x), x.dtype, *types, cut(update).aligned))
+        return x + update
+
+    monkeypatch.setattr(convolution, "SEPARATE", separate)
     decoder, z = made(kind), latent()
     with attach_decoder(decoder), torch.autocast("cpu", torch.bfloat16):
         monkeypatch.setattr(fused, "group_norm_silu", recorded)
+        monkeypatch.setattr(fused, "biased_sum", recorded_sum)
+        monkeypatch.setattr(fused, "doubled", lambda x: larger.add(doubled_build(cut(x), x.dtype, cut(x).aligned)) or doubled(x))
         decoder(z)
-        assert set(decoder_builds(decoder, tuple(z.shape), torch.bfloat16)) == launched and len(launched) >= 6
+        assert set(decoder_builds(decoder, tuple(z.shape), torch.bfloat16)) == launched | sums | larger
+        assert len(larger) == 1
+        assert len(launched) >= 6 and len(sums) == (3 if separate else 0)
+
+
+@pytest.mark.parametrize("kind", [Plain, Held])
+def test_biases_go_into_the_pass_behind_their_convolution(kind, monkeypatch):
+    """Each once: left out or added twice, the picture is another."""
+    decoder, z = made(kind), latent()
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bias.add_(torch.randn_like(module.bias))
+    decoder.up[0].block[1].conv1.register_forward_hook(lambda *_: None)  # adds its own
+    want = decoder(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = decoder(z)
+    monkeypatch.setattr(convolution, "SEPARATE", ("cpu",))
+    added, sums = [], []
+    norm, total = fused.group_norm_silu, fused.biased_sum
+    monkeypatch.setattr(fused, "group_norm_silu", lambda *a, **k: added.append(k["add"]) or norm(*a, **k))
+    monkeypatch.setattr(fused, "biased_sum", lambda *a: sums.append(a[2:]) or total(*a))
+    with attach_decoder(decoder):
+        added.clear(), sums.clear()
+        assert apart(decoder(z), want) < 1e-5
+        assert sum(bias is not None for bias in added) == 5 and len(sums) == 6
+        assert sum(bias is not None for pair in sums for bias in pair) == 7
+        with torch.autocast("cpu", torch.bfloat16):
+            assert apart(decoder(z), want) <= 1.2 * apart(half, want)  # two roundings more than of a CPU's convolution
+        for lost in ("add", "x_bias", "bias"):
+            with monkeypatch.context() as m:
+                m.setattr(
+                    fused, "group_norm_silu", lambda *a, lost=lost, **k: norm(*a, **k | ({"add": None} if lost == "add" else {}))
+                )
+                m.setattr(fused, "biased_sum", lambda x, h, x_bias, bias, lost=lost: total(
+                    x, h, None if lost == "x_bias" else x_bias, None if lost == "bias" else bias))  # fmt: skip
+                assert apart(decoder(z), want) > 0.01, lost
+
+
+def test_upsampling_is_replaced_where_it_is_by_nearest_pixels(monkeypatch):
+    """Not where it interpolates otherwise, does more, or is hooked later."""
+    calls = []
+    monkeypatch.setattr(fused, "doubled", lambda x: calls.append(1) or doubled(x))
+
+    def smooth(module):
+        module.__class__ = type("Smooth", (nn.Module,), {
+            "forward": lambda self, x: self.conv(F.interpolate(x, scale_factor=2, mode="bilinear"))})  # fmt: skip
+
+    changes = {
+        "known": (lambda m: None, True), "smooth": (smooth, False), "more": (lambda m: setattr(m, "pxsl", nn.Identity()), False),
+    }  # fmt: skip
+    for name, (change, known) in changes.items():
+        decoder, z = made(), latent()
+        change(decoder.up[1].upsample)
+        want = decoder(z)
+        with attach_decoder(decoder):
+            calls.clear()
+            assert apart(decoder(z), want) < 1e-5 and len(calls) == known, name
+            decoder.up[1].upsample.register_forward_hook(lambda m, x, out: out * 2)
+            hooked = decoder(z)
+            assert len(calls) == known and apart(hooked, want) > 0.01, name
+
+
+def test_parts_of_a_sum_of_two_memory_formats(monkeypatch):
+    monkeypatch.setattr(convolution, "SEPARATE", ("cpu",))
+    block = made().up[1].block[0]
+    x = torch.randn(2, 16, 4, 5)
+    want = block(x)
+    block.conv2.to(memory_format=torch.channels_last)
+    monkeypatch.setattr(fused, "biased_sum", None)
+    assert torch.allclose(fused._residual(block, x), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

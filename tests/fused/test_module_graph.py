@@ -112,6 +112,34 @@ def test_what_is_more_than_launches_is_never_captured(graphs, held):
 
 
 @torch.no_grad()
+def test_parts_that_are_new_are_looked_at(graphs):
+    decoder, z, seen = made(), latent(4, 4, 0), []
+    path = ModuleGraph(decoder)
+
+    def draws():
+        before = len(graphs)
+        for _ in range(3):
+            assert torch.equal(path(decoder, z), decoder(z))
+        return len(graphs) - before
+
+    assert draws() == 1
+    decoder.up[0].block[1] = made().up[0].block[1]
+    assert draws() == 1 and draws() == 0
+    decoder.up[0].block[1].conv2.register_forward_hook(lambda *_: seen.append(1))
+    assert draws() == 0 and len(seen) == 6 and "up.0.block.1.conv2: another tool's hook" in path.why_not
+    decoder.up[0].block[1] = made().up[0].block[1]
+    assert draws() == 1 and path.why_not is None
+    decoder.more = nn.Linear(2, 2)
+    assert draws() == 1
+    decoder.more.forward = lambda x: x
+    assert draws() == 0 and "more: its forward was set by another tool" in path.why_not
+    del decoder.more
+    assert draws() == 1
+    decoder.norm_out.register_buffer("extra", torch.zeros(2))
+    assert draws() == 1 and path.why_not is None
+
+
+@torch.no_grad()
 def test_launches_that_cannot_be_captured_stay_eager(monkeypatch):
     monkeypatch.setattr(module_graph, "captured", lambda run, device, pool: "it waits for the GPU")
     decoder, z = made(), latent(4, 4, 0)

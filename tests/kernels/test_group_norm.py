@@ -49,22 +49,27 @@ class Poisoned:
 
 def check(
     shape=(2, 12, 5, 7), groups=4, dtype=BF16, out_dtype=None, last=True, silu=True, affine=True, vectors=FP32, mean=0.5,
-    eps=1e-6, device="cpu", tolerance=0.0,
+    eps=1e-6, device="cpu", tolerance=0.0, add=None,
 ) -> None:  # fmt: skip
-    """mean: of the picture, whose deviation is 1; tolerance: beyond one rounding, as a share of the largest number."""
+    """mean: of the picture, whose deviation is 1; tolerance: beyond one rounding, as a share of the largest; add: its dtype."""
     g = torch.Generator().manual_seed(sum(shape) + groups)
     x = (torch.randn(shape, generator=g) + mean).to(dtype).to(device)
     layout = torch.channels_last if last else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     weight, bias = (torch.randn(shape[1], generator=g).to(vectors).to(device) if affine else None for _ in range(2))
+    added = None if add is None else torch.randn(shape[1], generator=g).to(add).to(device)
+    options = {"silu": silu, "out_dtype": out_dtype, "add": added}
     before = x.clone()
     with Poisoned():
-        y = group_norm_silu(x, groups, weight, bias, eps, silu=silu, out_dtype=out_dtype)
-        again = group_norm_silu(x, groups, weight, bias, eps, silu=silu, out_dtype=out_dtype)
-    what = f"{shape} {groups} {dtype} {out_dtype} {last} {silu} {affine}"
+        y = group_norm_silu(x, groups, weight, bias, eps, **options)
+        again = group_norm_silu(x, groups, weight, bias, eps, **options)
+    what = f"{shape} {groups} {dtype} {out_dtype} {last} {silu} {affine} {add}"
     assert torch.equal(x, before) and torch.equal(y, again), what
     assert y.dtype == (out_dtype or dtype) and y.is_contiguous(memory_format=layout), what
-    want = wanted(x.cpu(), groups, weight if weight is None else weight.cpu(), bias if bias is None else bias.cpu(), eps, silu)
+    sums = x.cpu()
+    if added is not None:  # the bias and the sum, each rounded
+        sums = (sums.double() + added.cpu().to(dtype).double()[:, None, None]).to(dtype)
+    want = wanted(sums, groups, weight if weight is None else weight.cpu(), bias if bias is None else bias.cpu(), eps, silu)
     if tolerance:
         assert float((y.cpu().double() - want).abs().max()) <= tolerance * float(want.abs().max()), what
     else:
@@ -81,6 +86,9 @@ CASES = (
     {"shape": (1, 7, 4, 4), "groups": 7, "vectors": BF16}, {"shape": (1, 4, 1, 1), "groups": 1, "eps": 0.5, "vectors": FP16},
     *({"shape": (1, 4, 40, 130), "groups": 2, "dtype": FP32, "mean": 1000.0, "last": last, "tolerance": 2e-4}
       for last in (True, False)),
+    *({"dtype": dtype, "add": add, "last": last} for last, dtype, add in (
+        (True, FP16, FP32), (False, FP16, BF16), (True, FP32, FP16))),
+    *({"shape": (1, 4, 40, 130), "groups": 2, "dtype": FP16, "add": FP32, "last": last} for last in (True, False)),
 )  # fmt: skip
 
 
@@ -111,7 +119,7 @@ def test_an_empty_batch_is_an_empty_picture():
     ({"x": torch.zeros(2, 8, 1, 1).expand(2, 8, 4, 4)}, "contiguous"), ({"groups": 3}, "divisor"), ({"groups": 0}, "divisor"),
     ({"weight": torch.zeros(4)}, "weight"), ({"bias": torch.zeros(8).double()}, "bias"), ({"out_dtype": torch.int8}, "out_dtype"),
     ({"bias": torch.zeros(16)[::2]}, "contiguous"), ({"weight": torch.zeros(8, requires_grad=True)}, "no backward"),
-    ({"weight": torch.zeros(8, device="meta")}, "weight"),
+    ({"weight": torch.zeros(8, device="meta")}, "weight"), ({"add": torch.zeros(4)}, "add"),
 ])  # fmt: skip
 def test_refuses_in_one_line(changes, reason):
     with pytest.raises(ValueError, match=reason) as caught:
@@ -139,7 +147,7 @@ def compile_all(shapes=REAL, capabilities=None) -> None:  # type: ignore[no-unty
     from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
 
     for i, (channels, side, last, x, out) in enumerate(shapes):
-        builds = group_norm_builds(Cut(1, channels, side * side, last), 32, x, out, FP32, FP32)
+        builds = group_norm_builds(Cut(1, channels, side * side, last), 32, x, out, FP32, FP32, add=FP32 if i % 2 else None)
         for build, capability in product(builds, capabilities or [CAPABILITIES[(i + 2) % 5]]):
             text = machine_code(compile_for(build, capability))
             takes = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
@@ -154,7 +162,8 @@ def test_on_a_gpu():
     for case in CASES:
         check(**case, device="cuda")
     for channels, side, last, x, out in REAL:
-        check((1, channels, side // 4 + 3, side // 4), 32, x, out, last, device="cuda")
+        for add in (None, FP32):
+            check((1, channels, side // 4 + 3, side // 4), 32, x, out, last, device="cuda", add=add)
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ PARTS = 1024  # that a program of the second pass holds at a time
 
 
 @triton.jit
-def _tile(  # type: ignore[no-untyped-def]
+def picture_tile(  # type: ignore[no-untyped-def]
     ptr, stride_b, stride_line, size, first,
     SPAN: tl.constexpr, CHANNELS: tl.constexpr, ALL: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -51,9 +51,19 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def with_bias(x, bias_ptr, c, ALL: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile x + its channels' biases, as fp32 that was rounded to x's dtype: as a convolution with that bias gives it."""
+    y = x.to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + c, mask=c < ALL, other=0.0).to(x.dtype).to(tl.float32)
+        y = (y + bias[None, :]).to(x.dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
 def part_moments_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, parts_ptr, stride_b, stride_line, size, many, stride_part,
-    SPAN: tl.constexpr, CHANNELS: tl.constexpr, ALL: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, add_ptr, parts_ptr, stride_b, stride_line, size, many, stride_part,
+    SPAN: tl.constexpr, CHANNELS: tl.constexpr, ALL: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Program (part by channels, picture): mean and sum of squared differences to it, of each channel of `stride_part` pixels.
 
@@ -64,8 +74,8 @@ def part_moments_kernel(  # type: ignore[no-untyped-def]
     begin = part * stride_part
     mean, squares = tl.zeros([SPAN, CHANNELS], tl.float32), tl.zeros([SPAN, CHANNELS], tl.float32)
     for i in range(stride_part // SPAN):
-        at, mask, _ = _tile(x_ptr, stride_b, stride_line, size, begin + i * SPAN, SPAN, CHANNELS, ALL, LAST, EVEN)
-        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        at, mask, c = picture_tile(x_ptr, stride_b, stride_line, size, begin + i * SPAN, SPAN, CHANNELS, ALL, LAST, EVEN)
+        x = with_bias(tl.load(at, mask=mask, other=0.0), add_ptr, c, ALL, ADD)
         away = tl.where(mask, x - mean, 0.0)
         mean += away * (1.0 / (i + 1.0))
         squares += tl.where(mask, away * (x - mean), 0.0)
@@ -121,23 +131,23 @@ def group_moments_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def group_norm_silu_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, moments_ptr, bias_ptr, out_ptr, stride_b, stride_line, size, many, stride_part,
+    x_ptr, moments_ptr, bias_ptr, add_ptr, out_ptr, stride_b, stride_line, size, many, stride_part,
     SPAN: tl.constexpr, CHANNELS: tl.constexpr, ALL: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
-    SILU: tl.constexpr,
+    SILU: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Program (SPAN pixels by channels, picture): one read, one write."""
     first = tl.program_id(0) // tl.cdiv(ALL, CHANNELS) * SPAN
-    at, mask, c = _tile(x_ptr, stride_b, stride_line, size, first, SPAN, CHANNELS, ALL, LAST, EVEN)
+    at, mask, c = picture_tile(x_ptr, stride_b, stride_line, size, first, SPAN, CHANNELS, ALL, LAST, EVEN)
     moments = moments_ptr + (tl.program_id(1).to(tl.int64) * ALL + c) * 2
     mean = tl.load(moments, mask=c < ALL, other=0.0)
     factor = tl.load(moments + 1, mask=c < ALL, other=0.0)
-    x = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    x = with_bias(tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first"), add_ptr, c, ALL, ADD)
     y = (x - mean[None, :]) * factor[None, :]
     if BIAS:
         y += tl.load(bias_ptr + c, mask=c < ALL, other=0.0).to(tl.float32)[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))
-    to, mask, _ = _tile(out_ptr, stride_b, stride_line, size, first, SPAN, CHANNELS, ALL, LAST, EVEN)
+    to, mask, _ = picture_tile(out_ptr, stride_b, stride_line, size, first, SPAN, CHANNELS, ALL, LAST, EVEN)
     tl.store(to, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -195,16 +205,15 @@ class Cut:
 
 def group_norm_builds(
     shape: Cut, groups: int, x: torch.dtype, out: torch.dtype, weight: torch.dtype | None, bias: torch.dtype | None,
-    silu: bool = True, aligned: bool = True,
+    silu: bool = True, aligned: bool = True, add: torch.dtype | None = None,
 ) -> tuple[PathBuild, PathBuild, PathBuild]:  # fmt: skip
     """What a call launches, in order."""
     tile = {"SPAN": shape.span, "CHANNELS": shape.wide, "ALL": shape.channels, "LAST": shape.last, "EVEN": shape.even}
     own = shape.channels // groups
     options = {"num_warps": max(min(WARPS, shape.span * shape.wide // 32), 1), "num_stages": 1}
-    x_type, of_parts = {"x_ptr": f"*{TYPES[x]}"}, {"parts_ptr": "*fp32"}
-    first = PathBuild.of(
-        part_moments_kernel, x_type | of_parts | SIZES, tile, options, aligned
-    )  # fmt: skip
+    x_type, of_parts, added = {"x_ptr": f"*{TYPES[x]}"}, {"parts_ptr": "*fp32"}, {"add_ptr": f"*{TYPES[add or x]}"}
+    adds = {"ADD": add is not None}
+    first = PathBuild.of(part_moments_kernel, x_type | added | of_parts | SIZES, tile | adds, options, aligned)
     second = PathBuild.of(
         group_moments_kernel,
         of_parts | {"weight_ptr": f"*{TYPES[weight or x]}", "moments_ptr": "*fp32"} | SIZES | {"eps": "fp32"},
@@ -215,8 +224,8 @@ def group_norm_builds(
     )  # fmt: skip
     third = PathBuild.of(
         group_norm_silu_kernel,
-        x_type | {"moments_ptr": "*fp32", "bias_ptr": f"*{TYPES[bias or x]}", "out_ptr": f"*{TYPES[out]}"} | SIZES,
-        {**tile, "BIAS": bias is not None, "SILU": silu}, options, aligned,
+        x_type | {"moments_ptr": "*fp32", "bias_ptr": f"*{TYPES[bias or x]}"} | added | {"out_ptr": f"*{TYPES[out]}"} | SIZES,
+        {**tile, "BIAS": bias is not None, "SILU": silu, **adds}, options, aligned,
     )  # fmt: skip
     return first, second, third
 
@@ -241,12 +250,12 @@ class GroupNormLaunch:
 
 @lru_cache(maxsize=4096)
 def group_norm_launch(
-    x: Form, weight: Form, bias: Form, groups: int, out: torch.dtype, last: bool, silu: bool, device: torch.device
+    x: Form, weight: Form, bias: Form, add: Form, groups: int, out: torch.dtype, last: bool, silu: bool, device: torch.device
 ) -> GroupNormLaunch:
     """The binaries for tensors of this form and what they are launched with."""
     assert x is not None
     batch, channels, height, width = x[0]
     shape = Cut(batch, channels, height * width, last)
-    aligned = shape.aligned and not any(t[3] for t in (x, weight, bias) if t is not None)
-    scale, shift = (None if t is None else t[2] for t in (weight, bias))
-    return GroupNormLaunch(shape, groups, group_norm_builds(shape, groups, x[2], out, scale, shift, silu, aligned), device)
+    aligned = shape.aligned and not any(t[3] for t in (x, weight, bias, add) if t is not None)
+    scale, shift, added = (None if t is None else t[2] for t in (weight, bias, add))
+    return GroupNormLaunch(shape, groups, group_norm_builds(shape, groups, x[2], out, scale, shift, silu, aligned, added), device)
