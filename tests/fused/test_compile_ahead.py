@@ -175,6 +175,7 @@ def test_a_parent_that_is_killed_is_made_anew_and_nothing_is_lost(binary, forked
     if when == "before":
         ahead.read_triton()
         os.kill(forked[0], signal.SIGKILL)
+        os.waitid(os.P_PID, forked[0], os.WEXITED | os.WNOWAIT)
         ahead.compile_ahead(wanted[:2], DEVICE)
         assert not compiled
     else:
