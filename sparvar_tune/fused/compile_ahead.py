@@ -24,6 +24,7 @@ macOS, no memory for a fork), is compiled by threads of this process, and what i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -261,6 +262,9 @@ def dismiss() -> None:
                 with contextlib.suppress(OSError):
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
+
+
+atexit.register(dismiss)
 
 
 def _be_parent(link: socket.socket, before: int, prctl: Any) -> NoReturn:
