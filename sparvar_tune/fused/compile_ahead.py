@@ -5,18 +5,17 @@
     ahead.wait()                     every launcher is where its first call finds it, or what was raised is raised here
 
 Compiling holds Python's lock for most of its time, so threads do it hardly faster than one: 25 binaries took 9.3 s of 16 cores.
-What is not in Triton's cache on disk is therefore compiled by other processes, which leave it there. They are forks and not new
-interpreters, which would import PyTorch and Triton first (2 s, as long as most of the work): one fork of this process, made by
-`read_triton` before an image begins, is the parent of all others and does nothing else. What speaks against forks:
+What is not in Triton's cache on disk is therefore compiled by children of this process, which leave it there. A child is a
+fork and not a new interpreter, which would import PyTorch and Triton first (2 s, as long as most of the work). What speaks
+against forks does not hold for these:
 
 - A child must not use CUDA, whose state is not copied. It compiles for a named target and loads nothing on a GPU; it collects
   no garbage and ends with `os._exit`, so no tensor of this process is freed in it and no handler of an exit runs.
-- A lock that another thread holds at the fork stays held in the child for ever: of an import, of a library that is being loaded.
-  While a first image is drawn there are many of both; one of ten cold starts hung for a minute when forks were made then. The
-  parent is made while nothing is going on, and its own children are forked from a process of one thread.
+- A lock that another thread holds at the fork stays held in the child; Python 3.12 warns of that. A child takes few: what
+  Triton and the C library need. Python, the C library and PyTorch renew theirs at a fork, but not the locks of modules that are
+  being imported: one of ten cold starts hung for a minute. So the fork waits until nobody else imports (`_nobody_imports`).
   Should a child hang all the same, its alarm ends it after LIMIT_S a binary.
-- Children that outlive this process would hold its GPU memory. The parent ends when its socket does or nothing was asked of it
-  for IDLE_S, at the latest a second after this process, and the kernel ends the others with it.
+- Children that outlive this process would hold its GPU memory. The kernel ends them with the thread that started them.
 
 Nothing is left to chance: what children did not make, because one crashed, hung or raised, or because there are none (Windows,
 macOS, no memory for a fork), is compiled by threads of this process, and what is wrong with it is raised there.
@@ -24,30 +23,27 @@ macOS, no memory for a fork), is compiled by threads of this process, and what i
 
 from __future__ import annotations
 
-import atexit
+import _imp
 import contextlib
 import ctypes
 import gc
-import json
+import importlib._bootstrap
 import os
-import select
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
 LIMIT_S = 30  # for one binary; the longest takes 4 s of an idle core
-IDLE_S = 60  # that the parent of all children waits to be asked
+IMPORT_S = 5  # that a fork waits for other threads' imports at most
 MOST = 16  # children, or threads
 JOBS = 256  # a job's number is one byte
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
@@ -102,13 +98,7 @@ def compile_ahead(builds: Iterable[Any], device: torch.device) -> None:
 
 
 def read_triton() -> None:
-    """Begins to read Triton's own files, whose hash is part of every key of its cache: 0.4 s that need no lock of Python's.
-
-    Makes the parent of the children that will compile, now that nothing is going on.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # no memory for it
-            _parent()
+    """Begins to read Triton's own files, whose hash is part of every key of its cache: 0.4 s that need no lock of Python's."""
     threading.Thread(target=_read_triton, daemon=True).start()
 
 
@@ -164,161 +154,80 @@ def _size(build: Any) -> tuple[int, int]:
 def in_children(builds: Sequence[Any], capability: tuple[int, int]) -> Callable[[], None]:
     """Begins to compile in children what is not in Triton's cache, in this order; returns what waits for all of them.
 
-    Says nothing of what failed: it is then not in the cache.
+    Says nothing of what failed: it is then not in the cache. One fork of this process is the parent of all others, since a
+    fork of a large process holds Python's lock for long.
     """
     if sys.platform != "linux":
         return lambda: None
     room = tempfile.mkdtemp()  # files of who is ended in the middle
-    asked = {
-        "builds": [{"of": type(build).__name__, **asdict(build)} for build in builds[:JOBS]],
-        "capability": capability, "limit_s": LIMIT_S, "room": room, "many": _side_by_side(len(builds)),
-        "variables": {name: value for name, value in os.environ.items() if name.startswith("TRITON_")},
-    }  # fmt: skip
-    done: int | None = None
-    with contextlib.suppress(OSError):  # no memory for a fork
-        try:
-            done = _ask(asked)
-        except ConnectionError:  # the parent has just ended
-            done = _ask(asked)
+    jobs, given = os.pipe()
+    os.write(given, bytes(range(min(len(builds), JOBS))))
+    os.close(given)  # so that a child that finds no more reads an end
+    # not by a context, which other threads would see half of
+    warnings.filterwarnings("ignore", r".*multi-threaded, use of fork", DeprecationWarning, __name__.replace(".", r"\."))
+    before, prctl = os.getpid(), ctypes.CDLL(None).prctl
+    child = -1
+    with contextlib.suppress(OSError), _nobody_imports():  # no memory for it
+        child = os.fork()
+    if child == 0:
+        _be_parent(jobs, builds, capability, LIMIT_S, room, before, prctl)
+    os.close(jobs)
 
     def wait() -> None:
-        if done is not None:
-            while os.read(done, 1):
-                pass
-            os.close(done)
+        if child > 0:
+            with contextlib.suppress(ChildProcessError):  # somebody else waits for all children
+                os.waitpid(child, 0)
         shutil.rmtree(room, ignore_errors=True)
 
     return wait
 
 
-class _Parent(NamedTuple):
-    """The one child of this process, and this end of the socket to it. of: the process that it belongs to."""
+@contextlib.contextmanager
+def _nobody_imports() -> Iterator[None]:
+    """While it lasts no other thread is in the middle of an import, or after IMPORT_S all the same.
 
-    child: int
-    socket: socket.socket
-    of: int
-
-
-_PARENT: list[_Parent] = []  # none or one
-_ASKING = threading.RLock()
-
-
-def _ask(asked: dict[str, Any]) -> int:
-    """Gives the parent something to do; returns what can be read to its end when it is done. Raises OSError where it cannot."""
-    text = json.dumps(asked).encode()
-    with _ASKING:  # a parent that was forked between the pipe and its closing would hold it open
-        link = _parent().socket
-        done, theirs = os.pipe()
-        try:
-            socket.send_fds(link, [len(text).to_bytes(8, "little")], [theirs])
-            link.sendall(text)
-        except OSError:
-            os.close(done)
-            dismiss()
-            raise
-        finally:
-            os.close(theirs)
-        return done
-
-
-def _parent() -> _Parent:
-    """The parent, forked now where there is none, or another process's. Raises OSError where none can be had."""
-    with _ASKING:
-        if _PARENT and (_PARENT[0].of != os.getpid() or _has_ended(_PARENT[0].child)):
-            _PARENT.pop().socket.close()
-        if not _PARENT:
-            ours, its = socket.socketpair()
-            # not by a context, which other threads would see half of
-            warnings.filterwarnings("ignore", r".*multi-threaded, use of fork", DeprecationWarning, __name__.replace(".", r"\."))
-            before, prctl = os.getpid(), ctypes.CDLL(None).prctl
-            try:
-                child = os.fork()
-            except OSError:
-                ours.close()
-                its.close()
-                raise
-            if child == 0:
-                ours.close()
-                _be_parent(its, before, prctl)
-            its.close()
-            _PARENT.append(_Parent(child, ours, before))
-        return _PARENT[0]
-
-
-def _has_ended(child: int) -> bool:
+    Each module that is being imported has a lock with an owner; taking one needs the lock of all imports, which is held here.
+    """
+    locks: dict[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})
+    until, me = time.monotonic() + IMPORT_S, threading.get_ident()
+    while True:
+        _imp.acquire_lock()
+        owners = (getattr(ref(), "owner", None) for ref in list(locks.values()))
+        if all(owner in (None, me) for owner in owners) or time.monotonic() > until:
+            break
+        _imp.release_lock()
+        time.sleep(0.001)
     try:
-        return os.waitpid(child, os.WNOHANG)[0] != 0
-    except ChildProcessError:  # somebody else waits for all children
-        return True
+        yield
+    finally:
+        _imp.release_lock()
 
 
-def dismiss() -> None:
-    """Ends the parent and who works for it."""
-    with _ASKING:
-        while _PARENT:
-            child, link, of = _PARENT.pop()
-            link.close()
-            if of == os.getpid():
-                with contextlib.suppress(OSError):
-                    os.kill(child, signal.SIGKILL)
-                    os.waitpid(child, 0)
-
-
-atexit.register(dismiss)
-
-
-def _be_parent(link: socket.socket, before: int, prctl: Any) -> NoReturn:
-    """What the first child does: it starts the others, again and again."""
+def _be_parent(
+    jobs: int, builds: Sequence[Any], capability: tuple[int, int], limit_s: int, room: str, before: int, prctl: Any
+) -> NoReturn:
+    """What the first child does: it starts the others and waits for them."""
     try:
-        _be_child(0, before)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # it waits for nobody
-        begun = False
-        asked_at = time.monotonic()
-        while os.getppid() == before and time.monotonic() - asked_at < IDLE_S:
-            if not select.select([link], [], [], 1.0 if begun else 0.0)[0]:
-                if not begun:  # what all of them need, while nothing is asked
-                    _read_triton()
-                    begun = True
-                continue
-            head, (theirs, *_), *_ = socket.recv_fds(link, 8, 1)  # nothing, and so an error and the end, where the socket ended
-            text = bytearray()
-            while len(text) < int.from_bytes(head, "little") and (more := link.recv(1 << 16)):
-                text += more
-            _start(json.loads(text), theirs, prctl)
-            os.close(theirs)
-            asked_at = time.monotonic()
+        _be_child(limit_s, before, prctl)
+        tempfile.tempdir = room  # where the files of who is ended in the middle are found
+        own = os.getpid()
+        for _ in range(_side_by_side(len(builds))):
+            if os.fork() == 0:
+                _work(jobs, builds, capability, limit_s, own, prctl)
+        signal.alarm(0)
+        while True:
+            os.wait()
     finally:
         os._exit(0)
-
-
-def _start(asked: dict[str, Any], theirs: int, prctl: Any) -> None:
-    """Forks who does what was asked; they hold `theirs` until they end."""
-    from sparvar_kernels.backends.triton.binary import Build
-    from sparvar_kernels.path.triton.launch import PathBuild
-
-    kinds = {kind.__name__: kind for kind in (Build, PathBuild)}
-    builds = [kinds[build["of"]].from_plain(build) for build in asked["builds"]]
-    jobs, given = os.pipe()
-    os.write(given, bytes(range(len(builds))))
-    os.close(given)  # so that a child that finds no more reads an end
-    own = os.getpid()
-    for _ in range(asked["many"]):
-        if os.fork() == 0:
-            os.environ.update(asked["variables"])
-            tempfile.tempdir = asked["room"]  # where the files of who is ended in the middle are found
-            _work(jobs, builds, tuple(asked["capability"]), asked["limit_s"], own, prctl)
-    os.close(jobs)
 
 
 def _work(jobs: int, builds: Sequence[Any], capability: tuple[int, int], limit_s: int, before: int, prctl: Any) -> NoReturn:
     """What each of the others does: it takes the next binary until there is none."""
     try:
-        _be_child(limit_s, before)
-        prctl(DIES_WITH_PARENT, signal.SIGKILL)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it does wait for the assembler
+        _be_child(limit_s, before, prctl)
         from sparvar_kernels.backends.triton.binary import compile_for, link
 
-        while os.getppid() == before and (job := os.read(jobs, 1)):
+        while job := os.read(jobs, 1):
             signal.alarm(limit_s)
             with contextlib.suppress(Exception):
                 link(compile_for(builds[job[0]], capability))
@@ -326,12 +235,13 @@ def _work(jobs: int, builds: Sequence[Any], capability: tuple[int, int], limit_s
         os._exit(0)
 
 
-def _be_child(limit_s: int, before: int) -> None:
-    """Ends after limit_s (0: not by itself) or at a signal, frees nothing that is its parent's, and says nothing."""
+def _be_child(limit_s: int, before: int, prctl: Any) -> None:
+    """Ends with its parent, after limit_s or at a signal, frees nothing that is its parent's, and says nothing."""
     for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.alarm(limit_s)
+    prctl(DIES_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != before:  # it ended meanwhile
         os._exit(0)
     gc.disable()

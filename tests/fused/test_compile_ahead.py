@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib._bootstrap
 import os
 import signal
 import sys
@@ -52,10 +53,8 @@ def forked(monkeypatch):
             children.append(child)
         return child
 
-    ahead.dismiss()
     monkeypatch.setattr(os, "fork", fork)
     yield children
-    ahead.dismiss()
     for child in children:
         with pytest.raises(ChildProcessError):
             os.waitpid(child, os.WNOHANG)
@@ -132,78 +131,39 @@ def test_what_a_child_does_not_make_is_made_here(ends, binary, forked, compiled,
     assert len(compiled) == (1 if ends == "raises" else 2), "the one child took the largest first, and none after this one"
 
 
-def test_one_fork_made_beforehand_is_the_parent_of_all(binary, forked, compiled):
-    """Also of two that ask at once; it is made while nothing is going on, and none later."""
-    ahead.read_triton()
-    assert len(forked) == 1
-    wanted = builds(4)
-    several = [ahead.Ahead(wanted[i : i + 2], DEVICE) for i in (0, 2)]
-    for each in several:
-        each.wait()
-    assert len(forked) == 1 and not compiled and all(is_made(binary, b) for b in wanted)
-
-
-def test_children_do_not_find_what_other_threads_hold(binary, forked, compiled):
-    """A module that is being imported when a child is wanted, and that compiling imports, is not half imported there for ever."""
-    ahead.read_triton()
-    wanted, inside, leave = builds(1), threading.Event(), threading.Event()
+@pytest.mark.parametrize("ends", [True, False])
+def test_children_do_not_find_modules_half_imported(binary, forked, compiled, monkeypatch, ends):
+    """The fork waits for an import in another thread, so long as it ends; a child would wait for it for ever."""
+    monkeypatch.setattr(ahead, "LIMIT_S", 1)
+    monkeypatch.setattr(ahead, "IMPORT_S", 60 if ends else 0)
+    wanted, inside, leave, order = builds(1), threading.Event(), threading.Event(), []
     module = sys.modules["sparvar_kernels.path.triton.residual_norm"]
-    spec = module.__spec__
+    fork = os.fork
 
     def import_slowly():
-        from importlib import _bootstrap
-
-        with _bootstrap._ModuleLockManager(module.__name__):
-            spec._initializing = True
+        with importlib._bootstrap._ModuleLockManager(module.__name__):
+            module.__spec__._initializing = True
             inside.set()
             leave.wait(60)
-            spec._initializing = False
+            module.__spec__._initializing = False
+            order.append("imported")
 
+    def forks():
+        order.append("forked")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", forks)
     holder = threading.Thread(target=import_slowly)
     holder.start()
     assert inside.wait(60)
+    if ends:
+        threading.Timer(0.05, leave.set).start()
     wait = ahead.in_children(wanted, HOPPER)
-    wait()
     leave.set()
     holder.join()
-    assert is_made(binary, wanted[0]) and not compiled
-
-
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_parent_that_is_killed_is_made_anew_and_nothing_is_lost(binary, forked, compiled, monkeypatch, when):
-    wanted = builds(3)
-    if when == "before":
-        ahead.read_triton()
-        os.kill(forked[0], signal.SIGKILL)
-        os.waitid(os.P_PID, forked[0], os.WEXITED | os.WNOWAIT)
-        ahead.compile_ahead(wanted[:2], DEVICE)
-        assert not compiled
-    else:
-        own, process = binary.compile_for, os.getpid()
-
-        def compile_for(build, capability):
-            if os.getpid() != process:
-                os.kill(os.getppid(), signal.SIGKILL)
-                time.sleep(60)
-            return own(build, capability)
-
-        monkeypatch.setattr(binary, "compile_for", compile_for)
-        ahead.compile_ahead(wanted[:2], DEVICE)
-        assert len(compiled) == 2
-        monkeypatch.setattr(binary, "compile_for", own)
-        del compiled[:]
-    ahead.compile_ahead(wanted, DEVICE)
-    assert len(forked) == 2 and not compiled and all(is_made(binary, b) for b in wanted)
-
-
-def test_the_parent_ends_where_nothing_is_asked_of_it_and_with_this_process(binary, forked, monkeypatch):
-    monkeypatch.setattr(ahead, "IDLE_S", 0)
-    ahead.read_triton()
-    assert os.waitpid(forked[0], 0) == (forked[0], 0)
-    monkeypatch.setattr(ahead, "IDLE_S", 60)
-    ahead.read_triton()
-    ahead._PARENT[0].socket.close()  # as this process's end does
-    assert os.waitpid(forked[1], 0) == (forked[1], 0)
+    wait()
+    assert order == (["imported", "forked"] if ends else ["forked", "imported"])
+    assert is_made(binary, wanted[0]) == ends and not compiled
 
 
 def test_what_cannot_be_compiled_is_said_once_by_who_waits(binary, forked, monkeypatch):

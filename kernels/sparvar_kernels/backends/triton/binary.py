@@ -71,12 +71,6 @@ class Build:
         name = f"{next(old for old, new in _HOMES.items() if new == home)}.{kernel.fn.__name__}"
         return cls(name, tuple(types.items()), tuple(constants.items()), tuple(sorted(options.items())), aligned)
 
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Build:
-        """Of what `dataclasses.asdict` made of one, through JSON too."""
-        pairs = {name: tuple((str(a), b) for a, b in plain[name]) for name in ("types", "constants", "options")}
-        return cls(kernel=plain["kernel"], aligned=plain["aligned"], **pairs)
-
     @property
     def function(self) -> Any:
         module, _, name = self.kernel.partition(".")
