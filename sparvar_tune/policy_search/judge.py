@@ -18,6 +18,7 @@ import torch
 from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters import Adapter, Pair
+from sparvar_tune.adapters.whole_images import begin_image
 from sparvar_tune.catalog.metrics import LEAD, always, find_metric
 from sparvar_tune.generation import Precision, why_not_steps
 from sparvar_tune.generation.scaled_product import capability_of, gaining, precision_of
@@ -29,6 +30,7 @@ from sparvar_tune.policy_search.study import Knobs, Verdict
 MARGIN_DB = 0.1  # predictions from pairs that were also searched on are optimistic: of 8 pairs two of three runs missed with 0.05
 RACE_AFTER = 3  # pairs judged before a trial may be given up
 TWIN_EVERY = 5  # one pair in so many has a dense twin; the first of a trial is among those before the race
+FINAL_PAIRS = 3  # on which finalists are timed again
 SLOWER = 1.06  # than the best by so much over the first pairs: given up
 
 
@@ -250,6 +252,22 @@ class Judge:
         if complete and shortfall <= 0 and (self.best_ratio is None or ratio < self.best_ratio):
             self.best_ratio = ratio
         return Verdict(ratio, shortfall, {m.name: fmean(f[m.name] for f in found) for m in (*always(), *more)}, complete)
+
+    def timed_again(self, knobs: Sequence[Knobs]) -> list[float]:
+        """The time ratio of each, of a few pairs that all of them draw in turn with dense ones beside them.
+
+        Trials are minutes apart, in which a machine's speed moves by more than good policies differ: the luckiest of many looks
+        best, and was 1.2 times slower than the second when it was certified.
+        """
+        made = [build_policy(k, self.adapter, self.table, self.points) for k in knobs]
+        ways = [self.adapter.dense, *(make_attention(self.adapter, policy) for policy in made)]
+        spent: list[list[float]] = [[] for _ in ways]
+        for i, reference in enumerate(self.references[:FINAL_PAIRS]):
+            for at in (*range(i % len(ways), len(ways)), *range(i % len(ways))):
+                prepare(self.adapter, ways[at])
+                begin_image(ways[at])
+                spent[at].append(self.stopwatch(lambda: self.adapter.finish(reference.state, ways[at])))  # noqa: B023
+        return [median(ms / dense for ms, dense in zip(own, spent[0], strict=True)) for own in spent[1:]]
 
     def _hopeless(self, ratio: float, found: Sequence[Fidelity]) -> bool:
         """True if the trial is clearly slower than the best that meets the constraint, or clearly short of it."""

@@ -72,7 +72,9 @@ from sparvar_tune.runtime.tuned import launch_of
 
 SEARCH_PAIRS = 10  # every class of pocketvar once; with eight, predictions were 0.4 dB off
 FEWEST_TRIALS = 3  # judged whatever the budget, where no policy is shipped to begin with; else that one alone
-PAIR_COST, LAUNCH_COST = 1.75, 5.0  # in dense rests, measured on 2 cores: certifying a pair, tuning the launches
+# in dense rests, measured on 2 cores: certifying a pair, tuning the launches, timing finalists again
+PAIR_COST, LAUNCH_COST, FINAL_COST = 1.75, 5.0, 8.0
+FINALISTS, CLOSE = 4, 1.15  # trials at most this much slower than the best are timed again: a machine moves by 15 %
 SEARCHED = "searched on this machine under a picture-level constraint"  # a profile's policy_source: others may take it over
 MEANING = "time over dense beside it"  # of a trial's objective: trials of another meaning are of another space
 
@@ -136,7 +138,7 @@ def tune(
         if busy := judge.stopwatch.load():
             note(busy)
         # per held-out pair the shared start, the dense and the tuned rest, in terms of the dense rest; and launches
-        reserve = (request.pairs * PAIR_COST + LAUNCH_COST) * judge.dense_ms / 1e3
+        reserve = (request.pairs * PAIR_COST + LAUNCH_COST + FINAL_COST) * judge.dense_ms / 1e3
         space = _space(request, adapter, points)
         study = join_study(shared, space) if shared else open_study(request.scratch, space, request.seed, request.resume, note)
         fewest = len(known) or FEWEST_TRIALS
@@ -163,7 +165,7 @@ def tune(
             note(line)
         attempt, needed = attempts, 0.0
         looked_at = set[Policy]()
-        for candidate in candidates(done):
+        for candidate in in_turn(candidates(done), judge, note):
             policy = build_policy(candidate.knobs, adapter, table, points)
             nothing = not policy.rules and not policy.steps  # dense everywhere is no result
             if candidate.verdict.shortfall_db > -needed or nothing or policy in looked_at:
@@ -220,6 +222,17 @@ def shipped_policies(request: Request, adapter: Adapter, say: Callable[[str], No
                 found[f"shipped {preset}"] = policy
                 break
     return found
+
+
+def in_turn(found: list[FinishedTrial], judge: Judge, note: Callable[[str], None]) -> list[FinishedTrial]:
+    """Candidates, the fastest first: those close to the best are timed again, one after the other."""
+    close = [f for f in found[:FINALISTS] if f.verdict.time_ratio <= CLOSE * found[0].verdict.time_ratio]
+    if len(close) < 2:
+        return found
+    ratios = judge.timed_again([f.knobs for f in close])
+    order = sorted(range(len(close)), key=lambda at: ratios[at])
+    note("timed again in turn: " + ", ".join(f"trial {close[at].number} {1 / ratios[at]:.2f}x" for at in order))
+    return [*(close[at] for at in order), *(f for f in found if f not in close)]
 
 
 def fruitless(done: Sequence[FinishedTrial], judge: Judge) -> list[str]:

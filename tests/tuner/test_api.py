@@ -153,7 +153,7 @@ def test_the_shipped_comparison_comes_out_of_its_raw_numbers():
         outcomes, pairs, adapter, (), schema.Silicon(**raw["machine"]), schema.Versions(**raw["versions"])
     )  # fmt: skip
     tables = [[line for line in t.splitlines() if line.startswith("|")] for t in (text, report.read_text())]
-    assert tables[0] == tables[1] and "24 held-out" in text
+    assert tables[0] == tables[1] and "32 held-out" in text
     assert json.loads(kept)["pairs"] == [list(pair) for pair in pairs]
     frame = pair_frame(outcomes, pairs, 8, 12)
     assert len(frame) == 5 * 24 and frame[frame.way == "dense"].psnr.eq(100).all()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import types
 
 import pytest
 
 from sparvar_kernels import Dense, Policy
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.measure.timing import Stopwatch
+from sparvar_tune.policy_search import judge as judging
 from sparvar_tune.policy_search import study as s
 from sparvar_tune.policy_search.menu import OptionTable, assign, decision_scale, menu, paper_policy
 from sparvar_tune.profile.describe import describe
+from sparvar_tune.ways import search_here
 
 LATENCY = {"paper": 60.0, "drop last scale": 40.0}
 
@@ -50,6 +54,55 @@ def test_what_misses_the_bound_or_was_given_up_is_no_candidate():
         s.FinishedTrial(3, s.Knobs(price_last=4.0), s.Verdict(9.0, 0.0, {"psnr": 36.0, "ssim": 0.97}, True)),
     ]
     assert [f.number for f in s.candidates(found)] == [3, 2]
+
+
+def trials(*ratios: float) -> list[s.FinishedTrial]:
+    means = {"psnr": 36.0, "ssim": 0.97}
+    return [s.FinishedTrial(i, s.Knobs(price_last=i + 1.0), s.Verdict(r, -1.0, means, True)) for i, r in enumerate(ratios)]
+
+
+def test_trials_close_to_the_best_are_timed_again_and_the_others_are_not():
+    """Minutes apart a machine is faster or slower by more than they differ."""
+    found, asked, said = trials(0.40, 0.41, 0.45, 0.47, 0.39999), [], []
+    found = s.candidates(found)
+
+    def timed_again(knobs):
+        asked.append([k.price_last for k in knobs])
+        return [0.6, 0.5, 0.4, 0.7][: len(knobs)]
+
+    ordered = search_here.in_turn(found, types.SimpleNamespace(timed_again=timed_again), said.append)
+    assert asked == [[5.0, 1.0, 2.0, 3.0]]
+    assert [f.number for f in ordered] == [1, 0, 4, 2, 3]
+    assert said == ["timed again in turn: trial 1 2.50x, trial 0 2.00x, trial 4 1.67x, trial 2 1.43x"]
+    for alone in (found[:1], trials(0.4, 0.5)):
+        assert search_here.in_turn(alone, None, said.append) == alone and len(said) == 1
+    assert search_here.in_turn([], None, said.append) == []
+
+
+def test_finalists_are_drawn_in_turn_each_from_the_same_state():
+    """A machine that slows down while they are timed slows all of them: the order of times is that of their work."""
+    drawn, now = [], [0.0]
+
+    class Adapter:
+        device = "cpu"
+
+        def finish(self, state, way):
+            drawn.append((state, way.name))
+            now[0] += way.work * (1 + len(drawn) / 10)  # ever slower
+
+    adapter = Adapter()
+    adapter.dense = types.SimpleNamespace(name="dense", work=10.0)
+    ways = {1.0: types.SimpleNamespace(name="a", work=4.0), 2.0: types.SimpleNamespace(name="b", work=3.9)}
+    references = [judging.Reference(i, None, 0.0) for i in range(5)]
+    watch = Stopwatch("cpu", lambda: now[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "build_policy", lambda knobs, *_: knobs.price_last)
+        patch.setattr(judging, "make_attention", lambda _, policy: ways[policy])
+        judge_ = types.SimpleNamespace(adapter=adapter, table=None, points={}, references=references, stopwatch=watch)
+        a, b = judging.Judge.timed_again(judge_, [s.Knobs(price_last=1.0), s.Knobs(price_last=2.0)])
+    assert b < a
+    assert [name for _, name in drawn] == ["dense", "a", "b", "a", "b", "dense", "b", "dense", "a"]
+    assert [state for state, _ in drawn] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_the_front_is_what_nothing_beats_in_both():
