@@ -156,7 +156,7 @@ def test_the_shipped_comparison_comes_out_of_its_raw_numbers():
     assert tables[0] == tables[1] and "32 held-out" in text
     assert json.loads(kept)["pairs"] == [list(pair) for pair in pairs]
     frame = pair_frame(outcomes, pairs, 8, 12)
-    assert len(frame) == 5 * 24 and frame[frame.way == "dense"].psnr.eq(100).all()
+    assert len(frame) == 5 * 32 and frame[frame.way == "dense"].psnr.eq(100).all()
     for o in outcomes["tuned, fast"]:  # a profile that leaves the last scale out has no attention there
         del o.scales_ms[12]
     assert (
