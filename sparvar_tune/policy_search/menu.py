@@ -76,16 +76,16 @@ def fixed_points(
     schedule: ScaleSchedule, layers: int, heads: int, shipped: Mapping[str, Policy] | None = None,
     can: Collection[str] = (SkipScales.kind,), formats: Sequence[str] = (),
 ) -> dict[str, Policy]:  # fmt: skip
-    """Name -> policy a search looks at first: `shipped` ones, as they are and with products of 8 bits from around the decision
-    scale on, the paper's where the schedule is long enough, and those of `step_menu`, whose attention is dense."""
+    """Name -> policy a search looks at first: `shipped` ones, as they are and with products of 8 bits, the paper's where the
+    schedule is long enough, and those of `step_menu`, whose attention is dense."""
     out = dict(shipped or {})
     if formats and Precision.kind in can:
-        first, fmt, known = decision_scale(schedule), formats[0], set(out.values())
-        for (name, policy), s in itertools.product(list(out.items()), (first - 1, first, first + 1)):
-            others = tuple(step for step in policy.steps if step.kind != Precision.kind)
-            scaled = replace(policy, steps=(*others, Precision(s, ((0, layers - 1),), fmt)))
-            if CacheBudget.kind not in {step.kind for step in others} and scaled not in known and s >= 0:
-                out[f"{name}, {fmt} products from {s}"] = scaled
+        first, fmt = decision_scale(schedule), formats[0]
+        out |= {
+            f"{name}, {fmt} products from {s}": replace(policy, steps=(*policy.steps, Precision(s, ((0, layers - 1),), fmt)))
+            for name, policy in out.items() if not {step.kind for step in policy.steps} & {Precision.kind, CacheBudget.kind}
+            for s in (first, first + 1)
+        }  # fmt: skip
     if len(schedule) >= PAPER_SCALES:
         out["paper"] = paper_policy(schedule, layers, heads)
     dense = Policy(("A" * heads,) * layers)
@@ -117,7 +117,7 @@ def step_menu(
     options |= {name: option for name, option in _thinned(schedule, layers).items() if option.steps[0].kind in can}
     scaled = [_scaled(schedule, layers, fmt) for fmt in formats if Precision.kind in can]
     options |= {name: option for each in scaled for name, option in each.items()}
-    narrow = f"{formats[0]} products from {decision_scale(schedule)}" if scaled else None
+    narrow = next(reversed(scaled[0])) if scaled else None  # the boldest of its kind
     if narrow and SKIP in options:
         options[f"{narrow}, {SKIP}"] = StepOption((skip, *options[narrow].steps), (SKIP, narrow))
     if DropUnconditional.kind not in can:
@@ -133,15 +133,11 @@ def step_menu(
 
 
 def _scaled(schedule: ScaleSchedule, layers: int, fmt: str) -> dict[str, StepOption]:
-    """Products of 8 bits from the last scale on, from the decision scale on, and from the one before it on, which holds a
-    twentieth of a picture's products; all layers but the first and the last.
-    """
+    """Products of 8 bits from the last scale on, then from the decision scale on; all layers but the first and the last."""
     last, first = len(schedule) - 1, decision_scale(schedule)
     inner = ((1, layers - 2),) if layers > 2 else ((0, layers - 1),)
-    options: dict[str, StepOption] = {}
-    for s in (last, first, max(0, first - 1)):
-        options.setdefault(f"{fmt} products from {s}", StepOption((Precision(s, inner, fmt),), tuple(options)[-1:]))
-    return options
+    weak, bold = (f"{fmt} products from {s}" for s in (last, first))
+    return {weak: StepOption((Precision(last, inner, fmt),)), bold: StepOption((Precision(first, inner, fmt),), (weak,))}
 
 
 def _thinned(schedule: ScaleSchedule, layers: int) -> dict[str, StepOption]:
