@@ -257,7 +257,7 @@ class Judge:
         """The time ratio of each, of a few pairs that all of them draw in turn with dense ones beside them.
 
         Trials are minutes apart, in which a machine's speed moves by more than good policies differ: the luckiest of many looks
-        best, and was 1.2 times slower than the second when it was certified.
+        best, and was slower than the one before it when it was certified.
         """
         made = [build_policy(k, self.adapter, self.table, self.points) for k in knobs]
         ways = [self.adapter.dense, *(make_attention(self.adapter, policy) for policy in made)]
