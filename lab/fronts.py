@@ -36,7 +36,7 @@ from sparvar_tune.generation import CacheBudget, DropUnconditional, Precision, P
 from sparvar_tune.live.boxed import BoxedAdapter
 from sparvar_tune.measure.fidelity import class_mean, compare_pictures, lower_bound
 from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs
-from sparvar_tune.measure.timing import Stopwatch
+from sparvar_tune.measure.timing import Stopwatch, rotated
 from sparvar_tune.policy_search.judge import first_touched, formats, make_attention, offered, prepare
 from sparvar_tune.policy_search.menu import OptionTable, assign
 from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
@@ -172,7 +172,7 @@ def draw_pairs(
         made: dict[str, tuple[Tensor, float, bool]] = {}
         state, shared = timed(stopwatch, lambda: adapter.start(pair, until))  # noqa: B023
         shared = shared if until else 0.0  # before the first scale: noise, made on the CPU
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in rotated(names, i):
             as_one = prepare(adapter, ways[name])
             picture, ms = timed(stopwatch, lambda: adapter.finish(state, ways[name]))  # noqa: B023
             made[name] = picture, shared + ms, as_one

@@ -26,7 +26,7 @@ from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.catalog.models import find_model
 from sparvar_tune.measure.fidelity import compare_pictures
 from sparvar_tune.measure.pairs import search_pairs
-from sparvar_tune.measure.timing import Stopwatch
+from sparvar_tune.measure.timing import Stopwatch, rotated
 from sparvar_tune.policy_search.judge import make_attention
 from sparvar_tune.policy_search.menu import OptionTable, decision_scale, menu, paper_policy
 from sparvar_tune.profile.machine import device_name, silicon
@@ -82,7 +82,7 @@ def one_rule(adapter: Adapter, pairs: int) -> dict[str, list[dict[str, float]]]:
     for i, pair in enumerate(search_pairs(adapter.num_classes, pairs)):
         state = adapter.start(pair, decision_scale(schedule))
         pictures, ms = dict[str, torch.Tensor](), dict[str, float]()
-        for name in order[i % len(order) :] + order[: i % len(order)]:
+        for name in rotated(order, i):
             made: list[torch.Tensor] = []
             ms[name] = stopwatch(lambda: made.append(adapter.finish(state, attends[name])))  # noqa: B023
             pictures[name] = made[0]

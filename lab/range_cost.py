@@ -25,6 +25,7 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_tune.catalog.gpus import GPUS
+from sparvar_tune.measure.timing import rotated
 from sparvar_tune.monitoring import Monitor, monitor
 from sparvar_tune.profile.machine import silicon
 from sparvar_tune.profile.store import write_atomic
@@ -89,7 +90,7 @@ def measure(rounds: int = ROUNDS, calls: int = CALLS) -> dict[str, list[float]]:
     spent: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in rotated(names, i):
             spent[name].append(ways[name]())
     on.undo()
     return spent

@@ -19,6 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lab.whole_image.decoding import Decoding
+from sparvar_tune.measure.timing import rotated
 
 KINDS = (  # the first whose mark a kernel's name has; what has none is the decoder's or the rest
     ("attention", ("flash", "fmha", "sdpa", "gathered", "fetched", "mass_kernel", "select_kernel", "shortlist", "text_att")),
@@ -131,7 +132,7 @@ def climb(
         say(f"{name}: first pictures {', '.join(f'{ms:.0f}' for ms in first)} ms ({time.perf_counter() - begun:.0f} s)")
     alive = [name for name in ways if "error" not in found[name]]
     for i in range(rounds):
-        for name in alive[i % len(alive) :] + alive[: i % len(alive)]:
+        for name in rotated(alive, i):
             with warmed(ways[name], draw):
                 decoding.ms()
                 found[name]["wall_ms"].append(wall_ms(draw))

@@ -59,7 +59,7 @@ class Ahead:
     _begun: ClassVar[dict[tuple[Any, torch.device], Ahead]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, builds: Iterable[Any], device: torch.device, after: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, builds: Iterable[Any], device: torch.device, after: Callable[[], object] | None = None) -> None:
         self._error: BaseException | None = None
         self._after, self.begun = after, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -80,7 +80,8 @@ class Ahead:
 
     def _run(self) -> None:
         try:
-            self._after()
+            if self._after is not None:
+                self._after()
             if self._own:
                 _make_ready([build for build, _ in self._own], self._own[0][1], self.begun.set)
         except BaseException as error:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparvar_tune.fused.product import why_not_owned
+from sparvar_kernels.path.pictures import biased
+from sparvar_tune.fused.product import multiplied_in, why_not_owned
 
 SEPARATE = ("cuda",)  # where a bias is a pass of its own
 HALF = (torch.bfloat16, torch.float16)
@@ -50,11 +51,6 @@ def bare(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return _called(conv, x, conv.weight), bias
 
 
-def biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    """x [B, C, H, W] + bias [C] in the dtype of x."""
-    return x if bias is None else x + bias.to(x.dtype)[:, None, None]
-
-
 def few_outputs(module: Any, x: Tensor) -> Tensor:
     """module(x) [B, O, H, W], contiguous, of few outputs O.
 
@@ -69,10 +65,8 @@ def few_outputs(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     few = conv.groups == 1 and conv.out_channels < LEAST_OUTPUTS
-    return few and x.is_cuda and dtype in HALF and x.is_contiguous(memory_format=torch.channels_last)
+    return few and x.is_cuda and multiplied_in(x) in HALF and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _called(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:

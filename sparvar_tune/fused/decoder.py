@@ -22,12 +22,13 @@ from sparvar_kernels.path import biased_sum, doubled, group_norm_silu
 from sparvar_kernels.path.biased_sum import why_not_biased_sum
 from sparvar_kernels.path.door import FLOATS, form
 from sparvar_kernels.path.doubled import why_not_doubled
+from sparvar_kernels.path.pictures import biased
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
-from sparvar_tune.fused.convolution import bare, bias_apart, biased, conv_of, few_outputs
+from sparvar_tune.fused.convolution import bare, bias_apart, conv_of, few_outputs
 from sparvar_tune.fused.module_graph import ModuleGraph
-from sparvar_tune.fused.product import why_not_owned
+from sparvar_tune.fused.product import multiplied_in, why_not_owned
 
 SHORTCUTS = ("nin_shortcut", "conv_shortcut")
 # A latent of the check, and how far both ways may lie apart. At VAR's depth roundings alone make 0.058 in bf16, 0.007 in fp16
@@ -73,13 +74,13 @@ class Untouched:
         self.decoder = decoder
         weight: Tensor = conv_of(decoder.conv_in).weight  # type: ignore[union-attr]
         self.z = torch.randn(1, weight.shape[1], *LATENT, generator=torch.Generator().manual_seed(0)).to(weight)
-        self.dtype = _made_by_convolutions(self.z)
+        self.dtype = multiplied_in(self.z)
         if self.z.is_cuda:
             shapes = [tuple(self.z.shape)]
             if likely is not None:
                 shapes.append((likely[2], weight.shape[1], *likely[:2]))
             builds = (b for shape in shapes for b in decoder_builds(decoder, shape, self.dtype))
-            Ahead(builds, self.z.device, after or (lambda: None))
+            Ahead(builds, self.z.device, after)
         with torch.no_grad(), self._autocast():
             try:
                 self.want: Tensor = decoder(self.z)
@@ -192,7 +193,7 @@ class FusedDecoder(Undos):
         if not z.is_cuda or z.shape in self.compiled:
             return
         self.compiled.add(z.shape)
-        compile_ahead(decoder_builds(self.decoder, tuple(z.shape), _made_by_convolutions(z)), z.device)
+        compile_ahead(decoder_builds(self.decoder, tuple(z.shape), multiplied_in(z)), z.device)
 
     def _forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         self.reason = self._why_not(args, kwargs)
@@ -255,12 +256,6 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
 
 def _dtype(t: Tensor | None) -> torch.dtype | None:
     return None if t is None else t.dtype
-
-
-def _made_by_convolutions(z: Tensor) -> torch.dtype:
-    """The dtype of a convolution of z."""
-    kind = z.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
 
 
 class ChannelsLast:
@@ -351,7 +346,7 @@ def _is_doubling(module: Any, times: int) -> bool:
     weight = conv_of(module.conv).weight  # type: ignore[union-attr]
     sides = (n * times for n in LATENT)
     x = torch.randn(1, weight.shape[1], *sides, generator=torch.Generator().manual_seed(0)).to(weight)
-    x = x.to(_made_by_convolutions(x), memory_format=torch.channels_last)
+    x = x.to(multiplied_in(x), memory_format=torch.channels_last)
     try:
         own, ours = module(x), module.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
     except Exception:  # it takes something else than a picture
@@ -375,7 +370,7 @@ def _normed(module: Any, x: Tensor, silu: bool = True, add: Tensor | None = None
     """silu(norm(x + add)) in the dtype that a convolution casts it to."""
     norm = norm_of(module)
     assert norm is not None
-    dtype = _made_by_convolutions(x)
+    dtype = multiplied_in(x)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous(memory_format=torch.channels_last)
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, out_dtype=dtype, add=add)

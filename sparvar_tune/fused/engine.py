@@ -30,7 +30,7 @@ from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
-from sparvar_tune.fused.product import make_scaled
+from sparvar_tune.fused.product import make_scaled, multiplied_in
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
 from sparvar_tune.fused.watched import Watched
@@ -263,7 +263,7 @@ class FusedPath(Undos):
             return
         x, schedule = given["x"], self.stack.schedule(given)
         assert isinstance(schedule, ScaleSchedule)
-        dtype = _dtype(x)
+        dtype = multiplied_in(x)
         kind = schedule, x.shape[0], x.shape[2], dtype, x.device, self.stack.kind(given), self._watched.state()
         with torch.no_grad(), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
             if kind != self._kind:
@@ -338,12 +338,6 @@ class FusedPath(Undos):
         if graph is not None:
             work.graphs[at.start, at.length, at.rows] = graph
         return graph
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """Of products: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _why_not_steps(found: Parts, stack: Stack, attend: SparseAttention | None) -> str | None:

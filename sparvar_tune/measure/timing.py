@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import TypeVar
 
 import torch
 
 from sparvar_tune.profile.schema import Speedup, Timing
+
+T = TypeVar("T")
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -36,6 +39,12 @@ def paired_speedup(dense_ms: Sequence[float], tuned_ms: Sequence[float], resampl
     return Speedup(middle, min(low, middle), max(high, middle), len(ratios))
 
 
+def rotated(ways: Sequence[T], turn: int) -> list[T]:
+    """All of them, each first in its turn: what comes first finds another machine than what comes last."""
+    first = turn % len(ways)
+    return [*ways[first:], *ways[:first]]
+
+
 def interleaved(
     ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, watch: Callable[[], object] | None = None
 ) -> dict[str, list[float]]:
@@ -51,7 +60,7 @@ def interleaved(
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
     torch.cuda.synchronize()
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in rotated(names, i):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             ways[name]()

@@ -31,7 +31,7 @@ from sparvar_tune.measure.fidelity import (
     mean_of,
     worst_mean,
 )
-from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, timing
+from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, paired_speedup, rotated, timing
 from sparvar_tune.policy_search.judge import first_touched, make_attention, prepare, prompt_of
 from sparvar_tune.profile.identity import meaning_of
 from sparvar_tune.profile.schema import Evidence, Measured, Row, WholePicture, Yardstick
@@ -94,7 +94,7 @@ def run_pairs(
         made: dict[str, tuple[Tensor, float, dict[int, float]]] = {}
         watched: list[TimedByScale] = []
         names = list(ways)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in rotated(names, i):
             way, timed, pictures = ways[name], TimedByScale(ways[name], stopwatch), list[Tensor]()
             apart = prepare(adapter, way)
             begin_image(way)

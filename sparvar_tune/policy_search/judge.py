@@ -23,7 +23,7 @@ from sparvar_tune.catalog.metrics import LEAD, always, find_metric
 from sparvar_tune.generation import Precision, why_not_steps
 from sparvar_tune.generation.scaled_product import capability_of, gaining, precision_of
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
-from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch
+from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, rotated
 from sparvar_tune.policy_search.menu import OptionTable, StepOption, assign, decision_scale, fixed_points, step_menu
 from sparvar_tune.policy_search.study import Knobs, Verdict
 
@@ -263,7 +263,7 @@ class Judge:
         ways = [self.adapter.dense, *(make_attention(self.adapter, policy) for policy in made)]
         spent: list[list[float]] = [[] for _ in ways]
         for i, reference in enumerate(self.references[:FINAL_PAIRS]):
-            for at in (*range(i % len(ways), len(ways)), *range(i % len(ways))):
+            for at in rotated(range(len(ways)), i):
                 prepare(self.adapter, ways[at])
                 begin_image(ways[at])
                 spent[at].append(self.stopwatch(lambda: self.adapter.finish(reference.state, ways[at])))  # noqa: B023

@@ -7,7 +7,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device, why_not_like
-from sparvar_kernels.path.group_norm import channels_last, why_not_laid
+from sparvar_kernels.path.pictures import biased, channels_last, why_not_pictures
 
 
 def biased_sum(x: Tensor, update: Tensor, x_bias: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -31,11 +31,7 @@ def biased_sum(x: Tensor, update: Tensor, x_bias: Tensor | None = None, bias: Te
     if update.numel() == 0:
         return update
     if not by_triton(device):
-        beside = x if x_bias is None else x + x_bias.to(x.dtype)[:, None, None]
-        if bias is not None:
-            update += bias.to(x.dtype)[:, None, None]
-        update += beside
-        return update
+        return update.copy_(biased(x, x_bias) + biased(update, bias))
     from sparvar_kernels.backends.triton.binary import pointer
     from sparvar_kernels.path.triton.biased_sum import biased_sum_launch
 
@@ -49,17 +45,15 @@ def biased_sum(x: Tensor, update: Tensor, x_bias: Tensor | None = None, bias: Te
 def why_not_biased_sum(x: Form, update: Form, x_bias: Form, bias: Form) -> str | None:
     """Why tensors of these forms cannot be summed, or None."""
     assert x is not None and update is not None
-    shape, _, dtype, _ = x
-    if len(shape) != 4 or shape[1] < 1:
-        return f"x: got {tuple(shape)}, want [B, C, H, W] with C >= 1"
-    if dtype not in FLOATS:
-        return f"x: got {dtype}, want {' or '.join(map(str, FLOATS))}"
-    if update[0] != shape or update[2] != dtype:
-        return f"update: got {tuple(update[0])} {update[2]}, want {tuple(shape)} {dtype} like x"
-    reason = why_not_laid("x", x) or why_not_laid("update", update)
+    reason, (shape, strides, dtype, _) = why_not_pictures("x", x), x
     if reason:
         return reason
-    if channels_last(shape, x[1]) != channels_last(shape, update[1]):
-        return f"update: got strides {update[1]}, want the memory format of x, whose strides are {x[1]}"
+    if update[0] != shape or update[2] != dtype:
+        return f"update: got {tuple(update[0])} {update[2]}, want {tuple(shape)} {dtype} like x"
+    reason = why_not_pictures("update", update)
+    if reason:
+        return reason
+    if channels_last(shape, strides) != channels_last(shape, update[1]):
+        return f"update: got strides {update[1]}, want the memory format of x, whose strides are {strides}"
     vector = (shape[1],)
     return why_not_like("x_bias", x_bias, FLOATS, vector) or why_not_like("bias", bias, FLOATS, vector)

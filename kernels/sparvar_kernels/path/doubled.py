@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device
-from sparvar_kernels.path.group_norm import channels_last, why_not_laid
+from sparvar_kernels.path.door import Form, by_triton, check_plain, form, on_device
+from sparvar_kernels.path.pictures import channels_last, why_not_pictures
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -45,11 +45,7 @@ def doubled(x: Tensor) -> Tensor:
 def why_not_doubled(x: Form) -> str | None:
     """Why a tensor of this form cannot be doubled, or None."""
     assert x is not None
-    shape, strides, dtype, _ = x
-    if len(shape) != 4 or shape[1] < 1:
-        return f"x: got {tuple(shape)}, want [B, C, H, W] with C >= 1"
-    if dtype not in FLOATS:
-        return f"x: got {dtype}, want {' or '.join(map(str, FLOATS))}"
-    if 0 not in shape and not channels_last(shape, strides):
-        return f"x: got strides {tuple(strides)} for {tuple(shape)}, want it dense and channels_last"
-    return why_not_laid("x", x)
+    reason = why_not_pictures("x", x)
+    if reason is None and 0 not in x[0] and not channels_last(x[0], x[1]):
+        return f"x: got strides {tuple(x[1])} for {tuple(x[0])}, want it dense and channels_last"
+    return reason

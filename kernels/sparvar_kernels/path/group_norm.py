@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparvar_kernels.path.door import FLOATS, Form, by_triton, check_plain, form, on_device, why_not_like
+from sparvar_kernels.path.pictures import biased, channels_last, why_not_pictures
 
 
 def group_norm_silu(
@@ -42,8 +43,7 @@ def group_norm_silu(
     if x.numel() == 0:
         return out
     if not by_triton(device):
-        x = x if add is None else x + add.to(x.dtype)[:, None, None]
-        return out.copy_(_group_norm_silu(x, groups, weight, bias, eps, silu))
+        return out.copy_(_group_norm_silu(biased(x, add), groups, weight, bias, eps, silu))
     from sparvar_kernels.backends.triton.binary import pointer
     from sparvar_kernels.path.triton.group_norm import group_norm_launch
 
@@ -58,51 +58,20 @@ def group_norm_silu(
     return out
 
 
-def channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether memory is dense in the order B, H, W, C."""
-    return _dense([(shape[i], strides[i]) for i in (0, 2, 3, 1)])
-
-
-def _dense(axes: list[tuple[int, int]]) -> bool:
-    """Whether axes (length, stride), the slowest first, lie without a gap."""
-    step = 1
-    for n, stride in reversed(axes):
-        if n > 1 and stride != step:
-            return False
-        step *= n
-    return True
-
-
 @lru_cache(maxsize=4096)
 def why_not_group_norm(x: Form, weight: Form, bias: Form, add: Form, groups: int, out_dtype: torch.dtype) -> str | None:
     """Why tensors of these forms cannot be normalised, or None."""
     assert x is not None
-    shape, _, dtype, _ = x
-    if len(shape) != 4 or shape[1] < 1:
-        return f"x: got {tuple(shape)}, want [B, C, H, W] with C >= 1"
-    if dtype not in FLOATS:
-        return f"x: got {dtype}, want {' or '.join(map(str, FLOATS))}"
+    reason, shape = why_not_pictures("x", x), x[0]
+    if reason:
+        return reason
     if out_dtype not in FLOATS:
         return f"out_dtype: got {out_dtype}, want one of {', '.join(map(str, FLOATS))}"
     if groups < 1 or shape[1] % groups:
         return f"groups: got {groups} for {shape[1]} channels, want a divisor of them"
-    reason = why_not_laid("x", x)
-    if reason:
-        return reason
     vectors = ("weight", weight), ("bias", bias), ("add", add)
     reasons = (why_not_like(name, t, FLOATS, (shape[1],)) for name, t in vectors)
     return next((reason for reason in reasons if reason), None)
-
-
-def why_not_laid(name: str, x: Form) -> str | None:
-    """Why pictures [B, C, H, W] lie in memory as no pass takes them, or are too many or too large, or None."""
-    assert x is not None
-    shape, strides, _, _ = x
-    if 0 not in shape and not channels_last(shape, strides) and not _dense(list(zip(shape, strides, strict=True))):
-        return f"{name}: got strides {tuple(strides)} for {tuple(shape)}, want it contiguous, in channels_last or the usual order"
-    if shape[0] >= 1 << 16 or shape[2] * shape[3] >= 1 << 30:
-        return f"{name}: got {tuple(shape)}, want fewer than 65536 pictures of fewer than 2**30 pixels"
-    return None
 
 
 def _group_norm_silu(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sparvar_kernels.backends.triton.binary import TYPES, Launcher, launcher
 from sparvar_kernels.path.door import Form
-from sparvar_kernels.path.triton.group_norm import WARPS, Cut, picture_tile, with_bias
+from sparvar_kernels.path.triton.group_norm import Cut, picture_tile, with_bias
 from sparvar_kernels.path.triton.launch import PathBuild
 
 
@@ -36,12 +36,8 @@ def biased_sum_build(
     types = {"x_ptr": f"*{TYPES[dtype]}", "update_ptr": f"*{TYPES[dtype]}"}
     types |= {"x_bias_ptr": f"*{TYPES[x_bias or dtype]}", "bias_ptr": f"*{TYPES[bias or dtype]}"}
     types |= {"stride_b": "i64", "stride_line": "i32", "size": "i32"}
-    constants = {
-        "SPAN": shape.span, "CHANNELS": shape.wide, "ALL": shape.channels, "LAST": shape.last, "EVEN": shape.even,
-        "X_BIAS": x_bias is not None, "BIAS": bias is not None,
-    }  # fmt: skip
-    warps = max(min(WARPS, shape.span * shape.wide // 32), 1)
-    return PathBuild.of(biased_sum_kernel, types, constants, {"num_warps": warps, "num_stages": 1}, aligned)
+    constants = {**shape.tile, "X_BIAS": x_bias is not None, "BIAS": bias is not None}
+    return PathBuild.of(biased_sum_kernel, types, constants, {"num_warps": shape.warps, "num_stages": 1}, aligned)
 
 
 @lru_cache(maxsize=4096)
@@ -55,5 +51,4 @@ def biased_sum_launch(
     aligned = shape.aligned and not any(t[3] for t in (x, update, x_bias, bias) if t is not None)
     beside, own = (None if t is None else t[2] for t in (x_bias, bias))
     build = biased_sum_build(shape, x[2], beside, own, aligned)
-    programs = -(-shape.channels // shape.wide) * -(-shape.size // shape.span)
-    return launcher(build, device), (programs, batch, 1), (shape.channels * shape.size, shape.line, shape.size)
+    return launcher(build, device), (shape.tiles, batch, 1), (shape.channels * shape.size, shape.line, shape.size)

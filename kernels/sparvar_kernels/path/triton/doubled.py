@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sparvar_kernels.backends.triton.binary import TYPES, Launcher, launcher
 from sparvar_kernels.path.door import Form
-from sparvar_kernels.path.triton.group_norm import WARPS, Cut, picture_tile
+from sparvar_kernels.path.triton.group_norm import Cut, picture_tile
 from sparvar_kernels.path.triton.launch import PathBuild
 
 
@@ -39,8 +39,7 @@ def doubled_build(shape: Cut, dtype: torch.dtype, aligned: bool = True) -> PathB
     types = {"x_ptr": f"*{TYPES[dtype]}", "out_ptr": f"*{TYPES[dtype]}"}
     types |= {"stride_b": "i64", "stride_line": "i32", "size": "i32", "width": "i32"}
     constants = {"SPAN": shape.span, "CHANNELS": shape.wide, "ALL": shape.channels, "EVEN": shape.even}
-    warps = max(min(WARPS, shape.span * shape.wide // 32), 1)
-    return PathBuild.of(doubled_kernel, types, constants, {"num_warps": warps, "num_stages": 1}, aligned)
+    return PathBuild.of(doubled_kernel, types, constants, {"num_warps": shape.warps, "num_stages": 1}, aligned)
 
 
 @lru_cache(maxsize=4096)
@@ -50,5 +49,4 @@ def doubled_launch(x: Form, device: torch.device) -> tuple[Launcher, tuple[int, 
     batch, channels, height, width = x[0]
     shape = Cut(batch, channels, height * width, True)
     build = doubled_build(shape, x[2], shape.aligned and not x[3])
-    programs = -(-shape.channels // shape.wide) * -(-shape.size // shape.span)
-    return launcher(build, device), (programs, batch, 1), (channels * shape.size, channels, shape.size, width)
+    return launcher(build, device), (shape.tiles, batch, 1), (channels * shape.size, channels, shape.size, width)

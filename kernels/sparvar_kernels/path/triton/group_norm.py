@@ -179,11 +179,30 @@ class Cut:
         return int(min(TILE // self.wide, max(triton.next_power_of_2(self.size), 1)))
 
     @property
+    def tile(self) -> dict[str, int | bool]:
+        """Constants of a kernel that works a tile."""
+        return {"SPAN": self.span, "CHANNELS": self.wide, "ALL": self.channels, "LAST": self.last, "EVEN": self.even}
+
+    @property
+    def warps(self) -> int:
+        """Of a program that works a tile."""
+        return max(min(WARPS, self.span * self.wide // 32), 1)
+
+    @property
+    def across(self) -> int:
+        """Tiles beside one another, of all channels."""
+        return -(-self.channels // self.wide)
+
+    @property
+    def tiles(self) -> int:
+        """Of one picture."""
+        return self.across * -(-self.size // self.span)
+
+    @property
     def length(self) -> int:
         """Pixels of a part: whole tiles."""
-        spans = -(-self.size // self.span)
-        across = -(-self.channels // self.wide) * self.batch * spans
-        return self.span * int(min(max(triton.next_power_of_2(across // PROGRAMS), LEAST), triton.next_power_of_2(spans)))
+        spans = triton.next_power_of_2(-(-self.size // self.span))
+        return self.span * int(min(max(triton.next_power_of_2(self.tiles * self.batch // PROGRAMS), LEAST), spans))
 
     @property
     def many(self) -> int:
@@ -208,9 +227,9 @@ def group_norm_builds(
     silu: bool = True, aligned: bool = True, add: torch.dtype | None = None,
 ) -> tuple[PathBuild, PathBuild, PathBuild]:  # fmt: skip
     """What a call launches, in order."""
-    tile = {"SPAN": shape.span, "CHANNELS": shape.wide, "ALL": shape.channels, "LAST": shape.last, "EVEN": shape.even}
+    tile = shape.tile
     own = shape.channels // groups
-    options = {"num_warps": max(min(WARPS, shape.span * shape.wide // 32), 1), "num_stages": 1}
+    options = {"num_warps": shape.warps, "num_stages": 1}
     x_type, of_parts, added = {"x_ptr": f"*{TYPES[x]}"}, {"parts_ptr": "*fp32"}, {"add_ptr": f"*{TYPES[add or x]}"}
     adds = {"ADD": add is not None}
     first = PathBuild.of(part_moments_kernel, x_type | added | of_parts | SIZES, tile | adds, options, aligned)
@@ -234,11 +253,10 @@ class GroupNormLaunch:
     """The three binaries for tensors of one form. parts: shape of the first pass's output; sizes: arguments all three take."""
 
     def __init__(self, shape: Cut, groups: int, builds: tuple[PathBuild, PathBuild, PathBuild], device: torch.device) -> None:
-        across, many = -(-shape.channels // shape.wide), shape.many
-        self.parts = 2, shape.batch, shape.channels, many
-        self.sizes = shape.channels * shape.size, shape.line, shape.size, many, shape.length
-        spans = -(-shape.size // shape.span)
-        grids = (across * many, shape.batch, 1), (groups, shape.batch, 1), (across * spans, shape.batch, 1)
+        self.parts = 2, shape.batch, shape.channels, shape.many
+        self.sizes = shape.channels * shape.size, shape.line, shape.size, shape.many, shape.length
+        programs = shape.across * shape.many, groups, shape.tiles
+        grids = [(each, shape.batch, 1) for each in programs]
         self.passes: list[tuple[Launcher, tuple[int, int, int]]] = [
             (launcher(build, device), grid) for build, grid in zip(builds, grids, strict=True)
         ]
