@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.bitwise.room import room_for
 from sparvar_tune.bitwise.thinning import Given, Thinning
 from sparvar_tune.bitwise.tokenizer import pool
 from sparvar_tune.generation.scaled_product import scaled_block
@@ -300,7 +301,8 @@ class Generating(ABC):
     def _roomy(self, cache: Tensor) -> Tensor:
         """A copy of what is filled, with room for all tokens."""
         done = max(self.filled)
-        out = cache.new_empty(*cache.shape[:-2], self.model.schedule.num_tokens, cache.shape[-1])
+        shape = *cache.shape[:-2], self.model.schedule.num_tokens, cache.shape[-1]
+        out = room_for(self.model, shape, cache.dtype, cache.device)
         out[..., :done, :] = cache[..., :done, :]
         return out
 

@@ -37,6 +37,55 @@ def test_forking_changes_nothing():
     assert torch.equal(parked.fork().run().pictures(), picture(model))
 
 
+def seen_keys(model, held):
+    """An attention that holds the keys of the last layer and scale."""
+
+    class Holding:
+        skip_scales = ()
+
+        def __call__(self, q, k, v, layer, scale_index):
+            held[:] = [k]
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    return Holding()
+
+
+def test_keys_and_values_lie_where_an_earlier_picture_had_them():
+    model, held = make_model(), []
+    want = picture(model)
+    picture(model, attend=seen_keys(model, held))
+    first = held.pop().data_ptr()
+    assert first % 64 == 0
+    assert torch.equal(picture(model, attend=seen_keys(model, held)), want) and held[0].data_ptr() == first
+
+
+def test_keys_that_somebody_holds_stay_as_they_are():
+    model, held = make_model(), []
+    picture(model, attend=seen_keys(model, held))
+    keys = held.pop()
+    before = keys.clone()
+    other = picture(model, seed=2)
+    assert torch.equal(keys, before) and torch.equal(picture(model, seed=2), other)
+
+
+def test_pictures_at_one_time_share_no_keys():
+    model = make_model()
+    runs = [Generation(model, [3], draw_noise(model.schedule, 16, seed), 0.7) for seed in (1, 2, 3)]
+    for _ in range(len(model.schedule)):
+        for run in runs:
+            run.step()
+    assert len({run.cache.data_ptr() for run in runs}) == 3
+    assert all(torch.equal(run.pictures(), picture(model, seed=seed)) for run, seed in zip(runs, (1, 2, 3), strict=True))
+
+
+def test_a_picture_of_other_size_gets_room_of_its_own():
+    model = make_model()
+    one = picture(model)
+    noise = torch.stack([draw_noise(model.schedule, model.config.bits, s) for s in (1, 2)])
+    assert Generation(model, [3, 5], noise, 0.7).run().cache.shape[2] == 2
+    assert torch.equal(picture(model), one)
+
+
 def test_a_batch_is_its_members():
     model = make_model()
     noise = torch.stack([draw_noise(model.schedule, model.config.bits, s) for s in (1, 2)])
