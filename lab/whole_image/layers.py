@@ -12,14 +12,14 @@ channels in bf16, and the stream takes in a part by its two halves (`orders`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_tune import adapters, fused
@@ -35,7 +35,7 @@ def compare(driven: Any, layers: tuple[int, ...], say: Callable[[str], None]) ->
     for layer in layers:
         block = parts.blocks[layer]
         beside[layer] = (
-            _Alone(parts, layer), _Alone(parts, layer, scaled=True), _full(block), _permuted(block), _copy(block)
+            _Alone(parts, layer), _Alone(parts, layer, scaled=True), _full(block), _permuted(block), _halved(block)
         )  # fmt: skip
 
         def both(inner: Any, *args: Any, layer: int = layer, **given: Any) -> Tensor:
@@ -45,7 +45,7 @@ def compare(driven: Any, layers: tuple[int, ...], say: Callable[[str], None]) ->
             with torch.autocast("cuda", enabled=False):
                 exact = full(**{**given, "x": x.clone(), "ca_kv": (given["ca_kv"][0].float(), *given["ca_kv"][1:])}).float()
             other = permuted(**{**given, "x": given["x"].clone()}).float()
-            with InHalves():
+            with products_in_halves():
                 split = halved(**{**given, "x": given["x"].clone()}).float()
             got, rough = ours(given), scaled(given)
 
@@ -72,27 +72,35 @@ def compare(driven: Any, layers: tuple[int, ...], say: Callable[[str], None]) ->
     return rows
 
 
-class InHalves(TorchFunctionMode):
-    """While it lasts, a product with weights adds the sums of both halves of its channels, and x + part takes in part by halves."""
+@contextmanager
+def products_in_halves() -> Iterator[None]:
+    """While it lasts, a product with weights adds the sums of both halves of its channels."""
+    whole = F.linear
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear:
-            x, weight, bias = _three(*args, **kwargs)
-            half = weight.shape[1] // 2
-            return func(x[..., :half], weight[:, :half], bias) + func(x[..., half:], weight[:, half:])
-        if func in (torch.Tensor.add, torch.Tensor.__add__) and not kwargs and _parts_of_one_form(*args):
-            x, part = args
-            return func(func(x, part / 2), part / 2)
-        return func(*args, **kwargs)
+    def split(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        half = weight.shape[1] // 2
+        return whole(input[..., :half], weight[:, :half], bias) + whole(input[..., half:], weight[:, half:])
 
-
-def _three(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return input, weight, bias
+    F.linear = split
+    try:
+        yield
+    finally:
+        F.linear = whole
 
 
-def _parts_of_one_form(a: object, b: object) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == 3 and a.shape == b.shape
+class _Halves:
+    """What a block adds to its stream, which takes it in by two halves."""
+
+    def __init__(self, part: Tensor) -> None:
+        self.half = part / 2
+
+    def __radd__(self, x: Tensor) -> Tensor:
+        return x + self.half + self.half
+
+
+class _Halving(nn.Module):
+    def forward(self, part: Tensor) -> _Halves:
+        return _Halves(part)
 
 
 class _Own:
@@ -140,6 +148,13 @@ def _copy(block: Any) -> Any:
         return copy.deepcopy(block)
     finally:
         vars(block).update(saved)
+
+
+def _halved(block: Any) -> Any:
+    """The public block whose stream takes in what attention and the MLP add by two halves; for `products_in_halves`."""
+    made = _copy(block)
+    made.drop_path = _Halving()
+    return made
 
 
 def _permuted(block: Any) -> Any:
