@@ -11,6 +11,7 @@ are more than their weights are the model's own modules, called as they are; so 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -62,12 +63,14 @@ class Untouched:
 
     Under the caller's autocast, so that it needs what later pictures need. On a GPU our kernels are compiled meanwhile.
     likely: sides (height, width) of the latent that is to be decoded, and how many. after: returns when compiling may begin, so
-    that what is needed sooner and takes longer goes first.
+    that what is needed sooner and takes longer goes first. aside: the picture is drawn by a thread of its own, on the caller's
+    stream, on which nothing may be captured until `wait` returns; what is wrong with it `attach` says then.
     """
 
     def __init__(
-        self, decoder: nn.Module, likely: tuple[int, int, int] | None = None, after: Callable[[], None] | None = None
-    ) -> None:
+        self, decoder: nn.Module, likely: tuple[int, int, int] | None = None, after: Callable[[], None] | None = None,
+        aside: bool = False,
+    ) -> None:  # fmt: skip
         reason = why_not_decoder(decoder)
         if reason:
             raise self._refusal(decoder, reason)
@@ -81,14 +84,40 @@ class Untouched:
                 shapes.append((likely[2], weight.shape[1], *likely[:2]))
             builds = (b for shape in shapes for b in decoder_builds(decoder, shape, self.dtype))
             Ahead(builds, self.z.device, after)
+        self._reason: str | None = None
+        self._thread: threading.Thread | None = None
+        if aside:
+            stream = torch.cuda.current_stream(self.z.device) if self.z.is_cuda else None
+            inference = torch.is_inference_mode_enabled()
+            self._thread = threading.Thread(target=self._draw_on, args=(stream, inference), daemon=True)
+            self._thread.start()
+            return
+        self._draw()
+        if self._reason is not None:
+            raise self._refusal(decoder, self._reason)
+
+    def _draw(self) -> None:
         with torch.no_grad(), self._autocast():
             try:
-                self.want: Tensor = decoder(self.z)
+                self.want: Tensor = self.decoder(self.z)
             except Exception as error:
-                raise self._refusal(decoder, f"decoding a small latent: {first_line(error)}") from None
+                self._reason = f"decoding a small latent: {first_line(error)}"
+
+    def _draw_on(self, stream: torch.cuda.Stream | None, inference: bool) -> None:
+        """In another thread: cuDNN plans and loads for half a second there, without Python's lock."""
+        with torch.cuda.stream(stream), torch.inference_mode(inference):
+            self._draw()
+
+    def wait(self) -> None:
+        """Returns when the picture is drawn: from then on the decoder may be changed."""
+        if self._thread is not None:
+            self._thread.join()
 
     def attach(self, channels_last: bool = True, graphs: bool = True) -> FusedDecoder:
         """See `attach_decoder`."""
+        self.wait()
+        if self._reason is not None:
+            raise self._refusal(self.decoder, self._reason)
         path = None
         with torch.no_grad(), self._autocast():
             try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
+from sparvar_tune.fused.first_image import undisturbed
 from sparvar_tune.fused.product import make_scaled, multiplied_in
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
@@ -106,7 +108,8 @@ class FusedPath(Undos):
         self._decodes, self.why_not_decoder = decoder, None
         try:
             first = self._foreseen.let_go_first if self._foreseen is not None else None
-            self._untouched = Untouched(decoder, self._likely_latent(), first)
+            aside = self.found.on_gpu and self.work is None  # nothing is captured in a first image
+            self._untouched = Untouched(decoder, self._likely_latent(), first, aside)
         except ValueError as error:
             self.why_not_decoder = str(error)
             return
@@ -120,6 +123,8 @@ class FusedPath(Undos):
     def _take_untouched(self) -> Untouched | None:
         if self._first_decode is not None:
             self._first_decode.undo()
+        if self._untouched is not None:
+            self._untouched.wait()
         untouched, self._untouched, self._first_decode = self._untouched, None, None
         return untouched
 
@@ -206,8 +211,9 @@ class FusedPath(Undos):
                     self._begin_decoder(decoder)
                 else:
                     self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
-            out = inner(*args, **kwargs)
-            self._drew()
+            with undisturbed() if self.work is None and self.found.on_gpu else nullcontext():
+                out = inner(*args, **kwargs)
+                self._drew()
             return out
         except Enough:
             self._drew()
@@ -324,6 +330,8 @@ class FusedPath(Undos):
 
     def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
         if not self._by_graph(x) or work.images == 0:
+            if work.waits_at(at.scale_index):
+                self._end_decoder()  # meanwhile
             return self.stack.run(x, at)
         graph = work.graphs.get((at.start, at.length, at.rows)) or self._capture(work, x, at)
         return self.stack.run(x, at) if graph is None else graph.replay()

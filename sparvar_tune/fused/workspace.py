@@ -176,6 +176,12 @@ class Workspace:
             ahead.wait()
         return self.sparse
 
+    def waits_at(self, scale_index: int | None) -> bool:
+        """Whether attention at a scale is of binaries that nobody has waited for."""
+        if self._of_attention is None or scale_index is None:
+            return False
+        return any(not _is_dense(plans[scale_index]) for plans in self.sparse[0].plans)
+
     def plan_dense(self, device: torch.device) -> None:
         """Runs each dense attention of an image once, of whatever the buffers hold: cuDNN plans a shape for 50 to 200 ms.
 

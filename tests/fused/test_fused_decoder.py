@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import sys
+import threading
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from sparvar_tune.adapters import flash_attn_stand_in
 from sparvar_tune.adapters.instance_forward import replace_method
 from sparvar_tune.fused import convolution
 from sparvar_tune.fused import decoder as fused
-from sparvar_tune.fused.decoder import attach_decoder, decoder_builds, decoder_of
+from sparvar_tune.fused.decoder import Untouched, attach_decoder, decoder_builds, decoder_of
 
 
 def latent(side=16, channels=4, batch=4):  # enough numbers that roundings average out
@@ -354,6 +355,29 @@ def test_the_public_decoder(family):
     assert torch.equal(decoder(z), want)
     with attach_decoder(decoder.bfloat16()):  # at the public depth roundings must not pass for another decoder
         assert decoder(z.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_picture_drawn_aside_is_the_same(device):
+    decoder, threads = made().to(device), []
+    handle = decoder.conv_in.register_forward_pre_hook(lambda *_: threads.append(threading.current_thread()))
+    with torch.inference_mode():
+        here, aside = Untouched(decoder), Untouched(decoder, aside=True)
+        aside.wait()
+    handle.remove()
+    assert torch.equal(aside.want, here.want) and aside.want.is_inference()
+    assert threads[0] is threading.current_thread() and threads[1] is not threads[0]
+    with aside.attach():
+        pass
+
+
+def test_what_is_wrong_with_a_picture_drawn_aside_is_said_when_it_is_needed():
+    decoder = made()
+    decoder.conv_out.forward = raising = lambda *_: 1 / 0
+    aside = Untouched(decoder, aside=True)
+    with pytest.raises(ValueError, match="decoding a small latent: .*division"):
+        aside.attach()
+    assert decoder.conv_out.forward is raising and "forward" not in vars(decoder)
 
 
 def test_the_block_path_leaves_it_alone_until_its_first_call():
