@@ -36,7 +36,7 @@ from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.thinning import Lengths, why_not_thinned
 from sparvar_tune.fused.watched import Watched
 from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
-from sparvar_tune.generation import decides_apart
+from sparvar_tune.generation import decides_apart, drop_from
 
 FAMILIES = ("pocketvar", "emojivar")
 
@@ -304,7 +304,8 @@ class FusedSampling:
         return self._apart
 
     def _decides_apart(self, state: Generating) -> bool:
-        return self.attend is not None and state.rows == 2 * state.fhat.shape[0] and decides_apart(self.attend)
+        guided = state.rows == 2 * state.fhat.shape[0]
+        return self.attend is not None and guided and decides_apart(self.attend, drop_from(self.attend.policy))
 
 
 def attach(found: Parts, attend: SparseAttention | None = None, graphs: bool = True) -> FusedSampling:

@@ -35,6 +35,7 @@ from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
 from sparvar_tune.fused.watched import Watched
 from sparvar_tune.fused.workspace import Foreseen, OnePass, Workspace, attention_like
+from sparvar_tune.generation import decides_apart
 from sparvar_tune.generation.scaled_product import precision_of
 
 WARM = 2  # images of a kind: the first compiles, the second is captured
@@ -176,11 +177,7 @@ class FusedPath(Undos):
         return attention_like(self.found, self.attend, schedule)
 
     def splits(self, schedule: ScaleSchedule) -> bool:
-        dropped = DROPPED.get(self.found.model)
-        if dropped is None or self.attend is None:
-            return False
-        groups = (g for plans in self.attend.plans for plan in plans[dropped:] for g in plan.groups)
-        return any(variant.decision_scale is not None for variant, _ in groups)
+        return self.attend is not None and decides_apart(self.attend, DROPPED.get(self.found.model))
 
     # An image
 
