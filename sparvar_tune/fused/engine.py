@@ -30,6 +30,7 @@ from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
+from sparvar_tune.fused.graph import Replays
 from sparvar_tune.fused.product import make_scaled, multiplied_in
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
@@ -43,7 +44,7 @@ MOST_WORKS = 4  # attentions whose graphs a path keeps
 LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU without a graph
 
 
-class FusedPath(Undos):
+class FusedPath(Undos, Replays):
     """The whole stack in a live model. `reason`: why the last image ran the model's own blocks, None if it did not.
 
     decoder: the picture decoder on its fused path from the first image on; why_not_decoder: why it is not, None if it is.
@@ -270,7 +271,7 @@ class FusedPath(Undos):
                 self.stack.prepare(given, x.shape[0], dtype, schedule)
                 self._kind = *kind[:-1], self._watched.state()
             self.work = self._work_of(x, dtype, schedule)
-            if not (self._by_graph(x) and self.work.images > 1):  # a replay runs no Python of theirs
+            if self.why_not_graphs is not None or self.work.images < 2:  # a replay runs no Python of theirs
                 for attend in self.work.sparse:
                     attend.reset()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -301,26 +302,16 @@ class FusedPath(Undos):
         reason = other_schedule(schedule, self.attend.schedule) if self.attend is not None else None
         return reason or self.stack.why_not_image(given)
 
-    @property
-    def why_not_graphs(self) -> str | None:
-        """Why the stack's launches are not replayed as graphs, or None."""
-        if not self.use_graphs or not self.found.on_gpu:
-            return "graphs are off" if self.found.on_gpu else "the model is on no GPU"
-        return None if self.work is None else self.work.why_not_graphs
-
-    def _by_graph(self, x: Tensor) -> bool:
-        return self.use_graphs and x.is_cuda and self.work is not None and self.work.why_not_graphs is None
-
     def _derive(self, work: Workspace, x: Tensor) -> None:
         """What an image holds constant: hundreds of launches, so also a graph."""
-        if not self._by_graph(x) or work.images == 0:
+        if self.why_not_graphs is not None or work.images == 0:
             return self.stack.derive()
         if work.constants is None:
             work.constants = work.capture(self.stack.derive, x.device)
         return self.stack.derive() if work.constants is None else work.constants.replay()
 
     def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
-        if not self._by_graph(x) or work.images == 0:
+        if self.why_not_graphs is not None or work.images == 0:
             return self.stack.run(x, at)
         graph = work.graphs.get((at.start, at.length, at.rows)) or self._capture(work, x, at)
         return self.stack.run(x, at) if graph is None else graph.replay()
