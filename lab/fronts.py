@@ -39,7 +39,8 @@ from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs
 from sparvar_tune.measure.timing import Stopwatch, rotated
 from sparvar_tune.policy_search.judge import first_touched, formats, make_attention, offered, prepare
 from sparvar_tune.policy_search.menu import OptionTable, assign
-from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
+from sparvar_tune.policy_search.planned_trials import SCALE_WEIGHTS
+from sparvar_tune.policy_search.trial import DEFAULT_TILT
 from sparvar_tune.profile.machine import here_or_named, silicon, versions
 from sparvar_tune.profile.store import write_atomic
 from sparvar_tune.ways.search_here import measure_options

@@ -25,7 +25,7 @@ from sparvar_tune.generation.scaled_product import capability_of, gaining, preci
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, rotated
 from sparvar_tune.policy_search.menu import OptionTable, StepOption, assign, decision_scale, fixed_points, step_menu
-from sparvar_tune.policy_search.study import Knobs, Verdict
+from sparvar_tune.policy_search.trial import Knobs, Verdict
 
 MARGIN_DB = 0.1  # predictions from pairs that were also searched on are optimistic: of 8 pairs two of three runs missed with 0.05
 RACE_AFTER = 3  # pairs judged before a trial may be given up

@@ -50,19 +50,10 @@ from sparvar_tune.policy_search.judge import (
 )
 from sparvar_tune.policy_search.menu import OptionTable, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
+from sparvar_tune.policy_search.planned_trials import roomy
 from sparvar_tune.policy_search.storage import one_line, open_shared
-from sparvar_tune.policy_search.study import (
-    FinishedTrial,
-    Knobs,
-    candidates,
-    failed,
-    finished,
-    front,
-    join_study,
-    open_study,
-    roomy,
-    search,
-)
+from sparvar_tune.policy_search.study import failed, finished, join_study, open_study, search
+from sparvar_tune.policy_search.trial import FinishedTrial, Knobs, candidates, front
 from sparvar_tune.profile import schema, store
 from sparvar_tune.profile.describe import describe, describe_evidence
 from sparvar_tune.profile.files import exclusive
