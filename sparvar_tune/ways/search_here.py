@@ -40,7 +40,6 @@ from sparvar_tune.policy_search.certify import (
 from sparvar_tune.policy_search.foresight import Foresight
 from sparvar_tune.policy_search.judge import (
     Judge,
-    build_policy,
     first_touched,
     make_attention,
     points_of,
@@ -157,7 +156,7 @@ def tune(
         attempt, needed = attempts, 0.0
         looked_at = set[Policy]()
         for candidate in in_turn(candidates(done), judge, note):
-            policy = build_policy(candidate.knobs, adapter, table, points)
+            policy = judge.policy(candidate.knobs)
             nothing = not policy.rules and not policy.steps  # dense everywhere is no result
             if candidate.verdict.shortfall_db > -needed or nothing or policy in looked_at:
                 continue

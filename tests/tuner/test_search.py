@@ -97,9 +97,10 @@ def test_finalists_are_drawn_in_turn_each_from_the_same_state():
     references = [judging.Reference(i, None, 0.0) for i in range(5)]
     watch = Stopwatch("cpu", lambda: now[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "build_policy", lambda knobs, *_: knobs.price_last)
         patch.setattr(judging, "make_attention", lambda _, policy: ways[policy])
-        judge_ = types.SimpleNamespace(adapter=adapter, table=None, points={}, references=references, stopwatch=watch)
+        judge_ = types.SimpleNamespace(
+            adapter=adapter, references=references, stopwatch=watch, policy=lambda knobs: knobs.price_last
+        )  # fmt: skip
         a, b = judging.Judge.timed_again(judge_, [Knobs(price_last=1.0), Knobs(price_last=2.0)])
     assert b < a
     assert [name for _, name in drawn] == ["dense", "a", "b", "a", "b", "dense", "b", "dense", "a"]
