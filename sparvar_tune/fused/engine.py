@@ -31,13 +31,13 @@ from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
 from sparvar_tune.fused.graph import Replays
-from sparvar_tune.fused.product import make_scaled, multiplied_in
+from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
 from sparvar_tune.fused.watched import Watched
 from sparvar_tune.fused.workspace import Foreseen, OnePass, Workspace, attention_like
 from sparvar_tune.generation import decides_apart
-from sparvar_tune.generation.scaled_product import precision_of
+from sparvar_tune.generation.scaled_product import multiplied_in, precision_of
 
 WARM = 2  # images of a kind: the first compiles, the second is captured
 MOST_WORKS = 4  # attentions whose graphs a path keeps
