@@ -35,7 +35,7 @@ from sparvar_tune.fused.boxed_blocks import BoxedBlocks
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.graph import Replays
 from sparvar_tune.fused.thinning import Lengths, why_not_thinned
-from sparvar_tune.fused.watched import Watched
+from sparvar_tune.fused.watched import Watched, contents
 from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
 from sparvar_tune.generation import decides_apart, drop_from
 
@@ -79,7 +79,7 @@ class FusedSampling(Replays):
         self.reason: str | None = None
         self.stack, self.work = BoxedBlocks(found), cast(Workspace, None)  # buffers come with the first picture
         self._kind: Hashable = None
-        self._watched = Watched([self.model])
+        self._watched = Watched([self.model], contents)
         self._picture: Generating  # reads what `constants` names from addresses that stay
         self._fhat = torch.empty(0)
         self._ran: set[tuple[int, int, int]] = set()  # passes that ran once
@@ -207,7 +207,7 @@ class FusedSampling(Replays):
     def _prepare(self, state: Generating) -> None:
         self._apart = self._decides_apart(state)
         self.work, self._ran, self._decided = cast(Workspace, None), set(), None  # old buffers go before new ones are made
-        self._watched, dtype, device = Watched([self.model]), state.cache.dtype, state.fhat.device
+        dtype, device = state.cache.dtype, state.fhat.device
         self.stack.prepare(state.rows, dtype)
         x = torch.empty(state.rows, 0, self.model.config.width, device=device)
         pool = torch.cuda.graph_pool_handle() if x.is_cuda else None

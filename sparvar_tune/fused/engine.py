@@ -34,7 +34,7 @@ from sparvar_tune.fused.graph import Replays
 from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
-from sparvar_tune.fused.watched import Watched
+from sparvar_tune.fused.watched import Watched, contents
 from sparvar_tune.fused.workspace import Foreseen, OnePass, Workspace, attention_like
 from sparvar_tune.generation import decides_apart
 from sparvar_tune.generation.scaled_product import multiplied_in, precision_of
@@ -67,7 +67,7 @@ class FusedPath(Undos, Replays):
         self._works: dict[Any, Workspace] = {}  # by attention, the last one used at the end; all of one kind of image
         self._pool: Any = None
         self._kind: Any = None
-        self._watched = Watched(found.blocks)
+        self._watched = Watched(found.blocks, contents)
         self._start: int | None = None  # tokens appended so far; None: the model's own blocks run
         self._drawing = threading.Lock()
         self._given: Mapping[str, Any] = {}
@@ -267,7 +267,6 @@ class FusedPath(Undos, Replays):
             if kind != self._kind:
                 self.work, self._kind = None, None  # let go of the old caches before the new ones are made
                 self._works.clear()
-                self._watched = Watched(self.found.blocks)
                 self.stack.prepare(given, x.shape[0], dtype, schedule)
                 self._kind = *kind[:-1], self._watched.state()
             self.work = self._work_of(x, dtype, schedule)
