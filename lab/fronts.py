@@ -37,9 +37,10 @@ from sparvar_tune.live.boxed import BoxedAdapter
 from sparvar_tune.measure.fidelity import class_mean, compare_pictures, lower_bound
 from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs
 from sparvar_tune.measure.timing import Stopwatch, rotated
-from sparvar_tune.policy_search.judge import first_touched, formats, make_attention, offered, prepare
+from sparvar_tune.policy_search.judge import first_touched, formats, make_attention, prepare
 from sparvar_tune.policy_search.menu import OptionTable, assign
-from sparvar_tune.policy_search.study import DEFAULT_TILT, SCALE_WEIGHTS
+from sparvar_tune.policy_search.planned_trials import SCALE_WEIGHTS
+from sparvar_tune.policy_search.trial import DEFAULT_TILT
 from sparvar_tune.profile.machine import here_or_named, silicon, versions
 from sparvar_tune.profile.store import write_atomic
 from sparvar_tune.ways.search_here import measure_options
@@ -107,14 +108,13 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
     def at(before: int) -> str:
         return f"from scale {last - before}"
 
-    can_scale = Precision.kind in offered(adapter)
-    best, *others = formats(adapter) or ("",)
+    fmts = formats(adapter) if Precision.kind in adapter.steps else ()
 
-    def scaled(before: int, fmt: str = best) -> Step:
-        return Precision(last - before, ((0, layers - 1),), fmt)
+    def scaled(before: int, fmt: str | None = None) -> Step:
+        return Precision(last - before, ((0, layers - 1),), fmt or fmts[0])
 
-    if can_scale:
-        out += [Candidate(SCALED, f"{fmt} {at(i)}", dense(scaled(i, fmt))) for fmt in (best, *others) for i in SCALES_SCALED]
+    if fmts:
+        out += [Candidate(SCALED, f"{fmt} {at(i)}", dense(scaled(i, fmt))) for fmt in fmts for i in SCALES_SCALED]
         made = [(f"{at(i)}, price {price:g}", priced(price, scaled(i))) for i, price in SCALED_PRICES]
         out += [Candidate(f"{SCALED} + {ATTENTION}", setting, policy) for setting, policy in made]
         out.append(Candidate(f"{SCALED} + {SKIP}", at(2), dense(skip, scaled(2))))
@@ -126,7 +126,7 @@ def ways(adapter: Adapter, table: OptionTable) -> list[Candidate]:
     def half(before: int) -> Step:
         return DropUnconditional(last - before)
 
-    if can_scale:
+    if fmts:
         for i, j in SCALED_HALVES:
             out.append(Candidate(f"{HALF} + {SCALED}", f"{at(j)}, products {at(i)}", dense(half(j), scaled(i))))
         for i, j, price in SCALED_HALF_PRICES:

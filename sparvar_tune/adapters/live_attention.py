@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import SparseAttention
@@ -23,6 +22,7 @@ from sparvar_tune.adapters.attention_names import attention_names, forward_with
 from sparvar_tune.adapters.instance_forward import Replaced, Undos, replace_method, why_not_replace
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.generation import SkipScales
+from sparvar_tune.generation.halves import HalvesApart, another, decides_apart
 
 # model -> the scale from which on only the conditional half runs; set by guidance.py
 DROPPED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -93,8 +93,9 @@ class LiveAttention(Undos):
         self.thinned = any(step.thins for step in attend.policy.steps)  # then caches are not the schedule's from some scale on
         self.sparse = attend.sparse if isinstance(attend, Inside) else [[_is_sparse(p) for p in plans] for plans in attend.plans]
         self.images = 0
-        self._twin: SparseAttention | None = None  # serves the unconditional half where that is dropped later
-        self._rows, self._split, self._scale = 0, False, 0
+        self._twin: SparseAttention | None = None  # serves the unconditional half where the halves decide apart
+        self._serving: Any = attend  # or both of them
+        self._rows, self._halved, self._scale = 0, False, 0
         self._said: set[str] = set()
         self._drawing = threading.Lock()
 
@@ -118,7 +119,7 @@ class LiveAttention(Undos):
             return None
         if not self.sparse[layer][s]:
             return None
-        if rows not in ((self._rows, self._rows // 2) if self._split else (self._rows,)) and self._takes(layer, s):
+        if rows not in ((self._rows, self._rows // 2) if self._halved else (self._rows,)) and self._takes(layer, s):
             self._give_up(f"scale {s} has {rows} batch rows, but its decision scale had {self._rows}", "batch")
             return None
         self._scale = s
@@ -126,14 +127,8 @@ class LiveAttention(Undos):
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, H, Nq, D] by the policy at the scale that `scale_of` found."""
-        if not self._split or q.shape[0] != self._rows:
-            return self.attend(q, k, v, layer, self._scale)
-        assert self._twin is not None
-        half = q.shape[0] // 2
-        halves = [slice(None, half), slice(half, None)]
-        return torch.cat(
-            [a(q[h], k[h], v[h], layer, self._scale) for a, h in zip((self.attend, self._twin), halves, strict=True)]
-        )
+        out: Tensor = self._serving(q, k, v, layer, self._scale)
+        return out
 
     def _begin(self, rows: int, given: ScaleSchedule | str | None) -> None:
         self.reset()
@@ -143,14 +138,10 @@ class LiveAttention(Undos):
         if reason:
             self._give_up(reason)
         dropped = DROPPED.get(self.parts.model)
-        self._split = dropped is not None and rows % 2 == 0 and any(
-            s >= dropped and self._takes(layer, s) for layer in range(self.parts.layers) for s in range(len(self.attend.schedule))
-        )  # fmt: skip
-        if self._split and self._twin is None:
-            a = self.attend
-            self._twin = SparseAttention(
-                a.policy, a.schedule, softmax_scale=a.softmax_scale, logit_bound=a.logit_bound, launches=a.launches
-            )
+        self._halved, self._serving = dropped is not None and rows % 2 == 0, self.attend
+        if self._halved and decides_apart(self.attend, dropped):
+            self._twin = self._twin or another(self.attend)
+            self._serving = HalvesApart(self.attend, self._twin, rows)
 
     def _takes(self, layer: int, s: int) -> bool:
         """Whether a scale takes something from a decision scale."""

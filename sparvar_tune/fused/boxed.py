@@ -33,10 +33,11 @@ from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.bitwise.sampling import Attend, Generating
 from sparvar_tune.fused.boxed_blocks import BoxedBlocks
 from sparvar_tune.fused.compile_ahead import read_triton
+from sparvar_tune.fused.graph import Replays
 from sparvar_tune.fused.thinning import Lengths, why_not_thinned
-from sparvar_tune.fused.watched import Watched
+from sparvar_tune.fused.watched import Watched, contents
 from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
-from sparvar_tune.generation import decides_apart
+from sparvar_tune.generation import decides_apart, drop_from
 
 FAMILIES = ("pocketvar", "emojivar")
 
@@ -59,7 +60,7 @@ class _Decided:
     by_graph: bool
 
 
-class FusedSampling:
+class FusedSampling(Replays):
     """See the module docstring. attend: policy, schedule and launches; None: everything dense.
 
     reason: why the last picture that came here went its own way, None if it did not; `own` is what it attends with then.
@@ -78,7 +79,7 @@ class FusedSampling:
         self.reason: str | None = None
         self.stack, self.work = BoxedBlocks(found), cast(Workspace, None)  # buffers come with the first picture
         self._kind: Hashable = None
-        self._watched = Watched([self.model])
+        self._watched = Watched([self.model], contents)
         self._picture: Generating  # reads what `constants` names from addresses that stay
         self._fhat = torch.empty(0)
         self._ran: set[tuple[int, int, int]] = set()  # passes that ran once
@@ -195,7 +196,7 @@ class FusedSampling:
         twin.narrow()
         if self.work is None or self._kind_of(twin) != self._kind:
             return False
-        schedule, known = self.model.schedule, self.work.graphs if self._by_graph(self.work) else self._ran
+        schedule, known = self.model.schedule, self.work.graphs if self.why_not_graphs is None else self._ran
         while twin.scale < len(schedule) - len(self.skip_scales):
             twin.narrow()
             if (schedule.starts[twin.scale], schedule.num_queries(twin.scale), twin.rows) not in known:
@@ -206,7 +207,7 @@ class FusedSampling:
     def _prepare(self, state: Generating) -> None:
         self._apart = self._decides_apart(state)
         self.work, self._ran, self._decided = cast(Workspace, None), set(), None  # old buffers go before new ones are made
-        self._watched, dtype, device = Watched([self.model]), state.cache.dtype, state.fhat.device
+        dtype, device = state.cache.dtype, state.fhat.device
         self.stack.prepare(state.rows, dtype)
         x = torch.empty(state.rows, 0, self.model.config.width, device=device)
         pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
@@ -247,7 +248,8 @@ class FusedSampling:
         if lives and (decided is None or state.decided is not decided):
             raise ValueError(f"scale {s} lives on a decision scale of this picture, and another picture's was run after it or "
                              "none; draw one picture after the other, or give each an attention of its own")  # fmt: skip
-        by_graph = self._by_graph(work) and key in self._ran and not (lives and decided is not None and not decided.by_graph)
+        decision_replays = not lives or decided is None or decided.by_graph
+        by_graph = self.why_not_graphs is None and key in self._ran and decision_replays
         graph = work.graphs.get(key) if by_graph else None
         if graph is None and by_graph:
             self._forget(work, s)
@@ -285,16 +287,6 @@ class FusedSampling:
         picture.fhat = self._fhat  # the other one may be of a graph's memory
         return None
 
-    def _by_graph(self, work: Workspace) -> bool:
-        return self.use_graphs and self.found.on_gpu and work.why_not_graphs is None
-
-    @property
-    def why_not_graphs(self) -> str | None:
-        """Why scales are not replayed as graphs, or None."""
-        if not self.use_graphs or not self.found.on_gpu:
-            return "graphs are off" if self.found.on_gpu else "the model is on no GPU"
-        return None if self.work is None else self.work.why_not_graphs
-
     # Attention, for `Workspace`
 
     def new_attention(self, schedule: ScaleSchedule) -> SparseAttention:
@@ -304,7 +296,8 @@ class FusedSampling:
         return self._apart
 
     def _decides_apart(self, state: Generating) -> bool:
-        return self.attend is not None and state.rows == 2 * state.fhat.shape[0] and decides_apart(self.attend)
+        guided = state.rows == 2 * state.fhat.shape[0]
+        return self.attend is not None and guided and decides_apart(self.attend, drop_from(self.attend.policy))
 
 
 def attach(found: Parts, attend: SparseAttention | None = None, graphs: bool = True) -> FusedSampling:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparvar_kernels.path.pictures import biased
-from sparvar_tune.fused.product import multiplied_in, why_not_owned
+from sparvar_tune.fused.product import why_not_owned
+from sparvar_tune.generation.scaled_product import multiplied_in
 
 SEPARATE = ("cuda",)  # where a bias is a pass of its own
 HALF = (torch.bfloat16, torch.float16)

@@ -29,7 +29,8 @@ from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
 from sparvar_tune.fused.convolution import bare, bias_apart, conv_of, few_outputs
 from sparvar_tune.fused.module_graph import ModuleGraph
-from sparvar_tune.fused.product import multiplied_in, why_not_owned
+from sparvar_tune.fused.product import why_not_owned
+from sparvar_tune.generation.scaled_product import multiplied_in
 
 SHORTCUTS = ("nin_shortcut", "conv_shortcut")
 # A latent of the check, and how far both ways may lie apart. At VAR's depth roundings alone make 0.058 in bf16, 0.007 in fp16

@@ -25,7 +25,7 @@ from sparvar_kernels.path.door import FLOATS
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.product import why_not_owned
-from sparvar_tune.fused.watched import Walked
+from sparvar_tune.fused.watched import Watched, place
 
 MOST_ROWS = (1 << 16) - 1  # programs along a GPU's second axis
 ROWS = 64  # of the check
@@ -40,7 +40,7 @@ class DenoiserNetwork:
     def __init__(self, net: Any) -> None:
         self.net = net
         self.reason = why_not_network(net)
-        self._parts, self._replaced = Walked(net), list[nn.Module]()
+        self._parts, self._replaced = Watched([net], place), list[nn.Module]()
         self._state: Hashable = None
         self._condition: tuple[Tensor, Tensor] | None = None
 

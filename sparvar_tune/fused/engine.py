@@ -32,19 +32,21 @@ from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
 from sparvar_tune.fused.first_image import undisturbed
-from sparvar_tune.fused.product import make_scaled, multiplied_in
+from sparvar_tune.fused.graph import Replays
+from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
-from sparvar_tune.fused.watched import Watched
+from sparvar_tune.fused.watched import Watched, contents
 from sparvar_tune.fused.workspace import Foreseen, OnePass, Workspace, attention_like
-from sparvar_tune.generation.scaled_product import precision_of
+from sparvar_tune.generation import decides_apart
+from sparvar_tune.generation.scaled_product import multiplied_in, precision_of
 
 WARM = 2  # images of a kind: the first compiles, the second is captured
 MOST_WORKS = 4  # attentions whose graphs a path keeps
 LEAST_GRID = 32 * 32  # tokens of the last grid from which on the fused decoder gains on a GPU without a graph
 
 
-class FusedPath(Undos):
+class FusedPath(Undos, Replays):
     """The whole stack in a live model. `reason`: why the last image ran the model's own blocks, None if it did not.
 
     decoder: the picture decoder on its fused path from the first image on; why_not_decoder: why it is not, None if it is.
@@ -67,7 +69,7 @@ class FusedPath(Undos):
         self._works: dict[Any, Workspace] = {}  # by attention, the last one used at the end; all of one kind of image
         self._pool: Any = None
         self._kind: Any = None
-        self._watched = Watched(found.blocks)
+        self._watched = Watched(found.blocks, contents)
         self._start: int | None = None  # tokens appended so far; None: the model's own blocks run
         self._drawing = threading.Lock()
         self._given: Mapping[str, Any] = {}
@@ -181,11 +183,7 @@ class FusedPath(Undos):
         return attention_like(self.found, self.attend, schedule)
 
     def splits(self, schedule: ScaleSchedule) -> bool:
-        dropped = DROPPED.get(self.found.model)
-        if dropped is None or self.attend is None:
-            return False
-        groups = (g for plans in self.attend.plans for plan in plans[dropped:] for g in plan.groups)
-        return any(variant.decision_scale is not None for variant, _ in groups)
+        return self.attend is not None and decides_apart(self.attend, DROPPED.get(self.found.model))
 
     # An image
 
@@ -275,11 +273,10 @@ class FusedPath(Undos):
             if kind != self._kind:
                 self.work, self._kind = None, None  # let go of the old caches before the new ones are made
                 self._works.clear()
-                self._watched = Watched(self.found.blocks)
                 self.stack.prepare(given, x.shape[0], dtype, schedule)
                 self._kind = *kind[:-1], self._watched.state()
             self.work = self._work_of(x, dtype, schedule)
-            if not (self._by_graph(x) and self.work.images > 1):  # a replay runs no Python of theirs
+            if self.why_not_graphs is not None or self.work.images < 2:  # a replay runs no Python of theirs
                 for attend in self.work.sparse:
                     attend.reset()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -310,26 +307,16 @@ class FusedPath(Undos):
         reason = other_schedule(schedule, self.attend.schedule) if self.attend is not None else None
         return reason or self.stack.why_not_image(given)
 
-    @property
-    def why_not_graphs(self) -> str | None:
-        """Why the stack's launches are not replayed as graphs, or None."""
-        if not self.use_graphs or not self.found.on_gpu:
-            return "graphs are off" if self.found.on_gpu else "the model is on no GPU"
-        return None if self.work is None else self.work.why_not_graphs
-
-    def _by_graph(self, x: Tensor) -> bool:
-        return self.use_graphs and x.is_cuda and self.work is not None and self.work.why_not_graphs is None
-
     def _derive(self, work: Workspace, x: Tensor) -> None:
         """What an image holds constant: hundreds of launches, so also a graph."""
-        if not self._by_graph(x) or work.images == 0:
+        if self.why_not_graphs is not None or work.images == 0:
             return self.stack.derive()
         if work.constants is None:
             work.constants = work.capture(self.stack.derive, x.device)
         return self.stack.derive() if work.constants is None else work.constants.replay()
 
     def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
-        if not self._by_graph(x) or work.images == 0:
+        if self.why_not_graphs is not None or work.images == 0:
             if work.waits_at(at.scale_index):
                 self._end_decoder()  # meanwhile
             return self.stack.run(x, at)

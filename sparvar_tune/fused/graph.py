@@ -10,7 +10,24 @@ from typing import Any
 
 import torch
 
+from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.catalog.names import first_line
+
+
+class Replays:
+    """What draws with a model's blocks as one, by graphs where it may. work: the `Workspace` of the last image, or None."""
+
+    found: Parts
+    use_graphs: bool
+    work: Any
+
+    @property
+    def why_not_graphs(self) -> str | None:
+        """Why launches are not replayed as graphs, or None."""
+        if not self.use_graphs or not self.found.on_gpu:
+            return "graphs are off" if self.found.on_gpu else "the model is on no GPU"
+        reason: str | None = None if self.work is None else self.work.why_not_graphs
+        return reason
 
 
 def captured(run: Callable[[], object], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph | str:

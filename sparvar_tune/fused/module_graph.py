@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.product import why_not_owned
-from sparvar_tune.fused.watched import Walked
+from sparvar_tune.fused.watched import Watched, place
 
 # What is larger keeps the GPU busy without a graph. HART's decoder, of 1.9 GiB before its sums were made in place, does not: run
 # eagerly its launches took the host 5 ms longer than an H100.
@@ -26,7 +26,7 @@ class ModuleGraph:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self._parts = module, Walked(module)
+        self.module, self._parts = module, Watched([module], place)
         self.why_not: str | None = "it was not called yet"
         self._kind: Hashable = None
         self._graph: torch.cuda.CUDAGraph | str | None = None

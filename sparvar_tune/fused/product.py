@@ -123,12 +123,6 @@ def scaled_builds(blocks: Sequence[Any], dtype: torch.dtype, exact_gelu: bool, f
     return list(dict.fromkeys(made))
 
 
-def multiplied_in(x: Tensor) -> torch.dtype:
-    """The dtype that products and convolutions of x are made in: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def _tensors(module: Any) -> Iterator[Tensor]:
     return chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else iter(())
 

@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 
+def place(t: Tensor) -> Hashable:
+    """Differs where a tensor lies elsewhere or has another dtype; what is written to it is of no matter."""
+    return t.data_ptr(), t.dtype
+
+
+def contents(t: Tensor) -> Hashable:
+    """Differs also where a tensor was written to."""
+    return t.data_ptr(), -1 if t.is_inference() else t._version
+
+
 class Watched:
-    """The modules of some blocks, in a form that is quick to look through: a tenth of walking them anew, at every image's begin.
+    """All modules within some and what they hold, in lists that take a fifth of the time of walking them anew, at every picture.
 
-    They are held, so that no other module can take the place of one that is gone and be taken for it.
+    of: what is looked at of a tensor. modules: (name, module), each of the given ones before those within it, as of the last
+    `state()`. They are held, so that no other module can take the place of one that is gone and be taken for it.
     """
 
-    def __init__(self, blocks: Iterable[Any]) -> None:
-        self._modules = [module for block in blocks for module in block.modules()]
-        self._members = [own for m in self._modules for own in (m._parameters, m._buffers, m._modules) if own]
-
-    def state(self) -> Hashable:
-        """Differs where a tensor was changed, or a tensor or module replaced, added or taken away."""
-        return tuple([_state(v) for own in self._members for v in own.values()])
-
-
-def _state(v: Any) -> Hashable:
-    if not isinstance(v, Tensor):
-        return id(v)
-    return v.data_ptr(), -1 if v.is_inference() else v._version
-
-
-class Walked:
-    """All modules within one and what they hold, in lists that take a fifth of the time of walking it anew, at every picture.
-
-    modules: (name, module), the module itself first, as of the last `state()`. They are held, as those of `Watched` are.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, within: Sequence[Any], of: Callable[[Tensor], Hashable]) -> None:
+        self.within, self.of = within, of
         self.modules: list[tuple[str, nn.Module]] = []
         self._members: list[dict[str, Any]] = []
-        self._state: tuple[Hashable, ...] | None = None
+        self._seen: list[Hashable] = []
+        self._walks = 0
 
-    def state(self) -> Hashable:
-        """Differs where a weight lies elsewhere or has another dtype, or a tensor or module is replaced, added or taken away."""
-        found = self._looked_at()
-        if found != self._state:  # modules that are new may hold more
-            self.modules = list(self.module.named_modules())
+    def state(self) -> int:
+        """A new number where `of` a tensor differs, or a tensor or module was replaced, added or taken away."""
+        if not self._walks or self._looked_at() != self._seen:  # modules that are new may hold more
+            self.modules = [named for module in self.within for named in module.named_modules()]
             self._members = [own for _, m in self.modules for own in (m._parameters, m._buffers, m._modules)]
-            self._state = self._looked_at()
-        return self._state
+            self._seen, self._walks = self._looked_at(), self._walks + 1
+        return self._walks
 
-    def _looked_at(self) -> tuple[Hashable, ...]:
-        return tuple([
-            (v.data_ptr(), v.dtype) if isinstance(v, Tensor) else id(v) for own in self._members for v in own.values()
-        ])  # fmt: skip
+    def _looked_at(self) -> list[Hashable]:
+        of = self.of
+        return [of(v) if isinstance(v, Tensor) else id(v) for own in self._members for v in own.values()]

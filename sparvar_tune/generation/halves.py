@@ -43,20 +43,21 @@ def halves_apart(attend: Any, rows: int) -> Any:
     target = attend
     while not isinstance(target, SparseAttention) and hasattr(target, "inner"):
         target = target.inner
-    if not isinstance(target, SparseAttention) or not decides_apart(target):
+    if not isinstance(target, SparseAttention) or not decides_apart(target, drop_from(target.policy)):
         return attend
     if target not in _SECONDS:
-        _SECONDS[target] = SparseAttention(
-            target.policy, target.schedule, softmax_scale=target.softmax_scale, logit_bound=target.logit_bound,
-            launches=target.launches,
-        )  # fmt: skip
+        _SECONDS[target] = another(target)
     _SECONDS[target].reset()
     return HalvesApart(attend, _around(attend, _SECONDS[target]), rows)
 
 
-def decides_apart(attend: SparseAttention) -> bool:
-    """Whether its policy drops a half before a scale that lives on a decision of both."""
-    dropped = drop_from(attend.policy)
+def another(a: SparseAttention) -> SparseAttention:
+    """One that is built like `a` and knows no picture yet."""
+    return SparseAttention(a.policy, a.schedule, softmax_scale=a.softmax_scale, logit_bound=a.logit_bound, launches=a.launches)
+
+
+def decides_apart(attend: SparseAttention, dropped: int | None) -> bool:
+    """Whether a scale lives on a decision of both halves where, from scale `dropped` on, one of them is gone. None: it stays."""
     if dropped is None:
         return False
     decisions = (v.decision_scale for plans in attend.plans for plan in plans[dropped:] for v, _ in plan.groups)

@@ -48,6 +48,12 @@ def capability_of(device: torch.device | str) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.device(device).type == "cuda" else None
 
 
+def multiplied_in(x: Tensor) -> torch.dtype:
+    """The dtype that products and convolutions of x are made in: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class ScaledProduct:
     """y = x W^T + b of scaled rows of format `fmt`. weight [N, K] in the dtype of the products, which b and y have too."""
 
@@ -105,8 +111,7 @@ class ScaledLinears(TorchFunctionMode):
         if place is None:
             return func(*args, **kwargs)
         self.multiplied.add(place)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = multiplied_in(x)
         product = self._held[place, dtype] = scaled_weights(self.linears[place], dtype, self.fmt)
         return product(x.to(dtype), None if bias is None else bias.detach().to(dtype))
 

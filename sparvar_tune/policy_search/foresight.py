@@ -21,7 +21,8 @@ import torch
 
 from sparvar_kernels.policy import Step
 from sparvar_tune.policy_search.menu import OptionTable, StepOption
-from sparvar_tune.policy_search.study import DEFAULT_TILT, HIGH_PRICE, LOW_PRICE, FinishedTrial, Knobs, Verdict, common_price
+from sparvar_tune.policy_search.planned_trials import common_price
+from sparvar_tune.policy_search.trial import DEFAULT_TILT, HIGH_PRICE, LOW_PRICE, FinishedTrial, Knobs, Verdict
 
 RATIO = (1.65, 1.0, 1.1)  # a_s of pocketvar, third-last scale first, up to a factor
 LEAN = 0.3  # what the ratio counts for, in trials

@@ -25,7 +25,7 @@ from sparvar_tune.generation.scaled_product import capability_of, gaining, preci
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, Fidelity, class_mean, compare_pictures, t_quantile
 from sparvar_tune.measure.timing import CLOCK, Clock, Stopwatch, rotated
 from sparvar_tune.policy_search.menu import OptionTable, StepOption, assign, decision_scale, fixed_points, step_menu
-from sparvar_tune.policy_search.study import Knobs, Verdict
+from sparvar_tune.policy_search.trial import Knobs, Verdict
 
 MARGIN_DB = 0.1  # predictions from pairs that were also searched on are optimistic: of 8 pairs two of three runs missed with 0.05
 RACE_AFTER = 3  # pairs judged before a trial may be given up
@@ -125,6 +125,7 @@ class Judge:
         self.adapter, self.pairs, self.constraint = adapter, pairs, constraint
         self.held_out, self.table = held_out, table
         self.points = dict(points or points_of(adapter))
+        self._policies: dict[Knobs, Policy] = {}
         self.stopwatch = Stopwatch(adapter.device, clock)
         self.references: list[Reference] = []
         first = first_touched(adapter, self.points.values())  # these hold every step of the menu
@@ -226,8 +227,14 @@ class Judge:
         above = _above([f[metric.measured] for f in found], self._levels(metric.measured), pairs)
         return 1.5 * stdev(above) / metric.step / math.sqrt(len(found))
 
+    def policy(self, knobs: Knobs) -> Policy:
+        """What the knobs stand for, built once."""
+        if knobs not in self._policies:
+            self._policies[knobs] = build_policy(knobs, self.adapter, self.table, self.points)
+        return self._policies[knobs]
+
     def __call__(self, knobs: Knobs) -> Verdict:
-        attend = make_attention(self.adapter, build_policy(knobs, self.adapter, self.table, self.points))
+        attend = make_attention(self.adapter, self.policy(knobs))
         tuned: list[float] = []
         twins: dict[int, float] = {}
         found: list[Fidelity] = []
@@ -259,8 +266,7 @@ class Judge:
         Trials are minutes apart, in which a machine's speed moves by more than good policies differ: the luckiest of many looks
         best, and was slower than the one before it when it was certified.
         """
-        made = [build_policy(k, self.adapter, self.table, self.points) for k in knobs]
-        ways = [self.adapter.dense, *(make_attention(self.adapter, policy) for policy in made)]
+        ways = [self.adapter.dense, *(make_attention(self.adapter, self.policy(k)) for k in knobs)]
         spent: list[list[float]] = [[] for _ in ways]
         for i, reference in enumerate(self.references[:FINAL_PAIRS]):
             for at in rotated(range(len(ways)), i):

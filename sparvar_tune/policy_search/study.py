@@ -10,107 +10,27 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from sparvar_tune.catalog.metrics import LEAD
+from sparvar_tune.policy_search.planned_trials import FIXED_POINTS, NO_LIMIT, STEPS, next_planned, roomy
 from sparvar_tune.policy_search.storage import JournalFile, Shared, cut_torn_tail
+from sparvar_tune.policy_search.trial import HIGH_PRICE, LOW_PRICE, FailedTrial, FinishedTrial, Knobs, Verdict, from_json
 from sparvar_tune.profile.files import set_aside
 from sparvar_tune.profile.schema import one_line
 
-LOW_PRICE, HIGH_PRICE = 0.03, 3000.0  # what a unit of relative squared error is worth, in dense times of a head
-FIRST_PRICE = 25.0  # where it begins
-SLOPE_DB = 4.0  # dB that a decade of price buys, for the first steps: on pocketvar 3 to 5
-PRICE_STEPS, CLOSE_ENOUGH = 6, 0.06  # trials, decades
-LINES = 2  # of steps that leave room: the fastest get a common price of their own, the sampler looks at the others
-LIE_DB = 2.0  # what a trial not finished (of another process, or failed) is taken to fall short by: so two look to both sides
-# What an error does to the picture, measured on pocketvar by changing one scale, one pair of layers at a time: it comes to
-# 1.65 and 4.3 times as much at the second- and third-last scale as at the last, and to a little more near the logits.
-SCALE_WEIGHTS, DEFAULT_TILT = (1.0, 1.65, 4.3), 0.25
 CONSTRAINT = "shortfall_db"
 FAILURES_IN_A_ROW = 20  # of one process: then it is not the policies that are broken
-
-
-@dataclass(frozen=True)
-class Knobs:
-    """What a trial sets. A form other than "priced" is a fixed point (`menu.fixed_points`) and ignores the rest.
-
-    prices: for the last, second-last and third-last scale. tilt: see `assign`. steps: a name of `menu.step_menu`, or none.
-    """
-
-    form: str = "priced"
-    price_last: float = 30.0
-    price_second: float = 30.0
-    price_third: float = 30.0
-    tilt: float = DEFAULT_TILT
-    steps: str = ""
-
-    @property
-    def prices(self) -> tuple[float, float, float]:
-        return self.price_last, self.price_second, self.price_third
-
-
-T = TypeVar("T", "Knobs", "Verdict")
-FIXED_POINTS = ("paper", "drop last scale")
-STEPS: Mapping[str, tuple[str, ...]] = {"drop last scale": ()}  # those of them that are generation steps alone
-NO_LIMIT: Mapping[str, float] = {}  # to what attention may save on top of steps
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the judge found: time over dense time measured beside it, predicted shortfall (dB, <= 0 is good), the mean of every
-    metric, and whether every search pair was looked at.
-    """
-
-    time_ratio: float
-    shortfall_db: float
-    means: dict[str, float]
-    complete: bool
-
-    @property
-    def speedup(self) -> float:
-        return 1 / self.time_ratio
-
-    @property
-    def lead(self) -> float:
-        """The mean that fronts are drawn by (PSNR, dB)."""
-        return self.means[LEAD.name]
-
-    def why_not(self) -> str | None:
-        numbers = (self.time_ratio, self.shortfall_db, *self.means.values())
-        if not all(map(math.isfinite, numbers)) or self.time_ratio <= 0:
-            return f"verdict: got time ratio, shortfall, means {numbers}, want finite numbers and a ratio > 0"
-        return None
-
-
-@dataclass(frozen=True)
-class FinishedTrial:
-    """A finished trial."""
-
-    number: int
-    knobs: Knobs
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
-class FailedTrial:
-    """A trial whose policy raised or drew no picture, and what was said."""
-
-    number: int
-    knobs: Knobs
-    reason: str
 
 
 def open_study(
@@ -236,32 +156,14 @@ def _read(trial: optuna.trial.FrozenTrial) -> FinishedTrial | FailedTrial | Knob
     if "knobs" not in attrs:
         return None
     try:
-        knobs = _from_json(Knobs, attrs["knobs"])
+        knobs = from_json(Knobs, attrs["knobs"])
         if trial.state == TrialState.COMPLETE:
-            return FinishedTrial(trial.number, knobs, _from_json(Verdict, attrs["verdict"]))
+            return FinishedTrial(trial.number, knobs, from_json(Verdict, attrs["verdict"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"trial {trial.number} cannot be read ({_reason(error)})") from None
     if trial.state == TrialState.FAIL:  # without a reason a process was killed at it: someone may try again
         return FailedTrial(trial.number, knobs, str(attrs["failure"])) if "failure" in attrs else None
     return knobs
-
-
-def _from_json(kind: type[T], text: str) -> T:
-    """The dataclass in the text: exactly its fields, every one of its type. Raises ValueError, KeyError or TypeError."""
-    values = json.loads(text)
-    if kind is Knobs and isinstance(values, dict):
-        values = {"steps": ""} | values  # of trials from before there were steps to choose
-    types = {f.name: f.type for f in fields(kind)}
-    if set(values) != set(types):
-        raise ValueError(f"{kind.__name__.lower()}: got {sorted(values)}, want {sorted(types)}")
-    for name, value in values.items():
-        if types[name] == "dict[str, float]" and isinstance(value, dict) and LEAD.name in value:
-            if all(type(v) in (int, float) and math.isfinite(v) for v in value.values()):
-                continue
-        number = types[name] == "float" and type(value) in (int, float) and math.isfinite(value)
-        if not number and (types[name] == "float" or type(value).__name__ != types[name]):
-            raise ValueError(f"{kind.__name__.lower()}.{name}: got {value!r}, want a {types[name]}")
-    return kind(**values)
 
 
 def _read_or_none(trial: optuna.trial.FrozenTrial) -> FinishedTrial | FailedTrial | Knobs | None:
@@ -357,62 +259,6 @@ def search(
             tell(ended)
 
 
-def next_planned(
-    found: Sequence[FinishedTrial], settled: Collection[Knobs], points: Sequence[str] = FIXED_POINTS,
-    steps: Mapping[str, tuple[str, ...]] = STEPS, saves: Mapping[str, float] = NO_LIMIT,
-    foresee: Callable[[Sequence[FinishedTrial], str], Knobs | None] = lambda found, name: None,
-) -> Knobs | None:  # fmt: skip
-    """The fixed points, then one common price by interpolation, on every steps that leave room for it and on none, where most can
-    be saved first, then what is foreseen of these. None when all is known. settled: under way or failed.
-    """
-    known = {f.knobs for f in found}
-    within = roomy(found, steps)
-    for form in points:
-        seed = Knobs(form=form)
-        if seed not in known and seed not in settled and set(steps.get(form, ())) <= set(within):
-            return seed
-    alone = {f.knobs.form: f.verdict.time_ratio for f in found} | {"": 1.0}
-    lines = sorted((*roomy(found, steps, saves)[:LINES], ""), key=lambda name: alone[name] - saves.get(name, math.inf))
-    common = next((knobs for name in lines if (knobs := _next_common_price(found, settled, name))), None)
-    return common or next((knobs for name in lines if (knobs := foresee(found, name)) and knobs not in settled), None)
-
-
-def roomy(found: Sequence[FinishedTrial], steps: Collection[str], saves: Mapping[str, float] = NO_LIMIT) -> list[str]:
-    """The steps whose pictures are within the bound while attention is dense, the fastest first: errors add, so with others
-    there is no need to try what attention may leave out. One that was given up because others are faster counts, but not where
-    `saves` says that attention cannot make it the fastest any more.
-    """
-    met = [f for f in found if f.verdict.shortfall_db <= 0]
-    alone, best = {f.knobs.form: f.verdict for f in met}, min((f.verdict.time_ratio for f in met), default=math.inf)
-    room = (name for name in steps if name in alone and alone[name].time_ratio - saves.get(name, math.inf) <= best)
-    return sorted(room, key=lambda name: alone[name].time_ratio)
-
-
-def common_price(price: float, steps: str = "") -> Knobs:
-    """One price, scales in a fixed ratio."""
-    last, second, third = (min(price * weight, HIGH_PRICE) for weight in SCALE_WEIGHTS)
-    return Knobs("priced", last, second, third, DEFAULT_TILT, steps)
-
-
-def _next_common_price(found: Sequence[FinishedTrial], settled: Collection[Knobs], steps: str = "") -> Knobs | None:
-    """Towards the cheapest common price that meets the constraint, by the shortfall's slope over the price's logarithm."""
-    points = {f.knobs: f.verdict.shortfall_db for f in found}
-    points |= {knobs: LIE_DB for knobs in settled if knobs not in points}
-    line = {math.log10(k.price_last): short for k, short in points.items() if k == common_price(k.price_last, steps)}
-    missed = max(((at, short) for at, short in line.items() if short > 0), default=(-math.inf, 0.0))  # the dearest
-    met = min(((at, short) for at, short in line.items() if short <= 0), default=(math.inf, 0.0))  # the cheapest
-    if not line:
-        return common_price(FIRST_PRICE, steps)
-    if len(line) >= PRICE_STEPS or met[0] - missed[0] < CLOSE_ENOUGH:
-        return None
-    if math.isinf(missed[0] + met[0]):  # one side is still open: go as far as a typical slope says, a decade at most
-        at, short = met if math.isinf(missed[0]) else missed
-        at += min(1.0, max(-1.0, short / SLOPE_DB + (0.1 if short > 0 else -0.1)))
-    else:
-        at = met[0] + min(0.8, max(0.2, met[1] / (met[1] - missed[1]))) * (missed[0] - met[0])
-    return common_price(10**at, steps) if math.log10(LOW_PRICE) <= at <= math.log10(HIGH_PRICE) else None
-
-
 def _planned(trial: optuna.trial.FrozenTrial) -> Knobs | None:
     """Knobs written on a trial, None on the sampler's own until it is finished."""
     read = _read_or_none(trial)
@@ -486,18 +332,3 @@ def _tell(study: optuna.Study, trial: optuna.trial.Trial, knobs: Knobs, verdict:
                 constraints={CONSTRAINT: verdict.shortfall_db},
             ))  # fmt: skip
             return max(f.number for f in finished(study) if f.knobs == knobs)
-
-
-def front(found: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """The Pareto front of fully judged trials: faster first, every next one closer to dense than all before (PSNR)."""
-    out: list[FinishedTrial] = []
-    for f in sorted(found, key=lambda f: (f.verdict.time_ratio, -f.verdict.lead)):
-        if f.verdict.complete and (not out or f.verdict.lead > out[-1].verdict.lead):
-            out.append(f)
-    return out
-
-
-def candidates(found: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """Fully judged trials that meet the constraint, fastest first; each set of knobs once."""
-    unique = {f.knobs: f for f in found if f.verdict.complete and f.verdict.shortfall_db <= 0}
-    return sorted(unique.values(), key=lambda f: f.verdict.time_ratio)

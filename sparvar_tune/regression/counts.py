@@ -3,7 +3,7 @@
 launches        operations that write memory: on a GPU each is a launch or more. Kernels of ours count as one each
 tensors, bytes  those made while the call runs, its output among them
 multiplications of matrix products and dense attention, as torch counts FLOPs
-keys            (query, key) pairs that heads with lists visit
+keys            (query, key) pairs that heads with lists visit; a mean key, too, is one
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sparvar_kernels.backends.cpu import layer as layer_cpu
+from sparvar_kernels.geometry.problem import AttentionProblem
+from sparvar_kernels.variants import NearFar
 from sparvar_kernels.variants.lists import KeyLists
 from sparvar_tune.profile.machine import version_of
 from sparvar_tune.regression.baseline import Fact, count
@@ -122,16 +124,27 @@ def noted_kernels(names: list[str], run: bool) -> Iterator[None]:
 
 @contextmanager
 def _lists(pairs: list[int]) -> Iterator[None]:
-    """Adds up the (query, key) pairs of every list that gathered attention reads."""
-    on_cpu = vars(layer_cpu)["gathered_attention"]
+    """Adds up the (query, key) pairs of every list that gathered attention reads, and near-far heads in their own way."""
+    gathered, near_far = (vars(layer_cpu)[name] for name in ("gathered_attention", "near_far_attention"))
+
+    def add(q: torch.Tensor, lists: KeyLists, heads: Sequence[int]) -> None:
+        with _disable_current_modes():  # tiles at an edge hold fewer queries
+            pairs[0] += round(q.shape[0] * len(heads) * float((lists.lengths * lists.tiles.counts).double().sum(-1).mean()))
 
     def noted(q: torch.Tensor, k: Any, v: Any, lists: KeyLists, heads: Sequence[int], *rest: Any) -> None:
+        add(q, lists, heads)
+        gathered(q, k, v, lists, heads, *rest)
+
+    def noted_near_far(
+        q: torch.Tensor, k: Any, v: Any, problem: AttentionProblem, heads: Sequence[int], variant: NearFar, *rest: Any
+    ) -> None:
         with _disable_current_modes():
-            pairs[0] += round(q.shape[0] * len(heads) * lists.tiles.rows.numel() * lists.mean_keys())
-        on_cpu(q, k, v, lists, heads, *rest)
+            lists = variant.lists(problem.schedule, problem.scale_index, str(q.device))
+        add(q, lists, heads)
+        near_far(q, k, v, problem, heads, variant, *rest)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(layer_cpu, "gathered_attention", noted))
+        stack.enter_context(mock.patch.multiple(layer_cpu, gathered_attention=noted, near_far_attention=noted_near_far))
         if version_of("triton") is not None:
             from sparvar_kernels.backends.triton.layer import Gather
             from sparvar_kernels.backends.triton.table import Column

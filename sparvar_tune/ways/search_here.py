@@ -40,7 +40,6 @@ from sparvar_tune.policy_search.certify import (
 from sparvar_tune.policy_search.foresight import Foresight
 from sparvar_tune.policy_search.judge import (
     Judge,
-    build_policy,
     first_touched,
     make_attention,
     points_of,
@@ -50,19 +49,10 @@ from sparvar_tune.policy_search.judge import (
 )
 from sparvar_tune.policy_search.menu import OptionTable, menu
 from sparvar_tune.policy_search.option_table import dense_pass, measure_table
+from sparvar_tune.policy_search.planned_trials import roomy
 from sparvar_tune.policy_search.storage import one_line, open_shared
-from sparvar_tune.policy_search.study import (
-    FinishedTrial,
-    Knobs,
-    candidates,
-    failed,
-    finished,
-    front,
-    join_study,
-    open_study,
-    roomy,
-    search,
-)
+from sparvar_tune.policy_search.study import failed, finished, join_study, open_study, search
+from sparvar_tune.policy_search.trial import FinishedTrial, Knobs, candidates, front
 from sparvar_tune.profile import schema, store
 from sparvar_tune.profile.describe import describe, describe_evidence
 from sparvar_tune.profile.files import exclusive
@@ -166,7 +156,7 @@ def tune(
         attempt, needed = attempts, 0.0
         looked_at = set[Policy]()
         for candidate in in_turn(candidates(done), judge, note):
-            policy = build_policy(candidate.knobs, adapter, table, points)
+            policy = judge.policy(candidate.knobs)
             nothing = not policy.rules and not policy.steps  # dense everywhere is no result
             if candidate.verdict.shortfall_db > -needed or nothing or policy in looked_at:
                 continue

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparvar_tune.policy_search.storage import one_line, open_existing, place
-from sparvar_tune.policy_search.study import FinishedTrial, Verdict, front, read_trials, shared_trials
+from sparvar_tune.policy_search.study import read_trials, shared_trials
+from sparvar_tune.policy_search.trial import FinishedTrial, Verdict, front
 from sparvar_tune.ways.subject import Subject
 
 if TYPE_CHECKING:

@@ -26,11 +26,13 @@ from sparvar_tune.measure.timing import Stopwatch
 from sparvar_tune.policy_search import judge as judging
 from sparvar_tune.policy_search import menu, storage
 from sparvar_tune.policy_search import study as search
+from sparvar_tune.policy_search.planned_trials import FIRST_PRICE, common_price
+from sparvar_tune.policy_search.trial import Knobs, Verdict
 from sparvar_tune.profile import store
 from sparvar_tune.ways import search_here
 
 SHIPPED = store.shipped_folder()
-GOOD = search.Verdict(0.5, 0.5, {"psnr": 35.0, "ssim": 0.97}, True)
+GOOD = Verdict(0.5, 0.5, {"psnr": 35.0, "ssim": 0.97}, True)
 
 
 def searched(study, judge, trials, shared=None) -> tuple[list, list]:
@@ -87,12 +89,12 @@ def test_a_common_price_that_fails_is_taken_for_too_cheap(tmp_path):
 
     def judge(knobs):
         asked.append(knobs)
-        if knobs == search.common_price(search.FIRST_PRICE):
+        if knobs == common_price(FIRST_PRICE):
             raise ValueError("this one")
         return GOOD
 
     searched(search.open_study(tmp_path, "space", 0, False), judge, 4)
-    assert asked[2] == search.common_price(search.FIRST_PRICE) and asked[3].price_last > asked[2].price_last
+    assert asked[2] == common_price(FIRST_PRICE) and asked[3].price_last > asked[2].price_last
 
 
 def test_a_search_in_which_all_fails_ends(tmp_path):
@@ -240,7 +242,7 @@ def test_a_trials_time_is_compared_with_dense_beside_it(replay):
     judge = judging.Judge(
         adapter, search_pairs(10, 10), Constraint({"psnr": 30.0, "ssim": 0.9}), 32, adapter.table, lambda text: None, clock
     )
-    knobs = search.Knobs("priced", 14.0, 23.0, 60.0, 0.25)
+    knobs = Knobs("priced", 14.0, 23.0, 60.0, 0.25)
     first = judge(knobs)
     raw = replayed.recording()["dense"]["rest_ms"]
     spent = sum(adapter.layer_ms(judging.build_policy(knobs, adapter, adapter.table), {}).values())
@@ -272,7 +274,7 @@ def test_which_pairs_have_a_dense_twin_and_which_is_timed_first_goes_round(repla
     twins, first = set(), set()
     for turn in range(6):
         order.clear()
-        judge(search.Knobs("priced", 14.0, 23.0, 60.0, 0.25))
+        judge(Knobs("priced", 14.0, 23.0, 60.0, 0.25))
         dense = [pair for pair, is_dense in order if is_dense]
         assert len(dense) == 2 and dense[0] < judging.RACE_AFTER and len(order) == 12, turn
         twins |= set(dense)

@@ -24,6 +24,7 @@ from sparvar_tune.cli import parser
 from sparvar_tune.live.pocketvar import PocketAdapter
 from sparvar_tune.policy_search import storage
 from sparvar_tune.policy_search import study as search
+from sparvar_tune.policy_search.trial import Verdict
 from sparvar_tune.profile import misses, overlay, schema, store
 from sparvar_tune.ways import predict, search_here
 from sparvar_tune.ways.subject import Subject
@@ -340,7 +341,7 @@ def test_trials_are_shown_as_csv(tiny_model, capsys):
     folder = Subject.of("pocketvar", "cpu").run_folder()
     folder.mkdir(parents=True)
     study = search.open_study(folder, "space", 0, False)
-    verdict = search.Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
+    verdict = Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
     search.search(study, lambda knobs: verdict, lambda: len(search.finished(study)) >= 3, lambda found: None)
     code, out, _ = run(capsys, "show", "--trials", "--model", "pocketvar", "--gpu", "cpu")
     rows = out.splitlines()
@@ -357,7 +358,7 @@ def test_trials_of_a_shared_storage_are_shown_by_study(tiny_model, capsys, tmp_p
     assert "want --trials" in refused(capsys, "show", "--model", "pocketvar", "--storage", url)
     shared = storage.open_shared(url)
     assert "no trials" in refused(capsys, *words, url)
-    verdict = search.Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
+    verdict = Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
     for space, number in (("pocketvar-aa", 2), ("pocketvar-bb", 1), ("pocketvar-2-aa", 1)):
         study, told = search.join_study(shared, space), []
         search.search(study, lambda knobs: verdict, lambda n=number, t=told: len(t) == n, told.append, shared)

@@ -23,6 +23,7 @@ from PIL import Image
 from places import ROOT
 
 from sparvar_tune.policy_search import study as search
+from sparvar_tune.policy_search.trial import FinishedTrial, Knobs, Verdict
 from sparvar_tune.profile import schema, store
 from sparvar_tune.report import charts, cost, facts, make, pictures, render, sources, tables
 
@@ -214,10 +215,10 @@ def test_colours_can_be_told_apart(which):
 def journal(folder: Path, name: str = "pocketvar-0123") -> Path:
     folder.mkdir(exist_ok=True)
     study = search.open_study(folder, name, 0, False)
-    found: list[search.FinishedTrial] = []
+    found: list[FinishedTrial] = []
 
-    def judge(knobs: search.Knobs) -> search.Verdict:
-        return search.Verdict(0.5 + 0.01 * len(found), -0.1, {"psnr": 35.0 + 0.1 * len(found), "ssim": 0.97}, True)
+    def judge(knobs: Knobs) -> Verdict:
+        return Verdict(0.5 + 0.01 * len(found), -0.1, {"psnr": 35.0 + 0.1 * len(found), "ssim": 0.97}, True)
 
     search.search(study, judge, lambda: len(found) >= 4, found.append)
     return folder / "trials.journal"

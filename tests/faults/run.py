@@ -43,9 +43,11 @@ class Rooms(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 if __name__ == "__main__":
     sys.meta_path.insert(0, Rooms())
     from sparvar_kernels import variants
-    from sparvar_tune.policy_search import study
+    from sparvar_tune.policy_search import planned_trials, study, trial
 
     variants.at_decision = lambda variant, schedule, scale: variant.at_decision(schedule, scale)  # a method since
+
+    vars(study).update(vars(planned_trials) | vars(trial) | vars(study))  # files of their own since
 
     class Verdict(study.Verdict):  # its metrics were positions
         def __init__(self, *given, **named):

@@ -375,7 +375,7 @@ def test_what_is_wrong_with_a_picture_drawn_aside_is_said_when_it_is_needed():
     decoder = made()
     decoder.conv_out.forward = raising = lambda *_: 1 / 0
     aside = Untouched(decoder, aside=True)
-    with pytest.raises(ValueError, match="decoding a small latent: .*division"):
+    with pytest.raises(ValueError, match="decoding a small latent: division"):
         aside.attach()
     assert decoder.conv_out.forward is raising and "forward" not in vars(decoder)
 

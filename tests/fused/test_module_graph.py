@@ -15,6 +15,7 @@ from torch import nn
 from sparvar_tune.fused import module_graph
 from sparvar_tune.fused.decoder import attach_decoder
 from sparvar_tune.fused.module_graph import ModuleGraph
+from sparvar_tune.fused.watched import Watched, contents, place
 
 
 def latent(height, width, seed):
@@ -61,6 +62,33 @@ def test_the_first_is_eager_the_second_captured_and_every_picture_has_its_own_me
         assert (path.why_not is None) == (i > 0) and len(graphs) == (i > 0)
     assert graphs[0].replays == 3
     assert all(torch.equal(got, decoder(z)) for got, z in zip(out, latents, strict=True))
+
+
+@torch.no_grad()
+def test_every_change_of_what_is_watched_is_a_new_state_and_none_comes_back():
+    block = nn.Sequential(nn.Linear(2, 2), nn.Identity())
+    first, other = block[0], nn.Linear(2, 2)
+    watches = Watched([block], contents), Watched([block], place)
+
+    def states():
+        return [watch.state() for watch in watches]
+
+    seen = [states()]
+    assert states() == seen[0]
+    first.weight.add_(1)
+    seen.append(states())
+    assert seen[1][0] != seen[0][0] and seen[1][1] == seen[0][1], "what is written matters to one of them"
+    for change in (
+        lambda: setattr(first.weight, "data", first.weight.data.clone()), lambda: block.__setitem__(0, other),
+        lambda: block.__setitem__(0, first), lambda: block[1].register_buffer("late", torch.ones(1)),
+        lambda: block[1].late.resize_(1 << 16), lambda: delattr(block[1], "late"), lambda: block.append(nn.Identity()),
+        lambda: block[2].register_module("deep", other), lambda: setattr(other, "bias", None),
+    ):  # fmt: skip
+        change()
+        seen.append(states())
+        assert all(now not in before for now, before in zip(seen[-1], zip(*seen[:-1], strict=True), strict=True)), len(seen)
+        assert states() == seen[-1]
+    assert [name for name, _ in watches[0].modules] == ["", "0", "1", "2", "2.deep"]
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from sparvar_tune.generation import (
     DropUnconditional,
     Precision,
     SkipScales,
+    decides_apart,
     drop_from,
     skip_from,
     why_not_steps,
@@ -122,6 +123,12 @@ def test_what_a_policy_says_of_its_steps():
     assert SkipScales.last(SCHEDULE, 2) == SkipScales((3, 4))
     words = describe(policy)
     assert "scale 4 left out" in words and "unconditional half dropped from scale 3 on" in words
+
+
+@pytest.mark.parametrize(("dropped", "apart"), [(None, False), (1, False), (2, False), (3, True), (4, True)])
+def test_halves_decide_apart_where_one_ends_between_a_decision_and_what_lives_on_it(dropped, apart):
+    rules = Rule(3, "A", Pooled(1, 2)), Rule(4, "A", Reuse(2))
+    assert decides_apart(SparseAttention(Policy(("A",), rules), SCHEDULE), dropped) is apart
 
 
 def test_who_can_do_what():

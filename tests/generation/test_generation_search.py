@@ -15,9 +15,10 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.generation import DropUnconditional, SkipScales, drop_from, skip_from
 from sparvar_tune.measure.fidelity import Constraint
-from sparvar_tune.policy_search import judge, study
+from sparvar_tune.policy_search import judge
 from sparvar_tune.policy_search.menu import assign, step_menu
-from sparvar_tune.policy_search.study import SCALE_WEIGHTS
+from sparvar_tune.policy_search.planned_trials import FIRST_PRICE, PRICE_STEPS, SCALE_WEIGHTS, common_price, next_planned, roomy
+from sparvar_tune.policy_search.trial import FinishedTrial, Knobs, Verdict, from_json
 from sparvar_tune.profile import schema
 from sparvar_tune.ways import search_here
 
@@ -203,43 +204,43 @@ def test_prices_know_what_a_step_leaves_to_gain():
     )  # fmt: skip
 
 
-def verdict(ratio: float, shortfall: float, complete: bool = True) -> study.Verdict:
-    return study.Verdict(ratio, shortfall, {"psnr": 35.0}, complete)
+def verdict(ratio: float, shortfall: float, complete: bool = True) -> Verdict:
+    return Verdict(ratio, shortfall, {"psnr": 35.0}, complete)
 
 
 def test_what_is_planned_with_steps():
     points = ("drop last scale", "drop half from 12", "drop half from 11")
     steps = {"drop last scale": (), "drop half from 12": (), "drop half from 11": ("drop half from 12",)}
-    found: list[study.FinishedTrial] = []
+    found: list[FinishedTrial] = []
 
-    def planned() -> study.Knobs | None:
-        return study.next_planned(found, (), points, steps)
+    def planned() -> Knobs | None:
+        return next_planned(found, (), points, steps)
 
-    def judged(knobs: study.Knobs, said: study.Verdict) -> None:
-        found.append(study.FinishedTrial(len(found), knobs, said))
+    def judged(knobs: Knobs, said: Verdict) -> None:
+        found.append(FinishedTrial(len(found), knobs, said))
 
     for form, said in (("drop last scale", verdict(0.5, 1.0)), ("drop half from 12", verdict(0.8, -2.0))):
-        assert planned() == study.Knobs(form=form)
-        judged(study.Knobs(form=form), said)
-    assert planned() == study.Knobs(form="drop half from 11"), "the weaker one left room"
+        assert planned() == Knobs(form=form)
+        judged(Knobs(form=form), said)
+    assert planned() == Knobs(form="drop half from 11"), "the weaker one left room"
     judged(planned(), verdict(0.7, 0.1, complete=False))
-    assert study.roomy(found, steps) == ["drop half from 12"]
-    assert planned() == study.common_price(study.FIRST_PRICE, "drop half from 12")
-    for _ in range(study.PRICE_STEPS):
+    assert roomy(found, steps) == ["drop half from 12"]
+    assert planned() == common_price(FIRST_PRICE, "drop half from 12")
+    for _ in range(PRICE_STEPS):
         judged(planned(), verdict(0.6, -0.1))
-    assert planned() == study.common_price(study.FIRST_PRICE), "then attention alone"
+    assert planned() == common_price(FIRST_PRICE), "then attention alone"
 
 
 def test_trials_from_before_there_were_steps_are_read():
     old = '{"form": "priced", "price_last": 1.0, "price_second": 2.0, "price_third": 3.0, "tilt": 0.5}'
-    assert study._from_json(study.Knobs, old) == study.Knobs("priced", 1.0, 2.0, 3.0, 0.5)
+    assert from_json(Knobs, old) == Knobs("priced", 1.0, 2.0, 3.0, 0.5)
     with pytest.raises(ValueError, match="tilt"):
-        study._from_json(study.Knobs, old.replace(', "tilt": 0.5', ""))
+        from_json(Knobs, old.replace(', "tilt": 0.5', ""))
 
 
 def test_what_an_adapter_cannot_do_is_not_judged():
     adapter = Guided(replayed.Clock(), can=(SKIP,))
-    knobs = study.Knobs(steps="drop half from 12")
+    knobs = Knobs(steps="drop half from 12")
     with pytest.raises(KeyError):
         judge.build_policy(knobs, adapter, adapter.table)
     with pytest.raises(ValueError, match="the adapter of pocketvar cannot do that"):

@@ -15,7 +15,13 @@ from command_line import run
 from interpreted import in_interpreter
 
 from lab import bench_baseline
+from sparvar_kernels import Csla, NearFar, Policy, Rule, ScaleSchedule, SparseAttention, Tile
+from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.cpu import layer as layer_cpu
+from sparvar_kernels.geometry.problem import AttentionProblem
+from sparvar_kernels.variants.csla.oracle import csla_keys
+from sparvar_kernels.variants.definitions import tile_lists
+from sparvar_kernels.variants.near_far.oracle import near_far_groups
 from sparvar_tune.cli.parser import build_parser
 from sparvar_tune.profile.schema import ProfileError
 from sparvar_tune.regression import baseline, binaries, profile_facts
@@ -79,6 +85,39 @@ def more_launches() -> list[dict[str, int]]:
     gather = layer.Gather.__call__
     layer.Gather.__call__ = lambda self, *args, **named: (gather(self, *args, **named), gather(self, *args, **named))[0]
     return [before, benchmark_cases.launches([CSLA])[CSLA]]
+
+
+def pairs_read(kernel: str) -> list[tuple[int, int]]:
+    """(counted, by the definition) for two heads of three on two rows: of windows at a smaller tile of an edge, of keys and means
+    of far cells, also at such a tile, and where no cell is far."""
+    schedule, found = ScaleSchedule.square((1, 2, 3, 5, 8, 12)), []
+    problem = AttentionProblem(schedule, 5, 2, 3, 32, "fp32", 0.25)
+    q, k, v = problem.make_inputs(0)
+    for variant in (
+        Csla((-1, -1, -1, 3, 3, 3), 3, Tile(5, 8)),
+        NearFar(3, 1, Tile(4, 4)), NearFar(4, 0, Tile(5, 8)), NearFar(12, 0, Tile(4, 4)),
+    ):  # fmt: skip
+        policy = Policy(("AAB",), (Rule(5, "A", variant),))
+        attend = SparseAttention(policy, schedule, softmax_scale=0.25, launches={5: Launch(kernel)})
+        tiles = tile_lists(problem.grid, variant.tile)
+        if isinstance(variant, Csla):
+            read = csla_keys(schedule, 5, variant)
+        else:
+            read = [near_far_groups(variant, problem, queries) for queries in tiles]
+        want = sum(len(queries) * len(each) for queries, each in zip(tiles, read, strict=True))
+        found.append((counted(lambda: attend(q, k, v, 0, 5), run=kernel == "cpu").keys, 2 * 2 * want))  # noqa: B023
+    return found
+
+
+def test_keys_and_means_that_lists_name_are_counted():
+    for got, want in pairs_read("cpu"):
+        assert got == want
+
+
+@pytest.mark.slow
+def test_keys_and_means_that_lists_name_are_counted_on_a_gpu():
+    for got, want in in_interpreter("test_regression", "t.pairs_read('triton')"):
+        assert got == want
 
 
 @pytest.mark.slow

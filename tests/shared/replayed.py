@@ -29,9 +29,10 @@ from sparvar_kernels.attention import Launch
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Dense, Variant
 from sparvar_tune.catalog import models
-from sparvar_tune.policy_search import certify, judge, study
+from sparvar_tune.policy_search import certify, judge
 from sparvar_tune.policy_search.menu import OptionTable, menu, paper_policy
-from sparvar_tune.policy_search.study import SCALE_WEIGHTS
+from sparvar_tune.policy_search.planned_trials import SCALE_WEIGHTS
+from sparvar_tune.policy_search.trial import Knobs
 from sparvar_tune.profile import machine, store
 from sparvar_tune.ways import search_here
 
@@ -199,7 +200,7 @@ def record() -> None:
     first, layers, heads = judge.first_touched(adapter), adapter.model.layers, adapter.model.heads
     ways: dict[str, Any] = {"dense": adapter.dense}
     for form in ("paper", "drop last scale"):
-        ways[form] = judge.make_attention(adapter, judge.build_policy(study.Knobs(form=form), adapter, table))
+        ways[form] = judge.make_attention(adapter, judge.build_policy(Knobs(form=form), adapter, table))
     starts: list[float] = []
     rests: dict[str, list[float]] = {name: [] for name in ways}
     for pair in search_pairs(adapter.num_classes, 5):

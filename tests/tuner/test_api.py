@@ -25,6 +25,7 @@ from sparvar_tune.live.pocketvar import YARDSTICKS, PocketAdapter
 from sparvar_tune.measure.pairs import held_out_pairs
 from sparvar_tune.policy_search import certify
 from sparvar_tune.policy_search import study as search
+from sparvar_tune.policy_search.trial import Verdict
 from sparvar_tune.profile import machine, schema, store
 from sparvar_tune.ways import search_here, subject
 from sparvar_tune.ways.choose_way import choose_way
@@ -119,7 +120,7 @@ def test_trials_are_a_table(tiny_model):
     folder = Subject.of("pocketvar", "cpu").run_folder()
     folder.mkdir(parents=True)
     study = search.open_study(folder, "space", 0, False)
-    verdict = search.Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
+    verdict = Verdict(10.0, -0.5, {"psnr": 36.0, "ssim": 0.97}, True)
     search.search(study, lambda knobs: verdict, lambda: len(search.finished(study)) >= 3, lambda found: None)
     frame = sparvar_tune.trials("pocketvar", gpu="cpu")
     assert len(frame) == 3 and (frame.time_ratio == 10).all() and frame.form[0] == "paper" and frame.front.sum() == 1

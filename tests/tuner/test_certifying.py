@@ -25,7 +25,6 @@ from sparvar_tune.measure import pairs as drawing
 from sparvar_tune.measure.fidelity import CONFIDENCE, Constraint, compare_pictures, lower_bound, worst_mean
 from sparvar_tune.measure.pairs import MOST_PAIRS, held_out_pairs, search_pairs, verify_pairs, yardstick_pairs
 from sparvar_tune.policy_search import certify
-from sparvar_tune.policy_search import study as search
 from sparvar_tune.policy_search.judge import first_touched
 from sparvar_tune.profile import store
 from sparvar_tune.profile.describe import describe_evidence
@@ -166,7 +165,7 @@ def test_what_is_not_certainly_faster_is_not_certified(candidates, tmp_path):
 
 def test_the_same_policy_by_other_knobs_is_certified_once(candidates, tmp_path, monkeypatch):
     tune, seen = candidates
-    found = search.candidates
+    found = search_here.candidates
 
     def doubled(trials):
         return [

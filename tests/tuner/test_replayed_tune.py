@@ -13,6 +13,8 @@ from sparvar_tune.catalog.gpus import GPUS
 from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.policy_search import judge
 from sparvar_tune.policy_search import study as search
+from sparvar_tune.policy_search.planned_trials import SCALE_WEIGHTS
+from sparvar_tune.policy_search.trial import HIGH_PRICE, LOW_PRICE, Knobs, Verdict, candidates
 from sparvar_tune.profile import schema
 from sparvar_tune.ways import search_here
 
@@ -101,12 +103,12 @@ class World:
         wrong = (self.truth * numpy.take_along_axis(self.error, chosen[None, ..., None], -1)[..., 0]).sum()
         return float(self.ms[chosen].sum()) + self.other_ms, self.fit["a"] - self.fit["b"] * math.log10(max(wrong, 1e-9))
 
-    def judge(self, knobs: search.Knobs) -> search.Verdict:
+    def judge(self, knobs: Knobs) -> Verdict:
         if knobs.form != "priced":
             row = replayed.recording()[knobs.form]
-            return search.Verdict(row["rest_ms"], NEEDED_DB - row["psnr_db"], {"psnr": row["psnr_db"], "ssim": 0.92}, True)
+            return Verdict(row["rest_ms"], NEEDED_DB - row["psnr_db"], {"psnr": row["psnr_db"], "ssim": 0.92}, True)
         ms, psnr = self.outcome(knobs.prices, knobs.tilt)
-        return search.Verdict(ms, NEEDED_DB - psnr, {"psnr": psnr, "ssim": 0.97}, True)
+        return Verdict(ms, NEEDED_DB - psnr, {"psnr": psnr, "ssim": 0.97}, True)
 
     def best_ms(self) -> float:
         """Of 3000 random settings of the knobs and 3000 steps around the best of them."""
@@ -114,7 +116,7 @@ class World:
         best, at = math.inf, numpy.zeros(4)
         for i in range(6000):
             if i < 3000 or best == math.inf:
-                x = numpy.append(rng.uniform(math.log10(search.LOW_PRICE), math.log10(search.HIGH_PRICE), 3), rng.uniform(-2, 2))
+                x = numpy.append(rng.uniform(math.log10(LOW_PRICE), math.log10(HIGH_PRICE), 3), rng.uniform(-2, 2))
             else:
                 x = at + rng.normal(0, 0.15, 4)
             ms, psnr = self.outcome(tuple(10 ** x[:3]), x[3])
@@ -126,14 +128,14 @@ class World:
         folder.mkdir()
         study = search.open_study(folder, "world", seed, False)
         search.search(study, self.judge, lambda: len(search.finished(study)) >= TRIALS, lambda found: None)
-        return search.candidates(search.finished(study))[0].verdict.time_ratio
+        return candidates(search.finished(study))[0].verdict.time_ratio
 
 
-ASSUMED = numpy.array(search.SCALE_WEIGHTS[::-1])
+ASSUMED = numpy.array(SCALE_WEIGHTS[::-1])
 
 
 def test_the_world_is_the_tuners(tmp_path):
-    world, knobs = World(ASSUMED, 0.0), search.Knobs("priced", 14.0, 9.0, 60.0, 0.5)
+    world, knobs = World(ASSUMED, 0.0), Knobs("priced", 14.0, 9.0, 60.0, 0.5)
     policy = judge.build_policy(knobs, world.adapter, world.adapter.table)
     ms, psnr = world.outcome(knobs.prices, knobs.tilt)
     assert ms == pytest.approx(sum(world.adapter.layer_ms(policy, {}).values()) + world.other_ms)

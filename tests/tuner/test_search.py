@@ -14,24 +14,25 @@ from sparvar_tune.measure.timing import Stopwatch
 from sparvar_tune.policy_search import judge as judging
 from sparvar_tune.policy_search import study as s
 from sparvar_tune.policy_search.menu import OptionTable, assign, decision_scale, menu, paper_policy
+from sparvar_tune.policy_search.trial import FinishedTrial, Knobs, Verdict, candidates, front
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.ways import search_here
 
 LATENCY = {"paper": 60.0, "drop last scale": 40.0}
 
 
-def judge(knobs: s.Knobs) -> s.Verdict:
+def judge(knobs: Knobs) -> Verdict:
     """Cheaper prices are faster and worse; the bound is met from a price of 60 on, so 60 is the best common price."""
     if knobs.form != "priced":
-        return s.Verdict(LATENCY[knobs.form], 5.0, {"psnr": 29.0, "ssim": 0.9}, True)
+        return Verdict(LATENCY[knobs.form], 5.0, {"psnr": 29.0, "ssim": 0.9}, True)
     price = math.sqrt(knobs.price_last * knobs.price_second / 1.65)
     latency = 50 + 10 * math.log10(price)
-    return s.Verdict(latency, 60.0 / price - 1.0, {"psnr": 35.0, "ssim": 0.97}, True)
+    return Verdict(latency, 60.0 / price - 1.0, {"psnr": 35.0, "ssim": 0.97}, True)
 
 
 def run(folder, trials: int, judge=judge, resume=False, seed=0):
     study = s.open_study(folder, "space", seed, resume)
-    told: list[s.FinishedTrial] = []
+    told: list[FinishedTrial] = []
     before = len(s.finished(study))
     s.search(study, judge, lambda: len(s.finished(study)) - before >= trials, told.append)
     return study, told
@@ -40,31 +41,31 @@ def run(folder, trials: int, judge=judge, resume=False, seed=0):
 def test_seeds_come_first_and_the_best_is_found(tmp_path):
     study, told = run(tmp_path, 30)
     assert [f.knobs.form for f in told[:2]] == ["paper", "drop last scale"]
-    best = s.candidates(s.finished(study))[0]
+    best = candidates(s.finished(study))[0]
     price = math.sqrt(best.knobs.price_last * best.knobs.price_second / 1.65)
     assert best.verdict.shortfall_db <= 0 and 60 <= price < 75
 
 
 def test_what_misses_the_bound_or_was_given_up_is_no_candidate():
-    good = s.Verdict(10.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True)
+    good = Verdict(10.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True)
     found = [
-        s.FinishedTrial(0, s.Knobs(price_last=1.0), s.Verdict(1.0, 0.1, {"psnr": 36.0, "ssim": 0.97}, True)),
-        s.FinishedTrial(1, s.Knobs(price_last=2.0), s.Verdict(2.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, False)),
-        s.FinishedTrial(2, s.Knobs(price_last=3.0), good),
-        s.FinishedTrial(3, s.Knobs(price_last=4.0), s.Verdict(9.0, 0.0, {"psnr": 36.0, "ssim": 0.97}, True)),
+        FinishedTrial(0, Knobs(price_last=1.0), Verdict(1.0, 0.1, {"psnr": 36.0, "ssim": 0.97}, True)),
+        FinishedTrial(1, Knobs(price_last=2.0), Verdict(2.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, False)),
+        FinishedTrial(2, Knobs(price_last=3.0), good),
+        FinishedTrial(3, Knobs(price_last=4.0), Verdict(9.0, 0.0, {"psnr": 36.0, "ssim": 0.97}, True)),
     ]
-    assert [f.number for f in s.candidates(found)] == [3, 2]
+    assert [f.number for f in candidates(found)] == [3, 2]
 
 
-def trials(*ratios: float) -> list[s.FinishedTrial]:
+def trials(*ratios: float) -> list[FinishedTrial]:
     means = {"psnr": 36.0, "ssim": 0.97}
-    return [s.FinishedTrial(i, s.Knobs(price_last=i + 1.0), s.Verdict(r, -1.0, means, True)) for i, r in enumerate(ratios)]
+    return [FinishedTrial(i, Knobs(price_last=i + 1.0), Verdict(r, -1.0, means, True)) for i, r in enumerate(ratios)]
 
 
 def test_trials_close_to_the_best_are_timed_again_and_the_others_are_not():
     """Minutes apart a machine is faster or slower by more than they differ."""
     found, asked, said = trials(0.40, 0.41, 0.45, 0.47, 0.39999), [], []
-    found = s.candidates(found)
+    found = candidates(found)
 
     def timed_again(knobs):
         asked.append([k.price_last for k in knobs])
@@ -96,10 +97,11 @@ def test_finalists_are_drawn_in_turn_each_from_the_same_state():
     references = [judging.Reference(i, None, 0.0) for i in range(5)]
     watch = Stopwatch("cpu", lambda: now[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "build_policy", lambda knobs, *_: knobs.price_last)
         patch.setattr(judging, "make_attention", lambda _, policy: ways[policy])
-        judge_ = types.SimpleNamespace(adapter=adapter, table=None, points={}, references=references, stopwatch=watch)
-        a, b = judging.Judge.timed_again(judge_, [s.Knobs(price_last=1.0), s.Knobs(price_last=2.0)])
+        judge_ = types.SimpleNamespace(
+            adapter=adapter, references=references, stopwatch=watch, policy=lambda knobs: knobs.price_last
+        )  # fmt: skip
+        a, b = judging.Judge.timed_again(judge_, [Knobs(price_last=1.0), Knobs(price_last=2.0)])
     assert b < a
     assert [name for _, name in drawn] == ["dense", "a", "b", "a", "b", "dense", "b", "dense", "a"]
     assert [state for state, _ in drawn] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -115,10 +117,10 @@ def test_the_front_is_what_nothing_beats_in_both():
         (20.0, 35.0, True),
     ]
     found = [
-        s.FinishedTrial(i, s.Knobs(price_last=i + 1.0), s.Verdict(ms, 0.0, {"psnr": db, "ssim": 0.9}, done))
+        FinishedTrial(i, Knobs(price_last=i + 1.0), Verdict(ms, 0.0, {"psnr": db, "ssim": 0.9}, done))
         for i, (ms, db, done) in enumerate(made)
     ]
-    assert [f.number for f in s.front(found)] == [0, 2, 4]
+    assert [f.number for f in front(found)] == [0, 2, 4]
 
 
 def test_resume_repeats_nothing_and_fresh_sets_aside(tmp_path):

@@ -22,6 +22,8 @@ from places import PYTHONPATH
 from sparvar_tune.cli import parser
 from sparvar_tune.policy_search import storage
 from sparvar_tune.policy_search import study as search
+from sparvar_tune.policy_search.planned_trials import FIRST_PRICE, FIXED_POINTS, common_price, next_planned
+from sparvar_tune.policy_search.trial import FinishedTrial, Knobs, Verdict
 
 LONG = 1500.0  # seconds; only ends a test that would wait for ever
 KINDS = ("sqlite", "journal", "postgresql", "mysql")
@@ -81,7 +83,7 @@ def read(log: Path, what: str) -> list[dict]:
     return [line for line in lines if line["what"] == what]
 
 
-def kept(url: str) -> list[search.FinishedTrial]:
+def kept(url: str) -> list[FinishedTrial]:
     return search.finished(search.join_study(storage.open_shared(url), "space"))
 
 
@@ -98,10 +100,10 @@ def test_two_processes_share_every_trial_and_double_none(url, tmp_path):
     assert not any(read(log, "waited in vain") for log in logs), "they were not at work at the same time"
     found = {f.number: f.knobs for f in kept(url)}
     assert len({line["number"] for line in told}) == len(told)
-    assert {line["number"]: search.Knobs(**line["knobs"]) for line in told}.items() <= found.items()
-    judged = [search.Knobs(**line["knobs"]) for log in logs for line in read(log, "judge")]
+    assert {line["number"]: Knobs(**line["knobs"]) for line in told}.items() <= found.items()
+    judged = [Knobs(**line["knobs"]) for log in logs for line in read(log, "judge")]
     assert len(set(judged)) == len(judged) == len(told), "the same knobs were judged twice"
-    assert {k.form for k in judged} == {*search.FIXED_POINTS, "priced"} and set(found.values()) == set(judged)
+    assert {k.form for k in judged} == {*FIXED_POINTS, "priced"} and set(found.values()) == set(judged)
 
 
 @pytest.mark.slow
@@ -120,7 +122,7 @@ def test_a_killed_process_neither_hangs_nor_spoils_the_other(url, tmp_path):
     shared = storage.open_shared(url, 1, 2)
     study = search.join_study(shared, "space")
     wait_for(lambda: shared.stale(study) or not storage._running(study))
-    done, told = search.finished(study), list[search.FinishedTrial]()
+    done, told = search.finished(study), list[FinishedTrial]()
     assert {line["number"] for line in read(logs[1], "told")} <= {f.number for f in done}
     search.search(study, lambda knobs: done[0].verdict, lambda: len(search.finished(study)) >= len(done) + 2, told.append, shared)
     assert [f.knobs.form for f in kept(url)].count("paper") >= 1, "nobody took up what the killed one was at"
@@ -131,11 +133,11 @@ def test_what_is_taken_for_dead_and_lives_loses_no_trial(url):
     shared = storage.open_shared(url)
     study, told = search.join_study(shared, "space"), []
 
-    def judge(knobs: search.Knobs) -> search.Verdict:
+    def judge(knobs: Knobs) -> Verdict:
         if not told:
             for trial in storage._running(study):
                 storage._fail(study, trial)
-        return search.Verdict(10.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True)
+        return Verdict(10.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True)
 
     search.search(study, judge, lambda: len(told) >= 2, told.append, shared)
     assert [f.number for f in search.finished(study)] == [f.number for f in told] == [1, 2]
@@ -156,11 +158,11 @@ def test_a_trial_without_an_owner_is_closed_after_a_while(tmp_path, monkeypatch)
 def test_of_two_that_choose_at_once_the_first_keeps_the_knobs(tmp_path):
     shared = storage.open_shared(f"sqlite:///{tmp_path}/shared.db")
     study = search.join_study(shared, "space")
-    paper = json.dumps(asdict(search.Knobs(form="paper")))
+    paper = json.dumps(asdict(Knobs(form="paper")))
     for _ in range(2):
         study.enqueue_trial({"form": "paper"}, user_attrs={"knobs": paper})
     trials = [study.ask(), study.ask()]
-    assert [search._taken(study, t, search.Knobs(form="paper")) for t in trials] == [False, True]
+    assert [search._taken(study, t, Knobs(form="paper")) for t in trials] == [False, True]
 
 
 def test_a_torn_line_of_a_killed_writer_is_cut(tmp_path):
@@ -175,15 +177,15 @@ def test_a_torn_line_of_a_killed_writer_is_cut(tmp_path):
 
 
 def test_two_lies_look_to_both_sides():
-    first = search.next_planned(SEEDS, ())
-    second = search.next_planned(SEEDS, {first})
-    assert first == search.common_price(search.FIRST_PRICE) and second.price_last > first.price_last
-    met = search.FinishedTrial(2, first, search.Verdict(1.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True))
-    assert search.next_planned([*SEEDS, met], ()).price_last < first.price_last
+    first = next_planned(SEEDS, ())
+    second = next_planned(SEEDS, {first})
+    assert first == common_price(FIRST_PRICE) and second.price_last > first.price_last
+    met = FinishedTrial(2, first, Verdict(1.0, -1.0, {"psnr": 36.0, "ssim": 0.97}, True))
+    assert next_planned([*SEEDS, met], ()).price_last < first.price_last
 
 
 SEEDS = [
-    search.FinishedTrial(i, search.Knobs(form=form), search.Verdict(1.0, 5.0, {"psnr": 29.0, "ssim": 0.9}, True))
+    FinishedTrial(i, Knobs(form=form), Verdict(1.0, 5.0, {"psnr": 29.0, "ssim": 0.9}, True))
     for i, form in enumerate(("paper", "drop last scale"))
 ]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.policy_search.storage import open_shared
+from sparvar_tune.policy_search.trial import Knobs, Verdict
 
 
 def main(url: str, trials: str, sleep_s: str, log: str, grace_s: str = "60", other: str = "") -> None:
@@ -37,14 +38,14 @@ def main(url: str, trials: str, sleep_s: str, log: str, grace_s: str = "60", oth
             time.sleep(0.01)
         note("waited in vain")
 
-    def judge(knobs: search.Knobs) -> search.Verdict:
+    def judge(knobs: Knobs) -> Verdict:
         note("judge", knobs=asdict(knobs))
         time.sleep(float(sleep_s))
         if other:
             judged[0] += 1
             meet(Path(other), judged[0])
         price = math.sqrt(knobs.price_last * knobs.price_second / 1.65)
-        return search.Verdict(50 + 10 * math.log10(price), 60.0 / price - 1.0, {"psnr": 35.0, "ssim": 0.97}, True)
+        return Verdict(50 + 10 * math.log10(price), 60.0 / price - 1.0, {"psnr": 35.0, "ssim": 0.97}, True)
 
     note("begin")
     until = lambda: len(search.finished(study)) >= int(trials)  # noqa: E731
