@@ -35,6 +35,7 @@ def main() -> None:
         one.add_argument("--layers", action="store_true", help="also each block against the public one")
         one.add_argument("--apart", action="store_true", help="the public code before ours: their caches do not fit side by side")
         one.add_argument("--first", action="store_true", help="only the time of apply and of the first pictures")
+        one.add_argument("--ahead", action="store_true", help="the profile is loaded, and compiles, before the model is made")
         if family == "infinity":
             one.add_argument("--peer", choices=("FastVAR", "ScaleKV"), help="CHECKOUT is this method's code; time that alone")
         one.add_argument("--fast-sums", action="store_true", help="8-bit products summed in the hardware's fewer bits")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,6 +142,10 @@ class Ways:
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
     scaled_product.FAST_SUMS = args.fast_sums
+    cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    cold = not cache.is_dir() or not any(cache.iterdir())
+    if args.ahead:
+        load_profile(args.model, images=args.images).compile()
     driven = _open(args)
     torch.cuda.synchronize()
     loaded = torch.cuda.memory_allocated()
@@ -148,6 +154,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         "model": args.model, "images": args.images, "tokens": driven.schedule.num_keys(len(driven.schedule) - 1),
         "grids": [list(g) for g in driven.schedule.grids], "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": version_of("triton"), "weights_bytes": loaded, "host": _host(), "first_only": args.first,
+        "ahead": args.ahead, "cold": cold,
     }  # fmt: skip
     if getattr(args, "peer", None):
         yield {"peer": args.peer}

@@ -15,10 +15,12 @@ from sparvar_tune.adapters import steps
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts, Undoable
 from sparvar_tune.fused import boxed
+from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.engine import FusedPath, attach
 from sparvar_tune.fused.stack import Stack
+from sparvar_tune.fused.workspace import Foreseen
 
-__all__ = ["PATHS", "STACKS", "FusedPath", "OnPath", "attach", "put_on", "stack_of"]
+__all__ = ["PATHS", "STACKS", "Foreseen", "FusedPath", "OnPath", "attach", "put_on", "read_triton", "stack_of"]
 
 STACKS = {family: f"sparvar_tune.fused.{family}" for family in ("infinity", "hart", "var")}
 

@@ -174,7 +174,8 @@ class FusedPath(Undos, Replays):
         """Begins with the attention of one picture with guidance: its tables, and what it launches in `dtype`."""
         if self.attend is not None and self.work is None and self._foreseen is None and self.found.on_gpu:
             made = self.new_attention(self.attend.schedule)
-            self._foreseen = Foreseen(self.attend, made, self.found, dtype)
+            device = next(self.found.attentions[0].parameters()).device
+            self._foreseen = Foreseen(self.attend, made, self.found.heads, self.found.head_dim, dtype, device)
 
     def new_attention(self, schedule: ScaleSchedule) -> SparseAttention:
         foreseen, self._foreseen = self._foreseen, None

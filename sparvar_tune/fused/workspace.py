@@ -90,17 +90,19 @@ class Foreseen:
     """An attention that is made ready in the background before the first image: its tables are built and its binaries compiled.
 
     of: what it is like. It is for two rows, a picture with guidance; others build it once more. What is wrong is said there.
+    dtype: of q, k and v.
     """
 
-    def __init__(self, of: SparseAttention, made: SparseAttention, found: Parts, dtype: torch.dtype) -> None:
+    def __init__(
+        self, of: SparseAttention, made: SparseAttention, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.of, self._made = of, made
         self._binaries: Ahead | None = None
-        schedule, device = made.schedule, next(found.attentions[0].parameters()).device
-        form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
+        form = heads, head_dim, NAMES[dtype], made.softmax_scale, made.logit_bound
 
         def build() -> None:
             with contextlib.suppress(Exception), torch.no_grad(), torch.cuda.device(device):
-                problems = [AttentionProblem(schedule, s, 2, *form) for s in range(len(schedule))]
+                problems = [AttentionProblem(made.schedule, s, 2, *form) for s in range(len(made.schedule))]
                 builds = attention_builds(made, problems, dtype, device)
                 torch.cuda.current_stream().synchronize()  # of this thread, on which nobody else waits
                 self._binaries = Ahead(builds, device)

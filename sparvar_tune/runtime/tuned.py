@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparvar_kernels.attention import Launch, SparseAttention
 from sparvar_kernels.backends.dense import dense_attention
 from sparvar_kernels.backends.registry import KERNELS
-from sparvar_kernels.geometry.problem import AttentionProblem
+from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.policy import Policy
 from sparvar_tune import adapters, fused
 from sparvar_tune.adapters import Undoable
@@ -89,6 +90,24 @@ class Tuned:
             policy, w.schedule, softmax_scale=w.softmax_scale, logit_bound=_larger(w.logit_bound, logit_bound),
             launches={row.scale_index: launch_of(row) for row in self.profile.rows},
         )  # fmt: skip
+
+    def compile(self, device: torch.device | str = "cuda") -> None:
+        """Begins to compile what the profile's attention launches on a GPU, in the background, and returns at once.
+
+        Called before a model's weights are loaded, while cores have little to do; its first picture then need not wait 3 to 5 s
+        for it. What is still missing `apply` and the first picture make. Nothing is done on a CPU, nor without a profile.
+        Raises ValueError for what is no device.
+        """
+        try:
+            place = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device: got {shown(repr(device), 40)}, want a GPU's name such as 'cuda:0'") from error
+        if self.profile is None or place.type != "cuda" or self.gpu.device != "cuda" or not torch.cuda.is_available():
+            return
+        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+        fused.read_triton()
+        attend, w = self.sparse_attention(), self.profile.workload
+        fused.Foreseen(attend, attend, w.heads, w.head_dim, DTYPES[w.dtype], place)
 
     def attention(self, problem: AttentionProblem) -> Callable[..., Tensor]:
         """`attend(q, k, v, layer=...)` for this problem; dense when the profile is not for its shape.

@@ -161,3 +161,41 @@ def test_single_calls(tmp_path):
 def test_unknown_names():
     with pytest.raises(ValueError, match="nearest"), warnings.catch_warnings():
         runtime.load_profile("pocketva")
+
+
+def test_compiling_before_the_model_is_there(monkeypatch):
+    """For the GPU that is named and no other, and of what a first picture will ask for."""
+    asked = []
+    monkeypatch.setattr("sparvar_tune.fused.Foreseen", lambda *given: asked.append(given))
+    monkeypatch.setattr("sparvar_tune.fused.read_triton", lambda: None)
+    tuned, of_a_cpu = runtime.load_profile("infinity-2b", gpu="h100-sxm"), runtime.load_profile("pocketvar", gpu="cpu")
+    tuned.compile("cpu")
+    tuned.compile()  # there is no GPU here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    of_a_cpu.compile()
+    assert asked == []
+    tuned.compile()
+    tuned.compile("cuda:1")
+    (of, made, *form, device), (*_, other) = asked
+    assert of is made and of.policy == tuned.policy() and form == [16, 128, torch.bfloat16]
+    assert (device, other) == (torch.device("cuda:3"), torch.device("cuda:1"))
+    for wrong in ("gpu", 1.5, None):
+        with pytest.raises(ValueError, match=r"device: got .*, want a GPU's name"):
+            tuned.compile(wrong)
+
+
+@pytest.mark.gpu
+def test_what_was_compiled_before_is_found_by_the_first_picture():
+    from sparvar_kernels.backends.triton import binary
+    from sparvar_tune.fused.compile_ahead import Ahead
+    from sparvar_tune.fused.workspace import attention_builds
+
+    tuned, device = runtime.load_profile("infinity-2b"), torch.device("cuda", 0)
+    attend, w = tuned.sparse_attention(), tuned.profile.workload
+    tuned.compile(device)
+    problems = [AttentionProblem(w.schedule, s, 2, w.heads, w.head_dim, w.dtype) for s in range(len(w.schedule))]
+    wanted = attention_builds(attend, problems, torch.bfloat16, device)
+    Ahead(wanted, device).wait()  # for what is being made
+    with binary.only_made():
+        assert wanted and all(binary.launcher(build, device) for build in wanted)
