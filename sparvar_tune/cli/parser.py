@@ -24,7 +24,7 @@ from sparvar_tune.catalog.inputs import path_of
 from sparvar_tune.catalog.metrics import METRICS, WORST, find_metric
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS, shown, unknown_name
 from sparvar_tune.cli.exit_codes import EPILOG, ExitCode
-from sparvar_tune.ways.settings import BUDGET_S, MODES, PAIRS, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
+from sparvar_tune.ways.settings import BUDGET_S, COMPARE_PAIRS, MODES, PAIRS, VERIFY_BUDGET_S, VERIFY_PAIRS, seconds
 
 if TYPE_CHECKING:
     from sparvar_tune.cli import options
@@ -204,7 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     compare = command("compare", "dense, the paper's fixed setting and the tuned profiles in one table, interleaved in one run")
     checkout(compare)
-    compare.add_argument("--pairs", type=whole, default=PAIRS, help=f"held-out (class, seed) pairs (default {PAIRS})")
+    compare.add_argument("--pairs", type=whole, default=COMPARE_PAIRS,
+                         help=f"held-out (class, seed) pairs (default {COMPARE_PAIRS})")  # fmt: skip
     metric_weights(compare)
     compare.add_argument("--lpips", type=lambda given: ("lpips", path(given)), action="append", dest="metric_weights",
                          metavar="FILE", help="--metric-weights lpips=FILE")  # fmt: skip
