@@ -38,7 +38,17 @@ class Launch:
     config: LaunchConfig | None = None
 
 
-class SparseAttention:
+class InOneModel:
+    """What a model holds while something is put on it. Nobody could take it out of a copy, so there is none."""
+
+    def __deepcopy__(self, memo: object) -> Any:
+        raise ValueError(f"{type(self).__name__}: cannot be copied; undo it before copying the model that it is on")
+
+    def __reduce__(self) -> Any:
+        raise ValueError(f"{type(self).__name__}: cannot be saved; undo it before saving the model that it is on")
+
+
+class SparseAttention(InOneModel):
     """Callable attention for one image stream; see the module docstring.
 
     launches: per scale_index, how it is run; others take the device's default kernel.

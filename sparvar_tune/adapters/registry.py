@@ -12,6 +12,8 @@ import importlib
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from torch import nn
+
 from sparvar_tune.adapters.protocol import Family, Parts
 
 GROUP = "sparvar_tune.adapters"
@@ -43,6 +45,8 @@ def _load(point: EntryPoint) -> Family | str:
 
 def recognise(model: Any) -> tuple[Family, Parts]:
     """The family of a live model and its parts. Raises ValueError with each family's reason when none knows it."""
+    if isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters()):
+        raise ValueError(f"model of type {type(model).__name__}: its weights are on the meta device; load them first")
     reasons = []
     for name, family in families().items():
         reason = family if isinstance(family, str) else family.why_not(model)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
-from sparvar_tune.bitwise.room import room_for
+from sparvar_tune.bitwise.decisions import of_one_picture
 from sparvar_tune.bitwise.thinning import Given, Thinning
 from sparvar_tune.bitwise.tokenizer import pool
 from sparvar_tune.generation.scaled_product import scaled_block
@@ -218,7 +218,7 @@ class Generating(ABC):
         self.narrow()
         as_one: AsOne | None = self.attend if hasattr(self.attend, "draw") else None  # type: ignore[assignment]
         if as_one is None or not as_one.draw(self):
-            with self._again():
+            with of_one_picture(self), self._again():
                 self.draw(self.through_blocks)
 
     def parked(self: Twin) -> Twin:
@@ -301,8 +301,7 @@ class Generating(ABC):
     def _roomy(self, cache: Tensor) -> Tensor:
         """A copy of what is filled, with room for all tokens."""
         done = max(self.filled)
-        shape = *cache.shape[:-2], self.model.schedule.num_tokens, cache.shape[-1]
-        out = room_for(self.model, shape, cache.dtype, cache.device)
+        out = cache.new_empty(*cache.shape[:-2], self.model.schedule.num_tokens, cache.shape[-1])
         out[..., :done, :] = cache[..., :done, :]
         return out
 

@@ -190,7 +190,9 @@ def own_folder() -> Seen:
         folder = user_folder()
     except NoHome as error:
         return Seen("folder", WRONG, str(error), mend)
-    return writable("folder", folder.parent, "your profiles, trials and what verify finds", mend)
+    kept = (folder.parent, folder, folder.parent / "runs")
+    seen = [writable("folder", one, "your profiles, trials and what verify finds", mend) for one in kept]
+    return next((one for one in seen if one.state != OK), seen[0])
 
 
 def triton_cache() -> Seen:

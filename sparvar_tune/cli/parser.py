@@ -13,9 +13,10 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -378,23 +379,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(list(sys.argv[1:] if argv is None else argv), ours=argv is None)
     finally:
         _let_go()
 
 
-def _run(words: list[str]) -> int:
-    """As `main`, for the words of a command."""
+def _read(words: list[str]) -> tuple[Callable[[Any], int], Any]:
+    """What runs a command, and with what. Raises what `read_options` does."""
     try:
-        try:
-            if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-                raise unknown_name("command", words[0], COMMANDS)
-            if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
-                words.insert(0, "tune")
-            command, options = read_options(words)
-        finally:
-            sys.stdout.flush()  # help, to a pipe that may be closed
-        run: Callable[[Any], int] = importlib.import_module(f"sparvar_tune.cli.commands.{command.replace('-', '_')}").run
+        if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+            raise unknown_name("command", words[0], COMMANDS)
+        if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+            words.insert(0, "tune")
+        command, options = read_options(words)
+    finally:
+        sys.stdout.flush()  # help, to a pipe that may be closed
+    return importlib.import_module(f"sparvar_tune.cli.commands.{command.replace('-', '_')}").run, options
+
+
+@contextlib.contextmanager
+def _interrupts_end_it() -> Iterator[None]:
+    """While modules are imported Ctrl-C ends the process itself: an exception within the C++ of PyTorch or numpy aborts it, or is
+    lost and the command goes on."""
+
+    def end(*_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nsparvar-tune: interrupted\n")
+        os._exit(ExitCode.INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, as for a job in the background, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run(words: list[str], ours: bool = False) -> int:
+    """As `main`, for the words of a command. ours: the process runs nothing else."""
+    try:
+        with _interrupts_end_it() if ours else contextlib.nullcontext():
+            run, options = _read(words)
         return run(options)
     except KeyboardInterrupt:
         kept = "; finished trials are kept, --resume goes on" if words[0] == "tune" else ""

@@ -25,11 +25,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sparvar_kernels.attention import SparseAttention
+from sparvar_kernels.attention import InOneModel, SparseAttention
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters.boxed import Attached
 from sparvar_tune.adapters.protocol import Parts
+from sparvar_tune.bitwise.decisions import OTHERS
 from sparvar_tune.bitwise.sampling import Attend, Generating
 from sparvar_tune.fused.boxed_blocks import BoxedBlocks
 from sparvar_tune.fused.compile_ahead import read_triton
@@ -60,7 +61,7 @@ class _Decided:
     by_graph: bool
 
 
-class FusedSampling(Replays):
+class FusedSampling(Replays, InOneModel):
     """See the module docstring. attend: policy, schedule and launches; None: everything dense.
 
     reason: why the last picture that came here went its own way, None if it did not; `own` is what it attends with then.
@@ -246,8 +247,7 @@ class FusedSampling(Replays):
         s, key, decided = at.scale_index, (at.start, at.length, at.rows), self._decided
         lives, decides = s in self._living, s in self._deciding
         if lives and (decided is None or state.decided is not decided):
-            raise ValueError(f"scale {s} lives on a decision scale of this picture, and another picture's was run after it or "
-                             "none; draw one picture after the other, or give each an attention of its own")  # fmt: skip
+            raise ValueError(OTHERS.format(s))
         decision_replays = not lives or decided is None or decided.by_graph
         by_graph = self.why_not_graphs is None and key in self._ran and decision_replays
         graph = work.graphs.get(key) if by_graph else None

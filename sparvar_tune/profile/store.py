@@ -111,7 +111,7 @@ def _elsewhere(path: Path) -> str:
 def require_writable(*paths: Path) -> None:
     """Fails before the work rather than after it: raises ProfileError where `write_atomic` could not write."""
     for path in paths:
-        probe = path.parent / f".{path.name[:80]}.probe"
+        probe = Path(os.path.realpath(path.parent)) / f".{path.name[:80]}.probe"  # as `write_atomic` does, past what is not there
         try:
             _require_file(path)
             write_atomic(probe, b"")

@@ -320,11 +320,17 @@ def _best_reachable(study: Any, request: Request, certified: bool) -> str:
     best = max(faster, key=lambda f: (-f.verdict.shortfall_db, f.verdict.lead))
     v = best.verdict
     short = "but not so on the held-out pairs" if certified else "no faster than dense"
+    todo = "Give more --budget, or more --pairs: of few, chance decides"
     if v.shortfall_db > 0:
         short = f"the confidence bound of that mean is {v.shortfall_db:.2f} dB short"
+        bounds = request.constraint.bounds  # a worst class has no mean there
+        enough = bounds.keys() <= v.means.keys() and request.constraint.shortfall(v.means) <= 0
+        todo = "Ask for less with --min NAME=VALUE, or give more " + (
+            "--pairs: of few, a bound is wide" if enough else "--budget"
+        )
     return (
         f"no configuration faster than dense certifies {request.constraint}; the best reached {request.constraint.say(v.means)} "
-        f"at {v.speedup:.2f}x ({short}); nothing written. Ask for less with --min NAME=VALUE, or give more --budget"
+        f"at {v.speedup:.2f}x ({short}); nothing written. {todo}"
     )
 
 

@@ -407,3 +407,28 @@ def test_misses_are_recorded_tuned_and_forgotten(tiny_model, capsys, monkeypatch
     assert (
         code == 1 and "not tuned: nothing" in out and out.count("works") == 1 and [m.model for m in misses.read()] == ["var-d16"]
     )
+
+
+IMPORTS = """
+import os, signal, sys
+from sparvar_tune.cli import parser
+
+def read(words):
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        return lambda options: print("ran on"), None  # as what swallows an exception in the middle of an import would
+    except KeyboardInterrupt:
+        return lambda options: print("swallowed"), None
+
+parser._read = read
+sys.argv = ["sparvar-tune", "explain"]
+sys.exit(parser.main())
+"""
+
+
+def test_ctrl_c_while_modules_are_imported_ends_at_once():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PYTHONPATH},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nsparvar-tune: interrupted\n")

@@ -253,3 +253,12 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         parser.main(["--version"])
     assert stop.value.code == 0 and re.fullmatch(r"sparvar-tune \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["profiles", "runs"])
+def test_doctor_sees_a_file_where_a_folder_is_wanted(home, capsys, name):
+    place = store.user_folder().parent / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("")
+    found, _, _ = answer(capsys, "doctor")
+    assert [seen["state"] for seen in found["seen"] if seen["name"] == "folder"] == ["wrong"]

@@ -453,3 +453,8 @@ def test_entry_points_add_families(monkeypatch):
         "mine: it is not mine" in said and "broken: no_such_package could not be loaded" in said and "math has no why_not" in said
     )
     assert adapters.recognise(lookalikes.Var().model)[1].family == "var"
+
+
+def test_weights_that_were_never_loaded_are_refused():
+    with pytest.raises(ValueError, match="its weights are on the meta device; load them first"):
+        adapters.recognise(tiny.make_model().to("meta"))

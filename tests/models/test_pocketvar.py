@@ -50,15 +50,6 @@ def seen_keys(model, held):
     return Holding()
 
 
-def test_keys_and_values_lie_where_an_earlier_picture_had_them():
-    model, held = make_model(), []
-    want = picture(model)
-    picture(model, attend=seen_keys(model, held))
-    first = held.pop().data_ptr()
-    assert first % 64 == 0
-    assert torch.equal(picture(model, attend=seen_keys(model, held)), want) and held[0].data_ptr() == first
-
-
 def test_keys_that_somebody_holds_stay_as_they_are():
     model, held = make_model(), []
     picture(model, attend=seen_keys(model, held))
@@ -76,14 +67,6 @@ def test_pictures_at_one_time_share_no_keys():
             run.step()
     assert len({run.cache.data_ptr() for run in runs}) == 3
     assert all(torch.equal(run.pictures(), picture(model, seed=seed)) for run, seed in zip(runs, (1, 2, 3), strict=True))
-
-
-def test_a_picture_of_other_size_gets_room_of_its_own():
-    model = make_model()
-    one = picture(model)
-    noise = torch.stack([draw_noise(model.schedule, model.config.bits, s) for s in (1, 2)])
-    assert Generation(model, [3, 5], noise, 0.7).run().cache.shape[2] == 2
-    assert torch.equal(picture(model), one)
 
 
 def test_a_batch_is_its_members():

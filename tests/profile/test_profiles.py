@@ -12,6 +12,7 @@ import os
 import random
 import re
 import tempfile
+from pathlib import Path
 
 import pytest
 from examples import HUGE, changed, example, fails, paths_of
@@ -442,3 +443,9 @@ def test_a_measured_profile_holds_no_predicted_row():
     assert guessed.why_not() is None
     reason = dataclasses.replace(made, rows=(*made.rows[:-1], guessed)).why_not()
     assert reason == "rows: every row must be 'measured' like the profile"
+
+
+def test_a_place_through_a_folder_that_is_not_there_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store.require_writable(Path("no n/../x.jpg"))
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ import pytest
 
 from sparvar_kernels import Dense, Policy
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.measure.timing import Stopwatch
 from sparvar_tune.policy_search import judge as judging
 from sparvar_tune.policy_search import study as s
@@ -253,3 +254,17 @@ def test_the_papers_policy_on_infinity_8b():
     assert cs4a.keys == "index" and cs4a.top_k == 0.2 and cs4a.bands == (7, 9) and str(cs4a.tile) == "raster192"
     with pytest.raises(ValueError, match="at least 6"):
         paper_policy(ScaleSchedule.square((1, 2, 3)), 4, 4)
+
+
+@pytest.mark.parametrize(("shortfall", "psnr", "todo"), [
+    (2.0, 30.0, "Ask for less with --min NAME=VALUE, or give more --budget"),
+    (2.0, 40.0, "Ask for less with --min NAME=VALUE, or give more --pairs"), (-1.0, 40.0, "Give more --budget, or more --pairs"),
+])  # fmt: skip
+def test_what_to_do_where_nothing_certifies(monkeypatch, shortfall, psnr, todo):
+    """A mean that is enough wants a narrower bound, not a lower one."""
+    found = FinishedTrial(0, Knobs(), Verdict(0.5, shortfall, {"psnr": psnr, "ssim": 0.9}, True))
+    monkeypatch.setattr(search_here, "finished", lambda study: [found])
+    monkeypatch.setattr(search_here, "failed", lambda study: [])
+    request = types.SimpleNamespace(constraint=Constraint({"psnr": 35.0}))
+    for certified in (False, True):
+        assert f"nothing written. {todo}" in search_here._best_reachable(None, request, certified)
