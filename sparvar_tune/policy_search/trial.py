@@ -108,7 +108,7 @@ def front(found: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     return out
 
 
-def candidates(found: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """Fully judged trials that meet the constraint, fastest first; each set of knobs once."""
-    unique = {f.knobs: f for f in found if f.verdict.complete and f.verdict.shortfall_db <= 0}
+def candidates(found: Sequence[FinishedTrial], short_db: float = 0.0) -> list[FinishedTrial]:
+    """Fully judged trials that meet the constraint, or miss it by `short_db` at most, fastest first; each set of knobs once."""
+    unique = {f.knobs: f for f in found if f.verdict.complete and f.verdict.shortfall_db <= short_db}
     return sorted(unique.values(), key=lambda f: f.verdict.time_ratio)

@@ -39,6 +39,7 @@ from sparvar_tune.policy_search.certify import (
 )
 from sparvar_tune.policy_search.foresight import Foresight
 from sparvar_tune.policy_search.judge import (
+    MARGIN_DB,
     Judge,
     first_touched,
     make_attention,
@@ -153,9 +154,11 @@ def tune(
         note(f"time against {LEAD.title}, the front of {len(done)} trials: {shown or 'none complete'}")
         for line in fruitless(done, judge):
             note(line)
-        attempt, needed = attempts, 0.0
+        # where no trial has the prediction's margin to spare, pairs that nobody searched on decide about those that lack no more
+        short_db = 0.0 if candidates(done) else MARGIN_DB
+        attempt, needed = attempts, -short_db
         looked_at = set[Policy]()
-        for candidate in in_turn(candidates(done), judge, note):
+        for candidate in in_turn(candidates(done, short_db), judge, note):
             policy = judge.policy(candidate.knobs)
             nothing = not policy.rules and not policy.steps  # dense everywhere is no result
             if candidate.verdict.shortfall_db > -needed or nothing or policy in looked_at:

@@ -268,3 +268,9 @@ def test_what_to_do_where_nothing_certifies(monkeypatch, shortfall, psnr, todo):
     request = types.SimpleNamespace(constraint=Constraint({"psnr": 35.0}))
     for certified in (False, True):
         assert f"nothing written. {todo}" in search_here._best_reachable(None, request, certified)
+
+
+def test_what_lacks_the_margin_alone_is_a_candidate_where_nothing_else_is():
+    short = [FinishedTrial(i, Knobs(price_last=1.0 + i), Verdict(0.5 - i / 100, by, {"psnr": 34.0}, True))
+             for i, by in enumerate((0.05, 0.1, 0.2))]  # fmt: skip
+    assert candidates(short) == [] and [f.number for f in candidates(short, judging.MARGIN_DB)] == [1, 0]
