@@ -167,10 +167,10 @@ def test_the_same_policy_by_other_knobs_is_certified_once(candidates, tmp_path, 
     tune, seen = candidates
     found = search_here.candidates
 
-    def doubled(trials):
+    def doubled(trials, *short_db):
         return [
             dataclasses.replace(f, knobs=dataclasses.replace(f.knobs, price_last=f.knobs.price_last * (1 + tiny)))
-            for f in found(trials) for tiny in (0.0, 1e-9, 2e-9)
+            for f in found(trials, *short_db) for tiny in (0.0, 1e-9, 2e-9)
         ]  # fmt: skip
 
     monkeypatch.setattr(search_here, "candidates", doubled)
