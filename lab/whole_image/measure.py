@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from sparvar_kernels.geometry.scales import Tile
 from sparvar_kernels.policy import Policy
 from sparvar_kernels.variants import Csla
 from sparvar_tune import adapters, fused
+from sparvar_tune.cli.machine_checks import triton_cache_folder
 from sparvar_tune.generation import CacheBudget, Precision, PruneTokens, scaled_product
 from sparvar_tune.policy_search.menu import paper_policy, paper_sinks, paper_windows
 from sparvar_tune.profile.machine import version_of
@@ -142,7 +141,7 @@ class Ways:
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
     scaled_product.FAST_SUMS = args.fast_sums
-    cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    cache = triton_cache_folder()
     cold = not cache.is_dir() or not any(cache.iterdir())
     if args.ahead:
         load_profile(args.model, images=args.images).compile()

@@ -37,12 +37,17 @@ def decided_by(attend: Any) -> Decided | None:
         if attend is None:
             return None
     if attend not in _OF:
-        scales = range(len(attend.schedule))
-        _OF[attend] = Decided(
-            frozenset(s for s in scales if any(plans[s].records for plans in attend.plans)),
-            frozenset(s for s in scales for plans in attend.plans for v, _ in plans[s].groups if v.decision_scale is not None),
-        )
+        _OF.setdefault(attend, Decided(*deciding_and_living(attend)))  # another thread may be at it, too
     return _OF[attend] if _OF[attend].deciding else None
+
+
+def deciding_and_living(attend: SparseAttention) -> tuple[frozenset[int], frozenset[int]]:
+    """The scales that leave something to later ones, and those that live on it."""
+    scales, plans = range(len(attend.schedule)), attend.plans
+    deciding = frozenset(s for s in scales if any(plan[s].records for plan in plans))
+    return deciding, frozenset(
+        s for s in scales if any(v.decision_scale is not None for plan in plans for v, _ in plan[s].groups)
+    )
 
 
 @contextmanager
@@ -54,7 +59,7 @@ def of_one_picture(state: Any) -> Iterator[None]:
         yield
         return
     with own.lock:
-        begins = bool(own.deciding) and state.scale == min(own.deciding)
+        begins = state.scale == min(own.deciding)
         if not begins and state.scale in own.deciding | own.living and (state.decided is None or own.last is not state.decided):
             raise ValueError(OTHERS.format(state.scale))
         if begins:

@@ -195,10 +195,16 @@ def own_folder() -> Seen:
     return next((one for one in seen if one.state != OK), seen[0])
 
 
-def triton_cache() -> Seen:
+def triton_cache_folder() -> Path:
+    """Where Triton keeps what it compiled."""
     home = os.environ.get("TRITON_HOME") or "~"
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or f"{home}/.triton/cache").expanduser()
-    return writable("Triton's cache", folder, "compiled kernels", "export TRITON_CACHE_DIR=/a/folder/you/may/write")
+    return Path(os.environ.get("TRITON_CACHE_DIR") or f"{home}/.triton/cache").expanduser()
+
+
+def triton_cache() -> Seen:
+    return writable(
+        "Triton's cache", triton_cache_folder(), "compiled kernels", "export TRITON_CACHE_DIR=/a/folder/you/may/write"
+    )
 
 
 def writable(name: str, folder: Path, what: str, mend: str) -> Seen:

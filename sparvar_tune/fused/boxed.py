@@ -30,7 +30,7 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import Policy
 from sparvar_tune.adapters.boxed import Attached
 from sparvar_tune.adapters.protocol import Parts
-from sparvar_tune.bitwise.decisions import OTHERS
+from sparvar_tune.bitwise.decisions import OTHERS, deciding_and_living
 from sparvar_tune.bitwise.sampling import Attend, Generating
 from sparvar_tune.fused.boxed_blocks import BoxedBlocks
 from sparvar_tune.fused.compile_ahead import read_triton
@@ -89,11 +89,9 @@ class FusedSampling(Replays, InOneModel):
         self._held = _HELD.setdefault(self.model, _Held(threading.RLock()))
         self._said: set[str] = set()
         self._hook: Attached | None = None
-        plans = [] if attend is None else attend.plans
-        scales = range(len(self.model.schedule))
         self.lengths = Lengths(self.policy, self.model.schedule, found.layers)
-        self._deciding = [s for s in scales if any(plan[s].records for plan in plans)]
-        self._living = [s for s in scales if any(v.decision_scale is not None for plan in plans for v, _ in plan[s].groups)]
+        nothing: frozenset[int] = frozenset()
+        self._deciding, self._living = (nothing, nothing) if attend is None else deciding_and_living(attend)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
         return self.own(q, k, v, layer, scale_index)
@@ -267,7 +265,7 @@ class FusedSampling(Replays, InOneModel):
 
     def _forget(self, work: Workspace, s: int | None) -> None:
         """Before the first decision of a picture that is no replay."""
-        if self._deciding and s == self._deciding[0]:
+        if self._deciding and s == min(self._deciding):
             for attend in work.sparse:
                 attend.reset()
 

@@ -210,7 +210,7 @@ class FusedPath(Undos, Replays):
                     self._begin_decoder(decoder)
                 else:
                     self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
-            with undisturbed() if self.work is None and self.found.on_gpu else nullcontext():
+            with undisturbed() if self.images == 1 and self.found.on_gpu else nullcontext():
                 out = inner(*args, **kwargs)
                 self._drew()
             return out

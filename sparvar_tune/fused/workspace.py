@@ -25,6 +25,7 @@ from sparvar_tune.fused.compile_ahead import Ahead
 from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.product import scaled_builds
 from sparvar_tune.fused.thinning import ThinnedPasses
+from sparvar_tune.generation.halves import another
 from sparvar_tune.generation.scaled_product import precision_of
 from sparvar_tune.generation.tokens import Work
 
@@ -59,9 +60,7 @@ def attention_like(found: Parts, a: SparseAttention | None, schedule: ScaleSched
     if a is None:
         policy = Policy(("A" * found.heads,) * found.layers)
         return SparseAttention(policy, schedule, softmax_scale=found.softmax_scale, logit_bound=found.logit_bound)
-    return SparseAttention(
-        a.policy, a.schedule, softmax_scale=a.softmax_scale, logit_bound=a.logit_bound, launches=a.launches
-    )  # fmt: skip
+    return another(a)
 
 
 def attention_builds(
