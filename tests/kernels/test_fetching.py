@@ -17,7 +17,7 @@ from usage_target import usage
 from sparvar_kernels import AttentionProblem, Cs4a, Csla, Policy, Reuse, Rule, ScaleSchedule, Tile, why_not
 from sparvar_kernels.backends.configs import SHARED_LIMIT, TritonConfig
 from sparvar_kernels.backends.triton.table import FIELDS, Column
-from sparvar_kernels.backends.triton.work import Part, tiles_of, work_table
+from sparvar_kernels.backends.triton.work import Part, cell_columns, tiles_of, work_table
 from sparvar_tune.launch_search.choose import space
 from sparvar_tune.launch_search.compiling import Binary
 
@@ -51,6 +51,23 @@ def test_a_table_names_every_source_cell_that_bears_on_its_rows(tile, grid, sour
         assert 0 <= low_y <= high_y < source[0] and 0 <= low_x <= high_x < source[1]
         rows_seen += len(m)
     assert rows_seen == grid[0] * grid[1]
+
+
+@pytest.mark.parametrize(("tile", "block_n", "columns", "steps"), [
+    (Tile(8, 8), 64, 8, 1), (Tile(8, 16), 128, 16, 1), (Tile(8, 16), 64, 8, 2), (Tile(0, 192), 128, 32, 2), (Tile(0, 192), 64, 16, 3),
+])  # fmt: skip
+def test_a_residual_is_taken_in_as_few_steps_as_there_can_be(tile, block_n, columns, steps):
+    """Steps of block_n cells over the cells of an inner tile of 64x64 above 40x40, against every way to lay them out."""
+    tiles = tiles_of((64, 64), tile)
+    nothing = torch.zeros(len(tiles.rows), dtype=torch.int32)
+    table = work_table([Part(tiles, (0,), 0, 0, 0, nothing, nothing, (0,))], 256, (64, 64), (40, 40)).numpy()
+    assert cell_columns(table, block_n) == columns
+    needed = {}
+    for across in (8, 16, 32):
+        low, high = table[:, Column.LOW_Y : Column.LOW_X + 1], table[:, Column.HIGH_Y : Column.HIGH_X + 1]
+        down, right = (len(range(low[9, i], high[9, i] + 1, side)) for i, side in ((0, block_n // across), (1, across)))
+        needed[across] = down * right
+    assert needed[columns] == steps == min(needed.values())
 
 
 def test_why_not_names_what_is_wrong():

@@ -39,7 +39,6 @@ HIGH_Y = gl.constexpr(int(Column.HIGH_Y))
 HIGH_X = gl.constexpr(int(Column.HIGH_X))
 ROWS = gl.constexpr(64)  # query rows of one group of warps
 FETCHERS = gl.constexpr(128)  # threads that fetch
-CELLS = gl.constexpr(16)  # columns of a residual's cells in one step; a power of two, so that most of their weights coincide
 
 
 @gluon.jit
@@ -87,7 +86,7 @@ def _place(cell, step, length):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     reading, shared, FIELDS: gl.constexpr, EPILOGUE: gl.constexpr, MASKED: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr, CELLS: gl.constexpr,
 ):  # fmt: skip
     """What the warps that fetch do."""
     (q_ptr, k_ptr, v_ptr, keys_ptr, table_ptr, extra_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -179,6 +178,7 @@ def _softmax(s, top, total, scale_log2e, BOUNDED: gl.constexpr):  # type: ignore
 def _multiply(  # type: ignore[no-untyped-def]
     writing, shared, WHICH: gl.constexpr, FIELDS: gl.constexpr, EPILOGUE: gl.constexpr, MASKED: gl.constexpr,
     BOUNDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr,
+    CELLS: gl.constexpr,
 ):  # fmt: skip
     """What a group of warps that multiply does, number WHICH of GROUPS."""
     (out_ptr, table_ptr, extra_ptr, stride_ob, stride_oh, stride_on, stride_eb, stride_eh, stride_en, grid_width,
@@ -199,6 +199,9 @@ def _multiply(  # type: ignore[no-untyped-def]
         origin, tile_width = gl.load(entry + ORIGIN), gl.load(entry + WIDTH)
         first_row, end_row, count = gl.load(entry + FIRST_ROW), gl.load(entry + END_ROW), gl.load(entry + COUNT)
         i_out = gl.load(entry + OUT).to(gl.int64)
+        if EPILOGUE == 1:
+            i_slot = gl.load(entry + SLOT)
+            low_y, low_x, high_y, high_x = _cells(entry)
         blocks = gl.maximum((count + BLOCK_N - 1) // BLOCK_N, 1)
         q = queries.index(q_slot * GROUPS + WHICH)
         top = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, s_layout))  # finite: no keys must come out as 0
@@ -239,24 +242,26 @@ def _multiply(  # type: ignore[no-untyped-def]
             slot, phase = _after(v_slot, v_phase, SLOTS)
         mbarrier.wait(ready.index(slot), phase)
         fence_async_shared()
-        acc = warpgroup_mma(weights, ring.index(slot), acc)
+        sums = warpgroup_mma(weights, ring.index(slot), acc, is_async=True)
+        # Negated here where attention is taken away: given a negation of what the tensor cores made, the assembler of CUDA 12.8
+        # drops their work (a test looks for it in the machine code).
+        sign: gl.constexpr = -1.0 if EPILOGUE == 2 else 1.0
+        share = gl.convert_layout(sign / gl.where(total == 0, 1.0, total), gl.SliceLayout(1, o_layout))[:, None]
+        if EPILOGUE == 1:
+            m = first_row + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+            rows = gl.where(m < end_row, _tokens(m, origin, tile_width, grid_width), origin)
+            row = _divide(rows, 1.0 / grid_width)
+            y = _place(row, step_y, source_height)[:, None]
+            x = _place(rows - row * grid_width, step_x, source_width)[:, None]
+        acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
         _barrier()
         mbarrier.arrive(free.index(slot))
         slot, phase = _after(slot, phase, SLOTS)
 
-        # Negated here where attention is taken away: given a negation of what the tensor cores made, the assembler of CUDA 12.8
-        # drops their work (a test looks for it in the machine code).
-        sign: gl.constexpr = -1.0 if EPILOGUE == 2 else 1.0
-        acc *= gl.convert_layout(sign / gl.where(total == 0, 1.0, total), gl.SliceLayout(1, o_layout))[:, None]
+        acc *= share
         if EPILOGUE == 1:
-            if gl.load(entry + SLOT) >= 0:
+            if i_slot >= 0:
                 # Enlarging is a product with the tent weights of the cells under these rows: a few more "keys"
-                low_y, low_x, high_y, high_x = _cells(entry)
-                m = first_row + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-                rows = gl.where(m < end_row, _tokens(m, origin, tile_width, grid_width), origin)
-                row = _divide(rows, 1.0 / grid_width)
-                y = _place(row, step_y, source_height)[:, None]
-                x = _place(rows - row * grid_width, step_x, source_width)[:, None]
                 for begin_y in range(low_y, high_y + 1, BLOCK_N // CELLS):
                     for begin_x in range(low_x, high_x + 1, CELLS):
                         near_y = gl.maximum(1 - gl.abs(y - begin_y - (offs_n // CELLS)[None, :]), 0.0)
@@ -294,12 +299,14 @@ def fetched_kernel(  # type: ignore[no-untyped-def]
     stride_ob, stride_oh, stride_on, stride_eb, stride_eh, stride_en, stride_bb, stride_bh,
     grid_width, source_height, source_width, step_y, step_x, scale_log2e, num_entries, num_items,
     FIELDS: gl.constexpr, EPILOGUE: gl.constexpr, MASKED: gl.constexpr, BOUNDED: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr, CELLS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The arguments of `gathered_kernel`, and its EPILOGUE; a bias is none of its jobs, bias_ptr is never read.
 
     num_items: the table's num_entries times images. GROUPS: of four warps that multiply, each 64 rows of a block.
+    CELLS: columns of a residual's cells in one step, a power of two, so that most of their weights coincide;
+    a step has BLOCK_N // CELLS rows.
     Every pointer and stride must be a multiple of 16. Launched with four warps; the others are its partitions'.
     """
     kind: gl.constexpr = q_ptr.dtype.element_ty
@@ -328,10 +335,10 @@ def fetched_kernel(  # type: ignore[no-untyped-def]
         gl.warp_specialize(
             [
                 (_multiply, (writing, shared, gl.constexpr(0), FIELDS, EPILOGUE, MASKED, BOUNDED, HEAD_DIM, BLOCK_N,
-                             SLOTS, GROUPS)),
+                             SLOTS, GROUPS, CELLS)),
                 (_multiply, (writing, shared, gl.constexpr(1), FIELDS, EPILOGUE, MASKED, BOUNDED, HEAD_DIM, BLOCK_N,
-                             SLOTS, GROUPS)),
-                (_fetch, (reading, shared, FIELDS, EPILOGUE, MASKED, HEAD_DIM, BLOCK_N, SLOTS, GROUPS)),
+                             SLOTS, GROUPS, CELLS)),
+                (_fetch, (reading, shared, FIELDS, EPILOGUE, MASKED, HEAD_DIM, BLOCK_N, SLOTS, GROUPS, CELLS)),
             ],
             [4, 4],
             [OTHER_REGISTERS, FETCH_REGISTERS],
@@ -340,8 +347,8 @@ def fetched_kernel(  # type: ignore[no-untyped-def]
         gl.warp_specialize(
             [
                 (_multiply, (writing, shared, gl.constexpr(0), FIELDS, EPILOGUE, MASKED, BOUNDED, HEAD_DIM, BLOCK_N,
-                             SLOTS, GROUPS)),
-                (_fetch, (reading, shared, FIELDS, EPILOGUE, MASKED, HEAD_DIM, BLOCK_N, SLOTS, GROUPS)),
+                             SLOTS, GROUPS, CELLS)),
+                (_fetch, (reading, shared, FIELDS, EPILOGUE, MASKED, HEAD_DIM, BLOCK_N, SLOTS, GROUPS, CELLS)),
             ],
             [4],
             [FETCH_REGISTERS],

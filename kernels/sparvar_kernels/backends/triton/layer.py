@@ -49,11 +49,13 @@ ADD_RESIDUAL, TAKE_RESIDUAL = 1, 2
 
 
 def gathered_build(
-    problem: AttentionProblem, config: TritonConfig, *, epilogue: int, masked: bool, bias: bool = False, aligned: bool = True
-) -> Build:
+    problem: AttentionProblem, config: TritonConfig, *, epilogue: int, masked: bool, bias: bool = False, aligned: bool = True,
+    cells: int = 8,
+) -> Build:  # fmt: skip
     """What a stage of `problem` launches: the gathered kernel, or where warps fetch the one for Hopper.
 
-    aligned: addresses and strides of all tensors are multiples of 16; needed where warps fetch.
+    aligned: addresses and strides of all tensors are multiples of 16; needed where warps fetch. cells: columns of a residual's
+    cells in one step there.
     """
     kinds = {"keys": "*i32", "table": "*i32", "bias": "*fp32"}
     types = {f"{name}_ptr": kinds.get(name, f"*{TYPES[DTYPES[problem.dtype]]}") for name in POINTERS}
@@ -75,6 +77,7 @@ def gathered_build(
     constants = {
         "FIELDS": FIELDS, "EPILOGUE": epilogue, "MASKED": masked, "BOUNDED": bounded, "HEAD_DIM": problem.head_dim,
         "BLOCK_N": config.block_n, "SLOTS": config.num_stages, "GROUPS": config.block_m // 64,
+        "CELLS": cells if epilogue == ADD_RESIDUAL else config.block_n,
         "OTHER_REGISTERS": multiplying, "FETCH_REGISTERS": fetching,
     }  # fmt: skip
     types |= {"num_entries": "i32", "num_items": "i32"}
@@ -100,8 +103,9 @@ class Gather:
         """What it launches for tensors that are aligned, or not."""
         aligned = bool(self.config.fetchers) or (aligned and not self.bias)
         return gathered_build(
-            self.problem, self.config, epilogue=self.epilogue, masked=self.stage.masked, bias=self.bias, aligned=aligned
-        )
+            self.problem, self.config, epilogue=self.epilogue, masked=self.stage.masked, bias=self.bias, aligned=aligned,
+            cells=self.stage.cells,
+        )  # fmt: skip
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extra: Tensor | None = None, bias: Tensor | None = None

@@ -64,7 +64,13 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     i_b, i = (i_bh // num_heads).to(tl.int64), i_bh % num_heads
     i_head = tl.load(heads_ptr + i).to(tl.int64)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    tile, sample = tl.program_id(1) * GROUP + offs_m // SAMPLES, offs_m % SAMPLES
+    # Places of SIDE tiles take turns, EACH_TIME of a tile: those of one tile are then in one thread's columns of the product
+    SIDE: tl.constexpr = 4 if GROUP % 4 == 0 else 1
+    EACH_TIME: tl.constexpr = 2
+    TURN: tl.constexpr = SIDE * EACH_TIME
+    run, place = offs_m // (SIDE * SAMPLES), offs_m % (SIDE * SAMPLES)
+    tile = tl.program_id(1) * GROUP + run * SIDE + place % TURN // EACH_TIME
+    sample = place // TURN * EACH_TIME + place % EACH_TIME
     q_base = q_ptr + i_b * stride_qb + i_head * stride_qh
     lse_base = lse_ptr + i_b * stride_lb + i_head * stride_lh
     k_base = k_ptr + i_b * stride_kb + i_head * stride_kh
@@ -75,8 +81,8 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     q, lse = _queries(q_base, lse_base, rows_ptr, tile, sample, num_tiles, stride_qn, EACH, HEAD_DIM, BLOCK_D)
     for begin in range(start, end, BLOCK_N):
         at = begin + offs_n
-        k_mask = (at < end)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        keys = tl.load(k_base + at[:, None] * stride_kn + offs_d[None, :], mask=k_mask, other=0.0)
+        k_at = k_base + tl.minimum(at, num_keys - 1)[:, None] * stride_kn + offs_d[None, :]  # the last key again, not stored
+        keys = tl.load(k_at) if BLOCK_D == HEAD_DIM else tl.load(k_at, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
         summed = tl.zeros([BLOCK_N, GROUP], tl.float32)
         for part in range(0, PARTS):
             if PARTS > 1:
@@ -84,7 +90,8 @@ def mass_kernel(  # type: ignore[no-untyped-def]
                     q_base, lse_base, rows_ptr, tile, sample + part * SAMPLES, num_tiles, stride_qn, EACH, HEAD_DIM, BLOCK_D
                 )
             p = tl.exp2(tl.dot(keys, q, input_precision=FP32_DOT) * scale_log2e - lse[None, :])
-            summed += tl.sum(tl.reshape(p, [BLOCK_N, GROUP, SAMPLES]), 2)
+            p = tl.sum(tl.reshape(p, [BLOCK_N, GROUP // SIDE, SAMPLES // EACH_TIME, SIDE, EACH_TIME]), 4)
+            summed += tl.reshape(tl.sum(p, 2), [BLOCK_N, GROUP])
         keep = (out_tile < num_tiles)[None, :] & (at < end)[:, None]
         tl.store(out_base + at[:, None], summed.to(mass_ptr.dtype.element_ty), mask=keep)
 

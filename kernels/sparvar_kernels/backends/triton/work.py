@@ -117,6 +117,16 @@ def work_table(parts: list[Part], block_m: int, grid: tuple[int, int] = (1, 1), 
     return torch.from_numpy(table[np.argsort(-blocks, kind="stable")])
 
 
+def cell_columns(table: Array, block_n: int) -> int:
+    """Columns of a residual's cells in a step of block_n cells, such that all entries of the table together take fewest steps."""
+    low_y, low_x, high_y, high_x = table[:, Column.LOW_Y : Column.HIGH_X + 1].T
+
+    def steps(columns: int) -> int:
+        return int((((high_y - low_y) // (block_n // columns) + 1) * ((high_x - low_x) // columns + 1)).sum())
+
+    return min((8, 16, 32), key=steps)
+
+
 @dataclass(frozen=True)
 class Lists:
     """Where a part's lists lie, so that a decision scale can fill them: see `work.Part`. rows: lists a head has."""
@@ -133,12 +143,16 @@ class Lists:
 
 @dataclass(frozen=True)
 class Stage:
-    """One launch: its key buffer and table on the device, and what a decision scale has to fill in beforehand."""
+    """One launch: its key buffer and table on the device, and what a decision scale has to fill in beforehand.
+
+    cells: columns of a residual's cells that warps which fetch take in one step.
+    """
 
     keys: Tensor
     table: Tensor
     masked: bool
     dynamic: tuple[Lists, ...]
+    cells: int = 8
 
 
 Groups = list[tuple[Variant, tuple[int, ...]]]
@@ -195,7 +209,7 @@ def build_stage(
         block[..., made.width : made.width + band.shape[-1]] = band.to(device)
     ragged, empty = table[:, Column.COUNT] % config.block_n != 0, table[:, Column.COUNT] == 0
     masked = bool((ragged | empty if config.fetchers else ragged).any())  # warps that fetch begin with a block
-    return Stage(keys, table.to(device), masked, tuple(dynamic))
+    return Stage(keys, table.to(device), masked, tuple(dynamic), cell_columns(table.numpy(), config.block_n))
 
 
 def means_stage(
