@@ -7,7 +7,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -65,15 +65,30 @@ def attention_like(found: Parts, a: SparseAttention | None, schedule: ScaleSched
 
 def attention_builds(
     attend: SparseAttention, problems: Sequence[AttentionProblem], dtype: torch.dtype, device: torch.device
-) -> list[Any]:
-    """Binaries that an attention launches for problems of these forms, by the layers that its first call would make."""
+) -> dict[int, list[Any]]:
+    """Binaries that an attention launches for problems of these forms, by the layers that its first call would make.
+
+    Each at the first scale that launches it.
+    """
     first = [replace(p, softmax_scale=attend.softmax_scale, logit_bound=attend.logit_bound) for p in problems]
     kind = (first[0].batch, first[0].heads, first[0].head_dim, dtype, device)
     with torch.device("cpu"):  # plans are the host's, whatever the caller's default device
         if kind not in attend._layers:
             attend._layers[kind] = attend._build(first, device)
         layers: list[Any] = attend._layers[kind]
-        return [build for layer in layers for s in range(len(first)) for build in layer.builds(s)]
+        found: dict[int, list[Any]] = {}
+        seen = set[Any]()
+        for s in range(len(first)):
+            new = [build for layer in layers for build in layer.builds(s) if build not in seen]
+            seen.update(new)
+            if new:
+                found[s] = new
+        return found
+
+
+def _begin(builds: Mapping[int, Sequence[Any]], device: torch.device) -> dict[int, Ahead]:
+    """Begins to compile what each scale launches first, those of the last one before others: they take longest."""
+    return {s: Ahead(builds[s], device) for s in sorted(builds, reverse=True)}
 
 
 def _is_dense(plan: LayerPlan) -> bool:
@@ -96,7 +111,7 @@ class Foreseen:
         self, of: SparseAttention, made: SparseAttention, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.of, self._made = of, made
-        self._binaries: Ahead | None = None
+        self._binaries: dict[int, Ahead] = {}
         form = heads, head_dim, NAMES[dtype], made.softmax_scale, made.logit_bound
 
         def build() -> None:
@@ -104,7 +119,7 @@ class Foreseen:
                 problems = [AttentionProblem(made.schedule, s, 2, *form) for s in range(len(made.schedule))]
                 builds = attention_builds(made, problems, dtype, device)
                 torch.cuda.current_stream().synchronize()  # of this thread, on which nobody else waits
-                self._binaries = Ahead(builds, device)
+                self._binaries = _begin(builds, device)
 
         self._thread = threading.Thread(target=build, daemon=True)
         self._thread.start()
@@ -112,8 +127,8 @@ class Foreseen:
     def let_go_first(self) -> None:
         """Returns when its binaries, the longest of an image, are being compiled or need not be."""
         self._thread.join()
-        if self._binaries is not None:
-            self._binaries.begun.wait()
+        for ahead in self._binaries.values():
+            ahead.begun.wait()
 
     def taken(self) -> SparseAttention:
         """The attention, when its tables are built."""
@@ -145,7 +160,7 @@ class Workspace:
         self.why_not_graphs: str | None = None
         self.images = 0  # drawn to the end
         self.sparse = [path.new_attention(schedule) for _ in range(2 if path.splits(schedule) else 1)]
-        self._of_attention: Ahead | None = None  # its binaries, until they are waited for
+        self._of_attention: dict[int, Ahead] = {}  # its binaries by the first scale that needs them, until they are waited for
         form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
         self.problems = {
             rows: [AttentionProblem(schedule, s, rows, *form) for s in range(len(schedule))]
@@ -156,32 +171,31 @@ class Workspace:
         """Compiles what an image launches, but for the decoder's; what a later call still lacks is compiled there.
 
         Returns when the blocks' own binaries are ready. Those of attention are the longest, and most policies are dense at the
-        first scales, so what needs them waits for them: `attention`.
+        first scales, so what needs them waits for them: `attention`. Those of the last scale take longest of all.
         """
         builds = list(stack.builds(self.thinning.lengths(), self.thinning.prune is not None))
         if self.precision is not None:
             builds += scaled_builds(stack.blocks, self.dtype, stack.exact_gelu, self.precision.fmt)
         ahead = Ahead(builds, device)
         form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
-        self._of_attention = Ahead(
-            [build for attend in self.sparse for build in attention_builds(attend, form, self.dtype, device)], device
-        )
+        wanted: dict[int, list[Any]] = {}
+        for attend in self.sparse:
+            for s, of_scale in attention_builds(attend, form, self.dtype, device).items():
+                wanted.setdefault(s, []).extend(of_scale)
+        self._of_attention = _begin(wanted, device)
         self.plan_dense(device)
         ahead.wait()
 
-    def attention(self) -> list[SparseAttention]:
-        """What attends where a layer is not dense, ready to: one object, or one for each half of the rows. Raises what compiling
-        its binaries raised, once."""
-        ahead, self._of_attention = self._of_attention, None
-        if ahead is not None:
-            ahead.wait()
+    def attention(self, scale_index: int) -> list[SparseAttention]:
+        """What attends at a scale where a layer is not dense, ready to: one object, or one for each half of the rows. Raises what
+        compiling its binaries raised, once."""
+        for s in [s for s in self._of_attention if s <= scale_index]:
+            self._of_attention.pop(s).wait()
         return self.sparse
 
     def waits_at(self, scale_index: int | None) -> bool:
         """Whether attention at a scale is of binaries that nobody has waited for."""
-        if self._of_attention is None or scale_index is None:
-            return False
-        return any(not _is_dense(plans[scale_index]) for plans in self.sparse[0].plans)
+        return scale_index is not None and any(s <= scale_index for s in self._of_attention)
 
     def plan_dense(self, device: torch.device) -> None:
         """Runs each dense attention of an image once, of whatever the buffers hold: cuDNN plans a shape for 50 to 200 ms.
@@ -306,7 +320,7 @@ class OnePass:
         if plan is None or _is_dense(plan):
             return dense_attention(q, k, v, self.work.problems[self.rows][s or 0])
         assert s is not None
-        attention = self.work.attention()
+        attention = self.work.attention(s)
         if len(attention) == 1 or self.rows < self.work.rows:  # what is left after a drop is the first object's half
             return sparse(q, k, v, layer, s)
         half = self.rows // 2

@@ -277,20 +277,21 @@ def test_the_decoder_lets_attention_go_first():
 
     for fails in (False, True):
         foreseen = object.__new__(workspace.Foreseen)
-        foreseen._binaries = None if fails else types.SimpleNamespace(begun=threading.Event())
+        foreseen._binaries = {} if fails else {s: types.SimpleNamespace(begun=threading.Event()) for s in (4, 2)}
         foreseen._thread, done = threading.Thread(target=lambda: None), []
         foreseen._thread.start()
         waiting = threading.Thread(target=lambda: done.append(foreseen.let_go_first()))  # noqa: B023
         waiting.start()
         if not fails:
+            foreseen._binaries[4].begun.set()
             assert not done
-            foreseen._binaries.begun.set()
+            foreseen._binaries[2].begun.set()
         waiting.join(60)
         assert done == [None]
 
 
 def test_an_image_waits_for_attention_where_it_is_first_sparse(monkeypatch):
-    """For the blocks' own binaries before the first pass, for attention's before the first call that is not dense."""
+    """For the blocks' own binaries before the first pass, for attention's before the first call of a scale that is not dense."""
     import adapter_checks as checks
     import block_lookalikes
     from fused_checks import on
@@ -299,7 +300,7 @@ def test_an_image_waits_for_attention_where_it_is_first_sparse(monkeypatch):
 
     class Told:
         def __init__(self, builds, device):
-            self.what = "attention" if "attention" in builds else "blocks"
+            self.what = next((build for build in builds if isinstance(build, str)), "blocks")
             order.append(f"begins {self.what}")
 
         def wait(self):
@@ -309,7 +310,7 @@ def test_an_image_waits_for_attention_where_it_is_first_sparse(monkeypatch):
     scales, own = len(driven.grids()), workspace.dense_attention
     attend, _ = checks.attention_of(driven, checks.policies(len(driven.blocks), scales)["windows"])
     monkeypatch.setattr(workspace, "Ahead", Told)
-    monkeypatch.setattr(workspace, "attention_builds", lambda *_: ["attention"])
+    monkeypatch.setattr(workspace, "attention_builds", lambda *_: {scales - 2: ["before"], scales - 1: ["last"]})
     monkeypatch.setattr(workspace, "plans_shapes", lambda *_: True)  # as cuDNN does
     monkeypatch.setattr(workspace, "dense_attention", lambda *given: order.append("dense") or own(*given))
     with on(driven, attend) as path:
@@ -318,4 +319,5 @@ def test_an_image_waits_for_attention_where_it_is_first_sparse(monkeypatch):
         path.fused.work.compile(path.fused.stack, torch.device("cpu"))  # as a GPU's first image does
         checks.draw(driven)
     planned, dense = ["dense"] * (scales - 2), ["dense"] * (scales - 2) * len(driven.blocks)
-    assert order == ["begins blocks", "begins attention", *planned, "waits for blocks", *dense, "waits for attention"]
+    begun = ["begins blocks", "begins last", "begins before"]
+    assert order == [*begun, *planned, "waits for blocks", *dense, "waits for before", "waits for last"]

@@ -54,7 +54,8 @@ def test_a_table_names_every_source_cell_that_bears_on_its_rows(tile, grid, sour
 
 
 @pytest.mark.parametrize(("tile", "block_n", "columns", "steps"), [
-    (Tile(8, 8), 64, 8, 1), (Tile(8, 16), 128, 16, 1), (Tile(8, 16), 64, 8, 2), (Tile(0, 192), 128, 32, 2), (Tile(0, 192), 64, 16, 3),
+    (Tile(8, 8), 64, 8, 1), (Tile(8, 16), 128, 16, 1), (Tile(8, 16), 64, 8, 2), (Tile(0, 192), 128, 32, 2),
+    (Tile(0, 192), 64, 16, 3),
 ])  # fmt: skip
 def test_a_residual_is_taken_in_as_few_steps_as_there_can_be(tile, block_n, columns, steps):
     """Steps of block_n cells over the cells of an inner tile of 64x64 above 40x40, against every way to lay them out."""

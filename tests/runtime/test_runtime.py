@@ -195,7 +195,7 @@ def test_what_was_compiled_before_is_found_by_the_first_picture():
     attend, w = tuned.sparse_attention(), tuned.profile.workload
     tuned.compile(device)
     problems = [AttentionProblem(w.schedule, s, 2, w.heads, w.head_dim, w.dtype) for s in range(len(w.schedule))]
-    wanted = attention_builds(attend, problems, torch.bfloat16, device)
+    wanted = [b for of_scale in attention_builds(attend, problems, torch.bfloat16, device).values() for b in of_scale]
     Ahead(wanted, device).wait()  # for what is being made
     with binary.only_made():
         assert wanted and all(binary.launcher(build, device) for build in wanted)
