@@ -9,6 +9,7 @@ An entry point names a module with the functions of `protocol.Family`:
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -26,12 +27,16 @@ FAMILIES = {
 }
 
 
-def families() -> dict[str, Family | str]:
-    """Name -> the family, or why it could not be loaded. Our own first: an installed package cannot take their names."""
-    found: dict[str, Family | str] = {name: importlib.import_module(path) for name, path in FAMILIES.items()}
+def families() -> Iterator[tuple[str, Family | str]]:
+    """(name, the family, or why it could not be loaded), one after another, since looking for installed ones takes as long as
+    drawing two scales. Our own first: an installed package cannot take their names."""
+    for name, path in FAMILIES.items():
+        yield name, importlib.import_module(path)
+    seen = set(FAMILIES)
     for point in entry_points(group=GROUP):
-        found.setdefault(point.name, _load(point))
-    return found
+        if point.name not in seen:
+            seen.add(point.name)
+            yield point.name, _load(point)
 
 
 def _load(point: EntryPoint) -> Family | str:
@@ -48,7 +53,7 @@ def recognise(model: Any) -> tuple[Family, Parts]:
     if isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters()):
         raise ValueError(f"model of type {type(model).__name__}: its weights are on the meta device; load them first")
     reasons = []
-    for name, family in families().items():
+    for name, family in families():
         reason = family if isinstance(family, str) else family.why_not(model)
         if reason is None:
             assert not isinstance(family, str)
