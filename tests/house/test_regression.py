@@ -145,7 +145,7 @@ def test_one_more_spill_is_caught():
         )
     assert compare(found[0], found[0]).good
     lines = compare(*found).lines
-    assert re.fullmatch(r"worse  decide: select_kernel on sm_90: spilled bytes: was (\d+), is \d+, bound \1", lines[0])
+    assert re.fullmatch(r"worse  decide: merged_select_kernel on sm_90: spilled bytes: was (\d+), is \d+, bound \1", lines[0])
 
 
 def test_what_holds_elsewhere_is_not_compared_and_what_is_gone_is_said():

@@ -71,8 +71,8 @@ def check_predicted_builds(device: str) -> tuple[int, int]:
 
     On a CPU the kernels themselves are left out: what is launched never depends on what they computed.
     """
+    from sparvar_kernels.backends.triton import choosing, selecting
     from sparvar_kernels.backends.triton import layer as layer_triton
-    from sparvar_kernels.backends.triton import selecting
     from sparvar_tune.launch_search.compiling import binaries
 
     schedule = ScaleSchedule(((1, 1), (2, 2), (4, 4), (6, 6), (8, 8)))
@@ -91,7 +91,7 @@ def check_predicted_builds(device: str) -> tuple[int, int]:
     launch = original if device == "cuda" else lambda build, device: lambda grid, *rest: None
     problems = {s: AttentionProblem(schedule, s, 2, 4, 32, "fp32", 1.0, 12.0) for s in range(5)}
     planned = set()
-    for module in (layer_triton, selecting):
+    for module in (layer_triton, selecting, choosing):
         module.launcher = lambda build, device: (launched.add(build), launch(build, device))[1]
     try:
         for policy in policies:
@@ -100,7 +100,7 @@ def check_predicted_builds(device: str) -> tuple[int, int]:
                 bench = Bench(policy, problems, 0, s, tuple(t.to(device) for t in problems[s].make_inputs(1)))
                 bench.call(bench.attention(config))
     finally:
-        layer_triton.launcher = selecting.launcher = original
+        layer_triton.launcher = selecting.launcher = choosing.launcher = original
     return len(launched), len(launched - planned)
 
 

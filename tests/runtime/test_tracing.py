@@ -390,7 +390,7 @@ def test_bad_input_is_one_line(adapter, quick_limits, capsys, tmp_path):
 def test_the_gpus_steps_have_names(monkeypatch):
     """One layer by the GPU's way, planned and called here with launches that do nothing."""
     pytest.importorskip("triton")
-    for module in (TRITON, "sparvar_kernels.backends.triton.selecting"):
+    for module in (TRITON, *(f"sparvar_kernels.backends.triton.{name}" for name in ("selecting", "choosing"))):
         monkeypatch.setattr(importlib.import_module(module), "launcher", lambda build, device: lambda grid, *rest: None)
     schedule = ScaleSchedule(((1, 1), (2, 2), (3, 3), (4, 4)))
     policy = Policy(("ABC",), (Rule(3, "A", Cs4a(2, 0.5, Tile(2, 2))), Rule(3, "B", Csla((-1, 3, 3, 3), 1, Tile(2, 2))),

@@ -43,7 +43,12 @@ class Resources:
 
 
 # Kernels go by these names in logs, whose keys a move of files must not change.
-_HOMES = {"gathered_triton": "gathered", "gathered_gluon": "fetching", "selecting_triton": "selecting"}
+_HOMES = {
+    "gathered_triton": "gathered",
+    "gathered_gluon": "fetching",
+    "selecting_triton": "selecting",
+    "choosing_triton": "choosing",
+}
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,9 @@ from torch import Tensor
 from sparvar_kernels.backends.configs import TritonConfig
 from sparvar_kernels.backends.dense import SAFE_LOGIT, dense_heads, dense_with_lse, out_like
 from sparvar_kernels.backends.triton.binary import ALIGNMENT, INTERPRETED, TYPES, Build, Launcher, launcher, pointer
+from sparvar_kernels.backends.triton.choosing import Fill, fill_lists, record_builds
 from sparvar_kernels.backends.triton.gathered import LOG2E, block_d, gathered_kernel
-from sparvar_kernels.backends.triton.selecting import (
-    column_mass,
-    mass_build,
-    mass_dtype,
-    sampled_rows,
-    select,
-    select_build,
-    shortlist,
-    shortlisted,
-)
+from sparvar_kernels.backends.triton.selecting import column_mass, mass_build, mass_dtype, sampled_rows
 from sparvar_kernels.backends.triton.table import FIELDS
 from sparvar_kernels.backends.triton.work import (
     APART,
@@ -173,7 +165,7 @@ class Layer:
         self.over_means: dict[tuple[int, Variant, int], Gather] = {}
         self.residuals: dict[int, Tensor] = {}
         self.runs: dict[int, int] = {}  # decision scale -> how often it was run for this image
-        self.decisions: dict[int, tuple[Gather | None, list[tuple[Record, list[tuple[Lists, Tensor, int]]]]]] = {}
+        self.decisions: dict[int, tuple[Gather | None, list[tuple[Record, Fill]]]] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, s: int) -> Tensor:
         if self.plans[s].records:
@@ -214,11 +206,7 @@ class Layer:
                 # the sums of a row lie one behind the other, but those of PyTorch's fp32 attention, a multiple of 32 apart
                 even = p.dtype == "fp32" or p.num_queries % 16 == 0
                 found.append(mass_build(p, each, aligned and even))
-                short = shortlisted(record.variant, p, [later for *_, later in fill])
-                found += [select_build(record.variant, p, mass_dtype(p.dtype))] if short else []
-                found += [
-                    select_build(lists.variant, self.problems[later], mass_dtype(p.dtype), short) for lists, _, later in fill
-                ]
+                found += record_builds(record.variant, p, fill, mass_dtype(p.dtype))
         return list(dict.fromkeys(found))
 
     def _others(self, q: Tensor, k: Tensor, v: Tensor, s: int, out: Tensor) -> None:
@@ -279,7 +267,7 @@ class Layer:
             begin += len(record.heads) if record.wants_residual else 0
         raise AssertionError("a variant without its record")
 
-    def _decision(self, s: int) -> tuple[Gather | None, list[tuple[Record, list[tuple[Lists, Tensor, int]]]]]:
+    def _decision(self, s: int) -> tuple[Gather | None, list[tuple[Record, Fill]]]:
         """What a decision scale has to do: the launch that takes residuals, and per record the lists to fill."""
         if s in self.decisions:
             return self.decisions[s]
@@ -294,12 +282,12 @@ class Layer:
             groups = [r.key for r in wanting]
             stage = build_stage(groups, problem, config, self.device, [None] * len(groups), outs)
             gather = Gather(stage, problem, config, TAKE_RESIDUAL)
-            own = [(lists, stage.keys, s) for lists in stage.dynamic]
+            own = [(lists, stage.keys, problem) for lists in stage.dynamic]
             shape = (problem.batch, begin, problem.num_queries, problem.head_dim)
             self.residuals[s] = torch.empty(shape, dtype=DTYPES[problem.dtype], device=self.device)
         for later in range(s + 1, len(self.plans)):
             self._gathers(later)
-        jobs = []
+        jobs: list[tuple[Record, Fill]] = []
         for record in self.plans[s].records:
             if record.variant.reads == "ranked lists":
                 fill = [job for job in own if (job[0].variant, job[0].heads) == record.key]
@@ -307,12 +295,12 @@ class Layer:
         self.decisions[s] = gather, jobs
         return self.decisions[s]
 
-    def _waiting(self, s: int, record: Record) -> Iterator[tuple[Lists, Tensor, int]]:
-        """The lists of later scales that a record of decision scale s fills, with their key buffer and scale."""
+    def _waiting(self, s: int, record: Record) -> Iterator[tuple[Lists, Tensor, AttentionProblem]]:
+        """The lists of later scales that a record of decision scale s fills, with their key buffer and problem."""
         for (later, _), (stage, _) in sorted(self.stages.items(), key=lambda made: made[0][0]):
             for lists in stage.dynamic:
                 if later > s and (lists.variant.at_decision(self.problems[s].schedule, later), lists.heads) == record.key:
-                    yield lists, stage.keys, later
+                    yield lists, stage.keys, self.problems[later]
 
     def _decide(self, q: Tensor, k: Tensor, v: Tensor, s: int) -> Tensor:
         """A decision scale: dense for the heads that later scales ask about, their lists and residuals."""
@@ -332,11 +320,7 @@ class Layer:
             shared = (record.heads, variant.tile, variant.sample)
             if shared not in masses:
                 masses[shared] = column_mass(q, k, lse, problem, *shared)
-            mass = masses[shared]
-            many = shortlisted(variant, problem, [later for *_, later in fill])
-            short = shortlist(mass, variant, problem, record.heads, many) if many else None
-            for lists, keys, later in fill:
-                select(mass, keys, lists, self.problems[later], problem, short)
+            fill_lists(masses[shared], variant, problem, record.heads, fill)
         if gather is not None:
             gather(q, k, v, self.residuals[s], out)
         return out

@@ -27,6 +27,7 @@ from sparvar_kernels.variants.cs4a.planner import children, keys_kept, source_ti
 
 ALL_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: three programs on a multiprocessor
 SHORT_OPTIONS = ALL_OPTIONS | {"num_warps": 4}  # a quarter of the keys
+PLAIN_OPTIONS = ALL_OPTIONS | {"num_warps": 4, "maxnreg": 128}  # keys that stand for themselves, such as a shortlist
 
 
 @triton.jit
@@ -148,14 +149,15 @@ def _over_two(level, weight, low, high, SHIFT: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _emit(  # type: ignore[no-untyped-def]
-    out, table_ptr, keys, level, weight, bound, left, more_before, equal_before, most,
+def _put(  # type: ignore[no-untyped-def]
+    out, table_ptr, keys, level, weight, before, bound, left, more_before, equal_before, most,
     SHIFT: tl.constexpr, CHILDREN: tl.constexpr,
 ):  # fmt: skip
-    """Writes the chosen keys of one block behind `more_before` entries above the bound and `equal_before` at it."""
+    """Writes the chosen keys of one block behind `more_before` entries above the bound and `equal_before` at it.
+
+    before: the weight ahead of each key within the block, at the bound or above it, and above it in the upper half of the bits.
+    """
     LOWER: tl.constexpr = (1 << SHIFT) - 1
-    seen = _over_two(level, weight, bound, bound + 1, SHIFT)
-    before = tl.cumsum(seen) - seen
     above = (before >> SHIFT).to(tl.int32) + more_before
     equal = ((before & LOWER) - (before >> SHIFT)).to(tl.int32) + equal_before
     taken = tl.where(level > bound, weight, tl.where(level == bound, tl.maximum(tl.minimum(left - equal, weight), 0), 0))
@@ -164,6 +166,17 @@ def _emit(  # type: ignore[no-untyped-def]
     for child in tl.static_range(1, CHILDREN):
         inside = taken > child
         tl.store(at + child, tl.load(table_ptr + keys * most + child, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def _emit(  # type: ignore[no-untyped-def]
+    out, table_ptr, keys, level, weight, bound, left, more_before, equal_before, most,
+    SHIFT: tl.constexpr, CHILDREN: tl.constexpr,
+):  # fmt: skip
+    """`_put` where nothing else is counted along with this block."""
+    seen = _over_two(level, weight, bound, bound + 1, SHIFT)
+    before = tl.cumsum(seen) - seen
+    _put(out, table_ptr, keys, level, weight, before, bound, left, more_before, equal_before, most, SHIFT, CHILDREN)
 
 
 @triton.jit
@@ -361,7 +374,8 @@ def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype, sh
         "FLAT": not short and bool((weight[:half] == 1).all()),
         "HALF": half, "TAIL": max(16, 1 << max(n - 2 * half, 0).bit_length()),
     }  # fmt: skip
-    options = SHORT_OPTIONS if short else ALL_OPTIONS
+    plain = most == 1 and half <= 2048  # more keys would not fit the registers of four warps
+    options = SHORT_OPTIONS if short else PLAIN_OPTIONS if plain else ALL_OPTIONS
     return Build.of(select_kernel, types | dict.fromkeys(ints, "i32"), constants, options, True)
 
 
