@@ -275,6 +275,9 @@ def test_wrong_tensors_are_one_line(change, said):
     (0, [[1.0]], "q: got a list"), (1, torch.zeros(1, 2, 85, 32).to_sparse(), "k: got a torch.sparse_coo tensor"),
     (3, "0", "layer='0': want 0..0"), (3, [0], "layer=[0]"), (3, torch.tensor(0), "layer=tensor(0)"),
     (4, None, "scale_index=None"), (4, 2.5, "scale_index=2.5: want 0..2, a whole number"),
+    (3, 0.0, "layer=0.0: want 0..0, a whole number"), (3, False, "layer=False: want 0..0, a whole number"),
+    (4, 2.0, "scale_index=2.0: want 0..2, a whole number"), (4, True, "scale_index=True: want 0..2, a whole number"),
+    (4, np.bool_(True), "want 0..2, a whole number"), (3, np.float64(0), "want 0..0, a whole number"),
 ])  # fmt: skip
 def test_what_is_no_tensor_or_index_is_one_line(at, got, said, warm):
     given = [*AttentionProblem(SMALL, 2, 1, 2, 32).make_inputs(0), 0, 2]
@@ -286,6 +289,12 @@ def test_what_is_no_tensor_or_index_is_one_line(at, got, said, warm):
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=re.escape(said)) as refused:
             attend(*given)
         assert "\n" not in str(refused.value)
+
+
+def test_whole_numbers_of_numpy_are_indices():
+    given, attend = AttentionProblem(SMALL, 2, 1, 2, 32).make_inputs(0), attention()
+    want = attend(*given, 0, 2)
+    assert all(torch.equal(attend(*given, np.int64(0), np.uint8(2)), want) for attend in (attend, attention()))
 
 
 @pytest.mark.parametrize(("make", "said"), [
