@@ -70,10 +70,13 @@ def append_line(path: Path, data: Any) -> None:
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """The JSON value of every line that is whole, oldest first; others are skipped. Nothing if there is no such file."""
+    """The JSON value of every line that is whole, oldest first; others are skipped. Nothing if there is no such file.
+
+    Raises OSError, naming the file, for one that cannot be read.
+    """
     try:
         lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-    except OSError:
+    except FileNotFoundError:
         return
     for line in lines:
         try:

@@ -417,6 +417,15 @@ def test_misses_are_recorded_tuned_and_forgotten(tiny_model, capsys, monkeypatch
     )
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_misses_that_cannot_be_read_are_not_none(home, capsys, more):
+    misses.file().mkdir(parents=True)
+    said = refused(capsys, "--gpu", "b200", "--from-misses", *more)
+    assert f"{misses.file()}: recorded misses cannot be read (Is a directory)" in said
+    with pytest.warns(UserWarning, match="the miss is not recorded: .*misses.jsonl"):
+        assert runtime.load_profile("hart", gpu="b200", record_miss=True, folders=(home,)).profile is None
+
+
 IMPORTS = """
 import os, signal, sys
 from sparvar_tune.cli import parser
