@@ -20,6 +20,7 @@ from sparvar_kernels import (
     AttentionProblem,
     Cs4a,
     Csla,
+    NearFar,
     Policy,
     Pooled,
     Rule,
@@ -180,6 +181,33 @@ def nan_in_a_query() -> list[list[object]]:
 @needs_triton
 def test_nan_in_a_query_stays_in_its_own_list():
     assert in_interpreter("test_boundary_kernels", "t.nan_in_a_query()") == []
+
+
+def rows_of_a_broken_query(kernel: str) -> list[list[object]]:
+    """(variant, value in a query, rows that are not finite, error of the others) where these are not that query alone."""
+    schedule, wrong = ScaleSchedule(((1, 1), (4, 4), (8, 8))), []
+    p = AttentionProblem(schedule, 2, 1, 2, 32)
+    for variant in (VARIANT, Pooled(1, 2), NearFar(4, 0, Tile(4, 4))):
+        for value in (float("nan"), float("inf")):
+            q, k, v = p.make_inputs(0)
+            q[0, 1, 7, 3] = value
+            got, want = attention(kernel, variant)(q, k, v, 0, 2), oracle.reference_attention(variant, q, k, v, p)
+            broken = (~got.isfinite().all(-1)).nonzero().tolist()
+            got[0, 1, 7] = want[0, 1, 7] = 0
+            apart = error(got, want)
+            if broken != [[0, 1, 7]] or apart > 1e-5:
+                wrong.append([variant.kind, str(value), broken, apart])
+    return wrong
+
+
+def test_nan_in_a_query_stays_in_its_own_row():
+    assert rows_of_a_broken_query("cpu") == []
+
+
+@pytest.mark.slow
+@needs_triton
+def test_nan_in_a_query_stays_in_its_own_row_on_a_gpu():
+    assert in_interpreter("test_boundary_kernels", "t.rows_of_a_broken_query('triton')") == []
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
