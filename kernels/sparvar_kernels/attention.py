@@ -92,6 +92,10 @@ class SparseAttention(InOneModel):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale_index: int) -> Tensor:
         try:
+            if (type(layer) is not int or type(scale_index) is not int) and (  # 0.0 and False would be found below as 0 is
+                reason := self._why_not_call(q, k, v, layer, scale_index)
+            ):
+                raise ValueError(reason)
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
                 raise ValueError("q, k, v: got inputs that require grad, want none: the kernels have no backward pass; "
                                  "call under torch.no_grad() or torch.inference_mode()")  # fmt: skip
@@ -127,7 +131,7 @@ class SparseAttention(InOneModel):
                 kind = "nested" if t.is_nested else str(t.layout)
                 return f"{name}: got a {kind} tensor on {t.device}, want a plain one on a CPU or a CUDA GPU"
         for name, i, count in (("layer", layer, len(self.plans)), ("scale_index", scale_index, len(self.schedule))):
-            if not isinstance(i, Integral) or not 0 <= int(i) < count:
+            if not isinstance(i, Integral) or isinstance(i, bool) or not 0 <= int(i) < count:
                 return f"{name}={repr(i)[:40]}: want 0..{count - 1}, a whole number"
         return None
 

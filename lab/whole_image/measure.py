@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from lab.whole_image.hart import PublicHart
+from lab.whole_image.host import host
 from lab.whole_image.infinity import PublicInfinity
 from lab.whole_image.ladder import Rung, climb, cudnn, flash, peak_bytes, using, wall_ms
 from lab.whole_image.layers import compare
@@ -141,6 +141,7 @@ class Ways:
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
     scaled_product.FAST_SUMS = args.fast_sums
+    here = host()
     cache = triton_cache_folder()
     cold = not cache.is_dir() or not any(cache.iterdir())
     if args.ahead:
@@ -152,8 +153,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
     yield {
         "model": args.model, "images": args.images, "tokens": driven.schedule.num_keys(len(driven.schedule) - 1),
         "grids": [list(g) for g in driven.schedule.grids], "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": version_of("triton"), "weights_bytes": loaded, "host": _host(), "first_only": args.first,
-        "ahead": args.ahead, "cold": cold,
+        "triton": version_of("triton"), "weights_bytes": loaded, "first_only": args.first, "ahead": args.ahead,
+        "cold": cold, **here,
     }  # fmt: skip
     if getattr(args, "peer", None):
         yield {"peer": args.peer}
@@ -217,9 +218,3 @@ def _open(args: argparse.Namespace) -> Any:
     if args.command == "infinity":
         return PublicInfinity(args.checkout, args.model, args.images, args.large)
     return {"var": PublicVar, "hart": PublicHart}[args.command](args.checkout, args.model, args.images)
-
-
-def _host() -> str:
-    done = subprocess.run(["lscpu"], capture_output=True, text=True)
-    names = [line.split(":", 1)[1].strip() for line in done.stdout.splitlines() if line.startswith("Model name")]
-    return names[0] if names else "unknown"

@@ -353,9 +353,9 @@ def _tune_options(w: argparse.Namespace, subject: Any) -> options.TuneOptions:
 def _report_options(w: argparse.Namespace, subject: Any) -> options.ReportOptions:
     from sparvar_tune.cli.options import ReportOptions
     from sparvar_tune.report.cost import Load
-    from sparvar_tune.report.make import ReportRequest
+    from sparvar_tune.report.make import ReportRequest, format_for
 
-    form = w.format or ("md" if w.out is not None and w.out.suffix in (".md", ".markdown") else "html")
+    form = format_for(w.out, w.format)
     request = ReportRequest(
         subject, tuple(w.profile), form, w.trials, w.log, tuple(w.trace), w.compare, w.pictures,
         Load(w.images_per_day, w.price, w.currency),

@@ -60,12 +60,13 @@ def attach_decoder(decoder: nn.Module, channels_last: bool = True, graphs: bool 
 
 
 class Untouched:
-    """A decoder before anything in it was changed, with its own picture of a small latent; raises as `attach_decoder` does.
+    """A decoder before anything in it was changed, with its own picture of a small latent.
 
+    Raises ValueError, as `attach_decoder` does, for modules that are not the family's; what else is wrong `attach` says.
     Under the caller's autocast, so that it needs what later pictures need. On a GPU our kernels are compiled meanwhile.
     likely: sides (height, width) of the latent that is to be decoded, and how many. after: returns when compiling may begin, so
     that what is needed sooner and takes longer goes first. aside: the picture is drawn by a thread of its own, on the caller's
-    stream, on which nothing may be captured until `wait` returns; what is wrong with it `attach` says then.
+    stream, on which nothing may be captured until `wait` returns.
     """
 
     def __init__(
@@ -92,10 +93,8 @@ class Untouched:
             inference = torch.is_inference_mode_enabled()
             self._thread = threading.Thread(target=self._draw_on, args=(stream, inference), daemon=True)
             self._thread.start()
-            return
-        self._draw()
-        if self._reason is not None:
-            raise self._refusal(decoder, self._reason)
+        else:
+            self._draw()
 
     def _draw(self) -> None:
         with torch.no_grad(), self._autocast():

@@ -62,6 +62,7 @@ class CaptureWriter:
     ) -> None:
         self.path, self.inner, self.dtype = path, inner, DTYPES[model.dtype]
         require_writable(path)
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
         reason = why_not_room(path, capture_bytes(model, schedule, scales))
         if reason:
             raise ValueError(reason)

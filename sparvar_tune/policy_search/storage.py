@@ -24,12 +24,15 @@ from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
+from sparvar_tune.profile.files import try_folder
+
 WANT = "want sqlite:///FILE, postgresql://USER@HOST/NAME, mysql://USER@HOST/NAME or journal:///FILE"
 DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 # seconds: a beat while a trial is judged; without one for so long it is failed; connecting; waiting for SQLite's lock
 BEAT_S, GRACE_S, CONNECT_S, LOCK_S = 10, 60, 10, 60
 UNOWNED_S = 600  # a trial nobody put a name on is a process killed within the millisecond; clocks may differ by less
 OWNER = "owner"
+VERSIONS = ("version_info", "alembic_version")  # tables in which Optuna says what made the others
 OPENINGS = 5  # runs that start together may all try to create the tables; the losers look again
 
 
@@ -47,24 +50,52 @@ class Shared(Protocol):
 
 def open_shared(url: str, beat_s: int = BEAT_S, grace_s: int = GRACE_S) -> Shared:
     """Connects and makes sure the tables are there. Raises ValueError, one line without the password."""
+    _quiet()
+    if url.startswith("journal://"):
+        return _Journal(_journal_of(url))
+    target = _parse(url)
+    for opening in range(1, OPENINGS + 1):
+        with _one_line_of_database(url, target, again=opening < OPENINGS):
+            _look(target)
+            return _Database(target, beat_s, grace_s)
+    raise AssertionError("unreachable")
+
+
+def require_shared(url: str) -> None:
+    """Raises ValueError, the line of `open_shared`, where that cannot open it, as far as can be seen without making anything."""
+    _quiet()
+    if url.startswith("journal://"):
+        path = _journal_of(url)
+        with _one_line_of_journal(path):
+            if path.exists():
+                JournalStorage(JournalFile(path))
+        return
+    target = _parse(url)
+    with _one_line_of_database(url, target):
+        _look(target)
+
+
+def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")  # hold() beats in optimize's place
-    if url.startswith("journal://"):
-        return _Journal(Path(url.removeprefix("journal://")))
-    target = _parse(url)
-    for opening in range(1, OPENINGS + 1):
-        try:
-            return _Database(target, beat_s, grace_s)
-        except ImportError as error:
-            missing = getattr(error.__cause__ or error, "name", None) or "a driver"
-            raise ValueError(
-                f"--storage {place(url)}: needs {missing}, which is not installed; pip install 'sparvar-tune[storage]'"
-            ) from None
-        except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:  # RuntimeError: tables of another Optuna
-            if opening == OPENINGS or not (isinstance(error, IntegrityError) or "already exists" in str(error)):
-                raise ValueError(_line(url, error, _advice(target))) from None
-    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _one_line_of_database(url: str, target: sqlalchemy.URL, again: bool = False) -> Iterator[None]:
+    """Turns what opening raises into ValueError, one line. again: but for what those raise that start together; once more."""
+    try:
+        yield
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None) or "a driver"
+        raise ValueError(
+            f"--storage {place(url)}: needs {missing}, which is not installed; pip install 'sparvar-tune[storage]'"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"--storage {place(url)}: {error.strerror or error}; {_advice(target)}") from None
+    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:  # RuntimeError: tables of another Optuna
+        if not again or not (isinstance(error, IntegrityError) or "already exists" in str(error)):
+            raise ValueError(_line(url, error, _advice(target))) from None
 
 
 def open_existing(url: str) -> Shared:
@@ -133,18 +164,47 @@ def _secrets(url: str) -> list[str]:
     return [url]
 
 
+def _look(target: sqlalchemy.URL) -> None:
+    """Raises what opening the database would, as far as that can be seen without making anything."""
+    file = Path(target.database or "")
+    if _is_file(target) and not file.exists():
+        file.parent.stat()  # SQLite makes no folder
+        try_folder(file.parent)
+        return
+    engine = sqlalchemy.create_engine(target, **_options(target))
+    try:
+        with engine.connect() as connection:
+            if _is_file(target):
+                connection.exec_driver_sql("BEGIN IMMEDIATE")  # refused for what is no database and what may only be read
+            there = set(sqlalchemy.inspect(connection).get_table_names())
+            made = there.issuperset(VERSIONS) and all(
+                connection.exec_driver_sql(f"select 1 from {table} limit 1").first() for table in VERSIONS
+            )
+    finally:
+        engine.dispose()
+    if made:  # it compares versions, and would write its own where there is none
+        RDBStorage(target.render_as_string(hide_password=False), _options(target), skip_table_creation=True).engine.dispose()
+
+
+def _is_file(target: sqlalchemy.URL) -> bool:
+    """Whether it is a SQLite file by its path, not by a URI that SQLite reads itself."""
+    return target.get_backend_name() == "sqlite" and not (target.database or "").startswith("file:")
+
+
+def _options(target: sqlalchemy.URL) -> dict[str, Any]:
+    if target.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": LOCK_S}}
+    return {"connect_args": {"connect_timeout": CONNECT_S}, "pool_pre_ping": True}
+
+
 class _Database:
     """SQLite, PostgreSQL or MySQL: `Shared` by Optuna's heartbeat."""
 
     def __init__(self, target: sqlalchemy.URL, beat_s: int, grace_s: int) -> None:
-        lite = target.get_backend_name() == "sqlite"
-        options: dict[str, Any] = {"connect_args": {"timeout": LOCK_S}} if lite else {
-            "connect_args": {"connect_timeout": CONNECT_S}, "pool_pre_ping": True
-        }  # fmt: skip
         self.storage = RDBStorage(
-            target.render_as_string(hide_password=False), options, heartbeat_interval=beat_s, grace_period=grace_s
+            target.render_as_string(hide_password=False), _options(target), heartbeat_interval=beat_s, grace_period=grace_s
         )
-        if lite:
+        if target.get_backend_name() == "sqlite":
             _one_writer(self.storage.engine)
         self.beat_s = beat_s
 
@@ -248,26 +308,39 @@ def cut_torn_tail(journal: Path) -> None:
             file.truncate(end)
 
 
+def _journal_of(url: str) -> Path:
+    """A journal's file. Raises ValueError, one line, for what is no journal or can be none."""
+    path = Path(url.removeprefix("journal://"))
+    if not path.is_absolute() or path.name == "":
+        raise ValueError(f"--storage journal://{path}: {WANT} (three slashes and an absolute path)")
+    with _one_line_of_journal(path):
+        try_folder(path.parent)
+        head = path.open("rb").read(2) if path.is_file() else b""
+    if head not in (b"", b'{"'):  # before anything takes its last line for a torn one
+        raise ValueError(f"--storage journal://{path}: not a journal of Optuna; want one, or a new file")
+    return path
+
+
+@contextmanager
+def _one_line_of_journal(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--storage journal://{path}: {error.strerror}; want a file in a folder that can be written") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--storage journal://{path}: a broken journal; want one of Optuna, or a new file") from None
+
+
 class _Journal:
     """A journal file: `Shared` by one locked file per process in a folder beside it."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_absolute() or path.name == "":
-            raise ValueError(f"--storage journal://{path}: {WANT} (three slashes and an absolute path)")
-        if path.is_file() and path.open("rb").read(2) not in (b"", b'{"'):  # before anything takes its last line for a torn one
-            raise ValueError(f"--storage journal://{path}: not a journal of Optuna; want one, or a new file")
         self.alive, self.name = path.with_name(path.name + ".alive"), uuid.uuid4().hex
-        try:
+        with _one_line_of_journal(path):
             self.alive.mkdir(parents=True, exist_ok=True)
             self.handle = os.open(self.alive / self.name, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(self.handle, fcntl.LOCK_EX)
             self.storage = JournalStorage(JournalFile(path, _Lock(path)))
-        except OSError as error:
-            raise ValueError(
-                f"--storage journal://{path}: {error.strerror}; want a file in a folder that can be written"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"--storage journal://{path}: a broken journal; want one of Optuna, or a new file") from None
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):

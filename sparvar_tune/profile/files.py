@@ -1,10 +1,11 @@
-"""Files a run keeps while it works: a lock on its folder, and lines appended one at a time."""
+"""Files a run keeps while it works: whether its folder takes any, a lock on it, and lines appended one at a time."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from sparvar_tune.profile.reader import unique_keys
+
+
+def try_folder(folder: Path) -> None:
+    """Raises OSError where no file can be made in the folder, or in the one that it would be made in. Leaves nothing."""
+    folder = Path(os.path.realpath(folder))
+    while True:
+        try:
+            with tempfile.TemporaryFile(dir=folder):  # without a name, where the file system has such files
+                return
+        except FileNotFoundError:
+            if folder.exists():  # /proc is there and takes none
+                raise
+            folder = folder.parent
 
 
 @contextmanager
@@ -56,10 +70,13 @@ def append_line(path: Path, data: Any) -> None:
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """The JSON value of every line that is whole, oldest first; others are skipped. Nothing if there is no such file."""
+    """The JSON value of every line that is whole, oldest first; others are skipped. Nothing if there is no such file.
+
+    Raises OSError, naming the file, for one that cannot be read.
+    """
     try:
         lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-    except OSError:
+    except FileNotFoundError:
         return
     for line in lines:
         try:

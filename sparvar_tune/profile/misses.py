@@ -37,7 +37,7 @@ def file() -> Path:
 
 
 def record(missed: Missed) -> None:
-    """Remembers it, once. Raises ProfileError where the folder cannot be written."""
+    """Remembers it, once. Raises ProfileError where the file cannot be read or written."""
     if missed in read():
         return
     try:
@@ -47,9 +47,16 @@ def record(missed: Missed) -> None:
 
 
 def read() -> list[Missed]:
-    """Everything recorded, oldest first, each once; lines that are not one of ours are skipped."""
+    """Everything recorded, oldest first, each once; lines that are not one of ours are skipped.
+
+    Raises ProfileError for a file that is there and cannot be read: what it holds is not nothing.
+    """
     found: dict[Missed, None] = {}
-    for data in read_lines(file()):
+    try:
+        lines = list(read_lines(file()))
+    except OSError as error:
+        raise ProfileError(f"{file()}: recorded misses cannot be read ({error.strerror}); mend or move it away") from None
+    for data in lines:
         if isinstance(data, dict):
             data.setdefault("images", 1)  # lines from before several were counted
         with suppress(ReadError):
@@ -58,6 +65,6 @@ def read() -> list[Missed]:
 
 
 def forget(missed: Missed) -> None:
-    """Takes it off the list: it was tuned."""
+    """Takes it off the list: it was tuned. Raises ProfileError as `record` does."""
     left = [m for m in read() if m != missed]
     write_atomic(file(), "".join(json.dumps(asdict(m), sort_keys=True) + "\n" for m in left).encode())

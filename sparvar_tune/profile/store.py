@@ -17,6 +17,7 @@ from sparvar_tune.catalog.gpus import DISTANCE_LIMIT, GPUS, UNLISTED, Gpu, apart
 from sparvar_tune.catalog.models import SLUG, Model, find_model, own_model
 from sparvar_tune.catalog.names import DEFAULT_PRESET
 from sparvar_tune.profile import identity
+from sparvar_tune.profile.files import try_folder
 from sparvar_tune.profile.reader import ReadError
 from sparvar_tune.profile.schema import Profile, ProfileError, Versions, Workload, from_json, one_line, plain, read, to_json
 
@@ -92,32 +93,30 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(partial, target)
         partial = None
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ProfileError(f"{path}: cannot be written ({reason}); {_elsewhere(path)}") from None
+        raise _cannot_write(path, error) from None
     finally:  # also when interrupted
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
 
 
-def _elsewhere(path: Path) -> str:
-    """What to do about a file that cannot be written: of this user's own folder, or one that was named."""
+def _cannot_write(path: Path, error: OSError) -> ProfileError:
+    """What to do about it: of a file of this user's own folder, or of one that was named."""
+    todo = "name a file in another folder"
     with contextlib.suppress(NoHome):
         if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(user_folder().parent)):
-            return "set SPARVAR_TUNE_HOME to a folder you may write"
-    return "name a file in another folder"
+            todo = "set SPARVAR_TUNE_HOME to a folder you may write"
+    return ProfileError(f"{path}: cannot be written ({error.strerror or error}); {todo}")
 
 
 def require_writable(*paths: Path) -> None:
-    """Fails before the work rather than after it: raises ProfileError where `write_atomic` could not write."""
+    """Fails before the work rather than after it: raises ProfileError where `write_atomic` could not write. Leaves nothing."""
     for path in paths:
-        probe = Path(os.path.realpath(path.parent)) / f".{path.name[:80]}.probe"  # as `write_atomic` does, past what is not there
         try:
             _require_file(path)
-            write_atomic(probe, b"")
-            probe.unlink()
-        except (OSError, ProfileError) as error:
-            raise ProfileError(str(error).replace(str(probe), str(path))) from None
+            try_folder(Path(os.path.realpath(path)).parent)  # as `write_atomic` does, past what is not there
+        except OSError as error:
+            raise _cannot_write(path, error) from None
 
 
 def _require_file(path: Path) -> None:

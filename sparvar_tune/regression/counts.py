@@ -3,7 +3,7 @@
 launches        operations that write memory: on a GPU each is a launch or more. Kernels of ours count as one each
 tensors, bytes  those made while the call runs, its output among them
 multiplications of matrix products and dense attention, as torch counts FLOPs
-keys            (query, key) pairs that heads with lists visit; a mean key, too, is one
+keys            (query, key) pairs that heads with lists or means visit; a mean key, too, is one
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sparvar_kernels.backends.cpu import layer as layer_cpu
+from sparvar_kernels.backends.cpu import pooled as pooled_cpu
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.variants import NearFar
 from sparvar_kernels.variants.lists import KeyLists
@@ -124,7 +125,8 @@ def noted_kernels(names: list[str], run: bool) -> Iterator[None]:
 
 @contextmanager
 def _lists(pairs: list[int]) -> Iterator[None]:
-    """Adds up the (query, key) pairs of every list that gathered attention reads, and near-far heads in their own way."""
+    """Adds up the (query, key) pairs of every list that gathered attention reads, and what pooled and near-far heads read in
+    their own way."""
     gathered, near_far = (vars(layer_cpu)[name] for name in ("gathered_attention", "near_far_attention"))
 
     def add(q: torch.Tensor, lists: KeyLists, heads: Sequence[int]) -> None:
@@ -143,7 +145,15 @@ def _lists(pairs: list[int]) -> Iterator[None]:
         add(q, lists, heads)
         near_far(q, k, v, problem, heads, variant, *rest)
 
+    pool = vars(pooled_cpu)["pool_keys"]
+
+    def noted_pool(q: torch.Tensor, *rest: Any) -> Any:
+        made = pool(q, *rest)
+        pairs[0] += q.shape[:3].numel() * made[0].shape[2]
+        return made
+
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(pooled_cpu, "pool_keys", noted_pool))
         stack.enter_context(mock.patch.multiple(layer_cpu, gathered_attention=noted, near_far_attention=noted_near_far))
         if version_of("triton") is not None:
             from sparvar_kernels.backends.triton.layer import Gather

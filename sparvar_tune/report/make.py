@@ -21,7 +21,7 @@ from sparvar_tune.ways.subject import Subject
 if TYPE_CHECKING:
     import pandas
 
-FORMATS = ("html", "md")
+FORMATS = {"html": (".html", ".htm"), "md": (".md", ".markdown")}  # what a report can be, and how its file's name may end
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,20 @@ class ReportRequest:
             raise ValueError(f"--pictures: got {self.pictures}, want 0..{pictures.MOST}")
         if self.subject is None and not self.profiles:
             raise ValueError("report: want --model M or --profile FILE")
+
+
+def format_for(out: Path | None, asked: str | None = None) -> str:
+    """The format of a report that goes to `out`: that of the name's end, else what was asked for, else HTML.
+
+    Raises ValueError for a name that ends as none of them, or as another than was asked for.
+    """
+    if out is None or not out.suffix:
+        return asked or "html"
+    for name in FORMATS if asked is None else (asked,):
+        if out.suffix.lower() in FORMATS[name]:
+            return name
+    want = " or ".join(end for name, ends in FORMATS.items() if asked in (None, name) for end in ends)
+    raise ValueError(f"--out: got {out}, want a name that ends in {want}")
 
 
 def make(request: ReportRequest, status: Callable[[str], None] = lambda text: None) -> str:

@@ -24,7 +24,7 @@ from sparvar_tune.catalog.names import CUSTOM
 from sparvar_tune.launch_search.choose import ChosenLaunches
 from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.policy_search.menu import decision_scale, fixed_points, menu, paper_policy
-from sparvar_tune.policy_search.storage import open_shared, place
+from sparvar_tune.policy_search.storage import open_shared, place, require_shared
 from sparvar_tune.profile import store
 from sparvar_tune.profile.describe import describe
 from sparvar_tune.profile.identity import refused
@@ -62,6 +62,11 @@ class Way:
 
     def afterwards(self, say: Say) -> None:
         """Says what is left to do."""
+
+    def _begin(self, say: Say) -> None:
+        """What a run and its plan begin with: says the way, and refuses a place for the profile that cannot be written."""
+        self.announce(say)
+        store.require_writable(self.out)
 
     def _folders(self) -> tuple[Path, ...]:
         """Where profiles of other silicon may lie."""
@@ -130,7 +135,9 @@ class SearchHere(Way):
             say(f"  yardstick: {name}: {db:.2f} dB, SSIM {similarity:.4f}")
 
     def plan(self, say: Say) -> None:
-        self.announce(say)
+        if self.settings.storage:
+            require_shared(self.settings.storage)
+        self._begin(say)
         schedule, model, s = self.adapter.schedule, self.subject.model, self.settings
         say("space: every (layer, head, scale) takes one option; prices per scale and a tilt over layers choose among them")
         for scale in range(decision_scale(schedule), len(schedule)):
@@ -148,8 +155,7 @@ class SearchHere(Way):
     def run(self, say: Say, status: Say) -> Profile:
         if self.settings.storage:
             open_shared(self.settings.storage)  # refuses now rather than after the model was loaded
-        self.announce(say)
-        store.require_writable(self.out)
+        self._begin(say)
         try:
             profile, log = self._take_over(say, status) or self._search(say, status)
         except (ValueError, OSError):
@@ -215,13 +221,12 @@ class TimeOnly(Way):
             f"the paper's fixed setting, marked unverified, is timed on {silicon(self.subject.gpu, True).name}")  # fmt: skip
 
     def plan(self, say: Say) -> None:
-        self.announce(say)
+        self._begin(say)
         say(f"policy: {describe(self.target.policy)}")
         say(f"measurements would go to {self.subject.run_folder() / time_only.LOG}\nprofile would go to {self.out}")
 
     def run(self, say: Say, status: Say) -> Profile:
-        self.announce(say)
-        store.require_writable(self.out)
+        self._begin(say)
 
         def keep(profile: Profile) -> None:
             """So far the best there is, unless an earlier run left a whole one."""
@@ -263,11 +268,11 @@ class Predict(Way):
         say("  schedule: predicted from compiled binaries and the GPU table, marked predicted")
 
     def plan(self, say: Say) -> None:
-        self.announce(say)
+        self._begin(say)
         say(f"profile would go to {self.out}")
 
     def run(self, say: Say, status: Say) -> Profile:
-        self.announce(say)
+        self._begin(say)
         store.save(self.profile, self.out)
         return store.load(self.out)
 

@@ -20,6 +20,7 @@ from sparvar_kernels import (
     AttentionProblem,
     Cs4a,
     Csla,
+    NearFar,
     Policy,
     Pooled,
     Rule,
@@ -182,6 +183,33 @@ def test_nan_in_a_query_stays_in_its_own_list():
     assert in_interpreter("test_boundary_kernels", "t.nan_in_a_query()") == []
 
 
+def rows_of_a_broken_query(kernel: str) -> list[list[object]]:
+    """(variant, value in a query, rows that are not finite, error of the others) where these are not that query alone."""
+    schedule, wrong = ScaleSchedule(((1, 1), (4, 4), (8, 8))), []
+    p = AttentionProblem(schedule, 2, 1, 2, 32)
+    for variant in (VARIANT, Pooled(1, 2), NearFar(4, 0, Tile(4, 4))):
+        for value in (float("nan"), float("inf")):
+            q, k, v = p.make_inputs(0)
+            q[0, 1, 7, 3] = value
+            got, want = attention(kernel, variant)(q, k, v, 0, 2), oracle.reference_attention(variant, q, k, v, p)
+            broken = (~got.isfinite().all(-1)).nonzero().tolist()
+            got[0, 1, 7] = want[0, 1, 7] = 0
+            apart = error(got, want)
+            if broken != [[0, 1, 7]] or apart > 1e-5:
+                wrong.append([variant.kind, str(value), broken, apart])
+    return wrong
+
+
+def test_nan_in_a_query_stays_in_its_own_row():
+    assert rows_of_a_broken_query("cpu") == []
+
+
+@pytest.mark.slow
+@needs_triton
+def test_nan_in_a_query_stays_in_its_own_row_on_a_gpu():
+    assert in_interpreter("test_boundary_kernels", "t.rows_of_a_broken_query('triton')") == []
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("bound", [20.7, 100.0])
 def test_the_bias_of_pooled_keys_keeps_its_digits(dtype, bound):
@@ -275,6 +303,9 @@ def test_wrong_tensors_are_one_line(change, said):
     (0, [[1.0]], "q: got a list"), (1, torch.zeros(1, 2, 85, 32).to_sparse(), "k: got a torch.sparse_coo tensor"),
     (3, "0", "layer='0': want 0..0"), (3, [0], "layer=[0]"), (3, torch.tensor(0), "layer=tensor(0)"),
     (4, None, "scale_index=None"), (4, 2.5, "scale_index=2.5: want 0..2, a whole number"),
+    (3, 0.0, "layer=0.0: want 0..0, a whole number"), (3, False, "layer=False: want 0..0, a whole number"),
+    (4, 2.0, "scale_index=2.0: want 0..2, a whole number"), (4, True, "scale_index=True: want 0..2, a whole number"),
+    (4, np.bool_(True), "want 0..2, a whole number"), (3, np.float64(0), "want 0..0, a whole number"),
 ])  # fmt: skip
 def test_what_is_no_tensor_or_index_is_one_line(at, got, said, warm):
     given = [*AttentionProblem(SMALL, 2, 1, 2, 32).make_inputs(0), 0, 2]
@@ -286,6 +317,12 @@ def test_what_is_no_tensor_or_index_is_one_line(at, got, said, warm):
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=re.escape(said)) as refused:
             attend(*given)
         assert "\n" not in str(refused.value)
+
+
+def test_whole_numbers_of_numpy_are_indices():
+    given, attend = AttentionProblem(SMALL, 2, 1, 2, 32).make_inputs(0), attention()
+    want = attend(*given, 0, 2)
+    assert all(torch.equal(attend(*given, np.int64(0), np.uint8(2)), want) for attend in (attend, attention()))
 
 
 @pytest.mark.parametrize(("make", "said"), [

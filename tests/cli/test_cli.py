@@ -110,6 +110,14 @@ def test_dry_run_only_talks(tiny_model, capsys, tmp_path):
     assert not (tmp_path / "out").exists() and not tiny_model.exists()
 
 
+@pytest.mark.parametrize("asked", [TUNE, ["--gpu", "a100", "--model", "hart"]], ids=["search", "predict"])
+def test_a_dry_run_refuses_a_place_as_the_run_does(tiny_model, capsys, tmp_path, asked):
+    (tmp_path / "file").write_text("")
+    lines = {refused(capsys, *asked, "--out", str(tmp_path / "file"), *more, after_work=True) for more in ([], ["--dry-run"])}
+    assert len(lines) == 1 and "cannot be written (Not a directory)" in lines.pop()
+    assert [path.name for path in tmp_path.iterdir() if path != tiny_model] == ["file"]
+
+
 def spawn(home: Path, delay: str, trials: int, *words: str) -> subprocess.Popen[str]:
     env = {**os.environ, "SPARVAR_TUNE_HOME": str(home), "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": "1"}
     # where the tests themselves run in the background of a shell, SIGINT is ignored and children inherit that
@@ -407,6 +415,15 @@ def test_misses_are_recorded_tuned_and_forgotten(tiny_model, capsys, monkeypatch
     assert (
         code == 1 and "not tuned: nothing" in out and out.count("works") == 1 and [m.model for m in misses.read()] == ["var-d16"]
     )
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_misses_that_cannot_be_read_are_not_none(home, capsys, more):
+    misses.file().mkdir(parents=True)
+    said = refused(capsys, "--gpu", "b200", "--from-misses", *more)
+    assert f"{misses.file()}: recorded misses cannot be read (Is a directory)" in said
+    with pytest.warns(UserWarning, match="the miss is not recorded: .*misses.jsonl"):
+        assert runtime.load_profile("hart", gpu="b200", record_miss=True, folders=(home,)).profile is None
 
 
 IMPORTS = """

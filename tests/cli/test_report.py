@@ -274,6 +274,8 @@ def test_refusals_are_one_line(tmp_path, capsys, home, monkeypatch):
         ([*here, "--images-per-day", "0"], "--images-per-day"),
         ([*here, "--pictures", "7"], "--pictures"),
         ([*here, "--out", str(tmp_path / "file" / "r.html")], "cannot be written"),
+        ([*here, "--out", str(tmp_path / "r.pdf")], "r.pdf, want a name that ends in .html or .htm or .md or .markdown"),
+        ([*here, "--out", str(tmp_path / "r.md"), "--format", "html"], "r.md, want a name that ends in .html or .htm"),
         ([], "want --model"),
         (["--gpu", "l40s", "--model", "var-d30"], "nothing to report"),
     ]  # fmt: skip
@@ -284,7 +286,15 @@ def test_refusals_are_one_line(tmp_path, capsys, home, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, library, None)
             assert "pip install 'sparvar-tune[report]'" in refused(capsys, "report", "--out", str(out), *here)
-    assert not out.exists()
+    assert not out.exists() and not list(tmp_path.glob("r.*"))
+
+
+@pytest.mark.parametrize(("name", "asked", "want"), [
+    (None, None, "html"), (None, "md", "md"), ("r.HTM", None, "html"), ("r.markdown", None, "md"), ("r.md", "md", "md"),
+    ("no/suffix", None, "html"), ("no/suffix", "md", "md"),
+])  # fmt: skip
+def test_a_reports_format_is_that_of_its_name(name, asked, want):
+    assert make.format_for(name and Path(name), asked) == want
 
 
 def test_markdown_needs_no_matplotlib_and_follows_the_name(tmp_path, capsys, home, monkeypatch):

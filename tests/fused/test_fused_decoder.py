@@ -371,12 +371,13 @@ def test_a_picture_drawn_aside_is_the_same(device):
         pass
 
 
-def test_what_is_wrong_with_a_picture_drawn_aside_is_said_when_it_is_needed():
+@pytest.mark.parametrize("aside", [False, True])
+def test_what_is_wrong_with_its_own_picture_is_said_when_that_is_needed(aside):
     decoder = made()
     decoder.conv_out.forward = raising = lambda *_: 1 / 0
-    aside = Untouched(decoder, aside=True)
+    untouched = Untouched(decoder, aside=aside)
     with pytest.raises(ValueError, match="decoding a small latent: division"):
-        aside.attach()
+        untouched.attach()
     assert decoder.conv_out.forward is raising and "forward" not in vars(decoder)
 
 

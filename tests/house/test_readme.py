@@ -57,3 +57,18 @@ def test_whole_pictures_report_is_what_its_raw_numbers_say():
 
     raw = ROOT / "reports" / "whole-image-h100.json"
     assert render(json.loads(raw.read_text("utf-8"))) == raw.with_suffix(".md").read_text("utf-8")
+
+
+def test_a_first_picture_says_on_which_host_it_was():
+    from lab.whole_image.host import TIMES, host
+    from lab.whole_image.report import render
+
+    ticks = iter([t for ms in (30, 20, 40, 90, 10) for t in (0.0, ms / 1e3)])
+    here = host(lambda: next(ticks))
+    assert TIMES == 5 and here["host"] and here["python_loop_ms"] == pytest.approx(30)
+    row = {
+        "model": "m", "grids": [[1, 1], [2, 2]], "tokens": 5, "images": 1, "date": "2000-01-01", "host": "CPU X",
+        "apply_and_first_ms": 2000.0, "next_ms": [900.0, 400.0], "captured_bytes": 2**29,
+    }  # fmt: skip
+    text = render([row, row | here])
+    assert "0.40 | 0.50 | CPU X | - |" in text and f"0.40 | 0.50 | {here['host']} | 30 |" in text

@@ -15,7 +15,7 @@ from command_line import run
 from interpreted import in_interpreter
 
 from lab import bench_baseline
-from sparvar_kernels import Csla, NearFar, Policy, Rule, ScaleSchedule, SparseAttention, Tile
+from sparvar_kernels import Csla, NearFar, Policy, Pooled, Rule, ScaleSchedule, SparseAttention, Tile
 from sparvar_kernels.attention import Launch
 from sparvar_kernels.backends.cpu import layer as layer_cpu
 from sparvar_kernels.geometry.problem import AttentionProblem
@@ -89,19 +89,22 @@ def more_launches() -> list[dict[str, int]]:
 
 def pairs_read(kernel: str) -> list[tuple[int, int]]:
     """(counted, by the definition) for two heads of three on two rows: of windows at a smaller tile of an edge, of keys and means
-    of far cells, also at such a tile, and where no cell is far."""
+    of far cells, also at such a tile, where no cell is far, and of means at blocks that an edge cuts."""
     schedule, found = ScaleSchedule.square((1, 2, 3, 5, 8, 12)), []
     problem = AttentionProblem(schedule, 5, 2, 3, 32, "fp32", 0.25)
     q, k, v = problem.make_inputs(0)
     for variant in (
         Csla((-1, -1, -1, 3, 3, 3), 3, Tile(5, 8)),
-        NearFar(3, 1, Tile(4, 4)), NearFar(4, 0, Tile(5, 8)), NearFar(12, 0, Tile(4, 4)),
+        NearFar(3, 1, Tile(4, 4)), NearFar(4, 0, Tile(5, 8)), NearFar(12, 0, Tile(4, 4)), Pooled(3, 3),
     ):  # fmt: skip
         policy = Policy(("AAB",), (Rule(5, "A", variant),))
         attend = SparseAttention(policy, schedule, softmax_scale=0.25, launches={5: Launch(kernel)})
-        tiles = tile_lists(problem.grid, variant.tile)
+        tiles = [list(range(problem.num_queries))] if isinstance(variant, Pooled) else tile_lists(problem.grid, variant.tile)
         if isinstance(variant, Csla):
             read = csla_keys(schedule, 5, variant)
+        elif isinstance(variant, Pooled):  # of three grids the blocks of 3x3 keys, of those before every key
+            blocks = {(s, y // 3, x // 3) for s in (3, 4, 5) for y in range((5, 8, 12)[s - 3]) for x in range((5, 8, 12)[s - 3])}
+            read = [[*range(1 + 4 + 9), *blocks]]
         else:
             read = [near_far_groups(variant, problem, queries) for queries in tiles]
         want = sum(len(queries) * len(each) for queries, each in zip(tiles, read, strict=True))

@@ -73,6 +73,7 @@ def test_the_command_says_how_large_and_refuses_what_does_not_fit(home, tmp_path
     assert "4 calls, 0.001 GB" in capsys.readouterr().out
     assert parser.main(words) == 0 and len(CaptureFile(path)) == 4
     path.unlink()
+    assert parser.main([*words, "--dry-run", "--out", str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(capture_file.shutil, "disk_usage", lambda folder: usage(capture_file.SPARE))
     cases = {"0.00 GB, ": [], "want some of 0..6": ["--scales", "7"], "no such": ["--out", "no/where"]}

@@ -192,25 +192,36 @@ SEEDS = [
 
 @pytest.mark.parametrize(("words", "said"), [
     ("nonsense", "cannot be read as a URL"), ("redis://u:hunter2@host/0", "no storage of this kind"),
-    ("sqlite://", "names no file"), ("sqlite:////no/such/folder/x.db", "unable to open database file"),
+    ("sqlite://", "names no file"), ("sqlite:////no/such/folder/x.db", "No such file or directory"),
     ("journal://relative", "three slashes"), ("journal:////dev/null/x", "Not a directory"),
     ("postgresql://u:hunter2@localhost:1/x?connect_timeout=2", "refused"), ("postgresql://u:hun@ter2@localhost/x", "%40"),
     ("postgresql://u:hunter2@localhost:port/x", "cannot be read"), ("mysql://u:hunter2@localhost:1/x", "refused"),
     ("postgresql+nodriver://u:hunter2@h/x", "nodriver"),
 ])  # fmt: skip
 def test_bad_urls_are_one_line_before_any_work(capsys, home, monkeypatch, words, said):
+    """A dry run says the same one."""
     monkeypatch.setattr("sparvar_tune.ways.subject.load_adapter", lambda *_: pytest.fail("work began"))
-    assert parser.main(["--gpu", "cpu", "--model", "pocketvar", "--storage", words]) == 2
-    out, err = capsys.readouterr()
-    assert said in err and err.count("\n") == 1 and "Traceback" not in err, err
-    assert not any(secret in out + err for secret in ("hunter2", "hun@", "ter2"))
+    lines = set()
+    for more in ([], ["--dry-run"]):
+        assert parser.main(["--gpu", "cpu", "--model", "pocketvar", "--storage", words, *more]) == 2
+        out, err = capsys.readouterr()
+        assert said in err and err.count("\n") == 1 and "Traceback" not in err, err
+        assert not any(secret in out + err for secret in ("hunter2", "hun@", "ter2"))
+        lines.add(err)
+    assert len(lines) == 1
 
 
-def test_a_dry_run_says_where_without_the_password(capsys, home):
-    words = ["--gpu", "cpu", "--model", "pocketvar", "--dry-run", "--storage", "postgresql://u:hunter2@nowhere/x"]
-    assert parser.main(words) == 0
+@pytest.mark.parametrize("url", KINDS, indirect=True)
+def test_a_dry_run_says_where_and_makes_nothing(capsys, home, tmp_path, url):
+    """On what is not there, and on what another run made."""
+    words = ["--gpu", "cpu", "--model", "pocketvar", "--dry-run", "--storage", url]
+    assert parser.main(words) == 0 and not list(tmp_path.iterdir())
     out = capsys.readouterr().out
-    assert "trials go to postgresql://nowhere/x" in out and "hunter2" not in out
+    assert f"trials go to {storage.place(url)}" in out and "hunter2" not in out
+    storage.open_shared(url)
+    made = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert parser.main(words) == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == made
 
 
 def test_a_missing_driver_says_what_to_install(monkeypatch):
@@ -231,6 +242,7 @@ def test_other_files_are_refused_and_left_as_they_are(tmp_path, content):
     path = tmp_path / "x"
     path.write_bytes(content)
     for scheme in ("sqlite:///", "journal://"):
-        with pytest.raises(ValueError, match="Optuna"):
-            storage.open_shared(f"{scheme}{path}")
-        assert path.read_bytes() == content
+        for opens in (storage.require_shared, storage.open_shared):
+            with pytest.raises(ValueError, match="Optuna"):
+                opens(f"{scheme}{path}")
+            assert path.read_bytes() == content

@@ -28,6 +28,12 @@ def tile_lists(grid: tuple[int, int], tile: Tile) -> list[list[int]]:
     return out
 
 
+def mean_square(q: Tensor) -> Tensor:
+    """[B, H, 1]: mean |q|^2 of a head's queries [B, H, Nq, D], of which one that is not finite counts as 0."""
+    squares = (q**2).sum(-1)
+    return torch.where(squares.isfinite(), squares, torch.zeros_like(squares)).mean(-1)[..., None]
+
+
 def window_keys(schedule: ScaleSchedule, scale_index: int, query: int, key_scale: int, side: int) -> set[int]:
     """Keys of `key_scale` in the window of `query`: |round(place) - key| <= side // 2 on both axes."""
     (h, w), (kh, kw) = schedule.grids[scale_index], schedule.grids[key_scale]

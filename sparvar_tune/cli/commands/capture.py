@@ -6,6 +6,7 @@ from sparvar_tune.cli.commands.generate import class_index
 from sparvar_tune.cli.console import require_here, say
 from sparvar_tune.cli.options import CaptureOptions
 from sparvar_tune.measure.capture_file import capture_bytes, why_not_room
+from sparvar_tune.profile.store import require_writable
 from sparvar_tune.ways.api import capture
 
 
@@ -23,6 +24,7 @@ def run(options: CaptureOptions) -> int:
     reason = why_not_room(out, size)
     if reason:
         raise ValueError(reason)
+    require_writable(out)
     if not options.dry_run:
         adapter = subject.adapter
         capture(adapter, (class_index(options.label, adapter), options.seed), scales=scales, out=out)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.geometry.problem import AttentionProblem
-from sparvar_kernels.variants.definitions import tile_lists
+from sparvar_kernels.variants.definitions import mean_square, tile_lists
 from sparvar_kernels.variants.near_far.rule import NearFar
 from sparvar_kernels.variants.protocol import Inputs
 
@@ -40,7 +40,7 @@ def near_far_groups(variant: NearFar, problem: AttentionProblem, queries: list[i
 def reference(variant: NearFar, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, decision: Inputs | None) -> Tensor:
     """[B, H, Nq, D] fp64: a cell's logit by the second-order rule around its mean."""
     qd, kd, vd = (t.double() * c for t, c in ((q, problem.softmax_scale), (k, 1), (v, 1)))
-    q2 = (qd**2).sum(-1).mean(-1)[..., None]  # [B, H, 1]
+    q2 = mean_square(qd)
     out = torch.full_like(qd, math.nan)
     for queries in tile_lists(problem.grid, variant.tile):
         logits, values = [], []

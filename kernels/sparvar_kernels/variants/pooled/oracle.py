@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.geometry.problem import AttentionProblem
+from sparvar_kernels.variants.definitions import mean_square
 from sparvar_kernels.variants.pooled.rule import Pooled
 from sparvar_kernels.variants.protocol import Inputs
 
@@ -23,7 +24,7 @@ def reference(variant: Pooled, q: Tensor, k: Tensor, v: Tensor, problem: Attenti
                 ys, xs = range(top, min(top + f, h)), range(left, min(left + f, w))
                 groups.append([schedule.starts[s] + y * w + x for y in ys for x in xs])
     qd, kd, vd = (t.double() * c for t, c in ((q, problem.softmax_scale), (k, 1), (v, 1)))
-    q2 = (qd**2).sum(-1).mean(-1)[..., None]  # [B, H, 1]
+    q2 = mean_square(qd)
     logits, values = [], []
     for group in groups:
         mean = kd[:, :, group].mean(2, keepdim=True)

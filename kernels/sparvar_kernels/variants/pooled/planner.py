@@ -6,7 +6,8 @@ becomes one key and one value, their means, and its logit gains
 
     log(n) + q2 / (2 D) * spread,   spread = mean |k - mean k|^2 over the block of n keys,   q2 = mean |q|^2 of the head
 
-the first two terms of log sum exp(q.k) around the mean (the second for an isotropic spread). No decision scale is needed.
+the first two terms of log sum exp(q.k) around the mean (the second for an isotropic spread). A query whose |q|^2 is not finite
+counts as 0 in q2. No decision scale is needed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def grid_means(
     """Of each grid in `factors` (scale -> side of its blocks) mean keys and values [B, H, blocks, D], biases [B, H, blocks]."""
     schedule = problem.schedule
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
-    stretch = q.to(work).square().sum(-1).mean(-1, keepdim=True) * (problem.softmax_scale**2 / (2 * q.shape[-1]))  # [B, H, 1]
+    squares = q.to(work).square().sum(-1).nan_to_num_(0.0, 0.0, 0.0)  # all rows share their mean: NaN stays in its own
+    stretch = squares.mean(-1, keepdim=True) * (problem.softmax_scale**2 / (2 * q.shape[-1]))  # [B, H, 1]
     made = []
     for s, factor in factors.items():
         block = slice(schedule.starts[s], schedule.starts[s + 1])
