@@ -17,19 +17,20 @@ from torch import Tensor
 
 from sparvar_kernels.backends.triton.binary import Build, launcher, pointer
 from sparvar_kernels.backends.triton.selecting import (
-    _child_table,
-    _emit,
-    _expands,
-    _first_keys,
-    _levels,
-    _over_two,
-    _put,
-    _ranked,
-    _weights,
+    LEVELS,
+    child_table,
+    emit,
+    expands,
+    first_keys,
+    levels,
+    over_two,
+    put,
+    ranked,
     select,
     select_build,
     shortlist,
     shortlisted,
+    weights,
 )
 from sparvar_kernels.backends.triton.work import Lists
 from sparvar_kernels.geometry.problem import AttentionProblem
@@ -64,7 +65,7 @@ def _pair(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _counts(both, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The two sums of `_over_two`."""
+    """The two sums of `over_two`."""
     return (both & ((1 << SHIFT) - 1)).to(tl.int32), (both >> SHIFT).to(tl.int32)
 
 
@@ -115,7 +116,6 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
     row of a list to the next. short: room for level << PLACE | position of the many heaviest keys, ascending. SHORT: a power
     of two that holds them. Both halves of a row are full of keys. CHILDREN_2 = 0: there are two lists.
     """
-    SIZE: tl.constexpr = 2048  # levels, as in `select_kernel`
     THREE: tl.constexpr = CHILDREN_2 > 0
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
@@ -124,24 +124,24 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
     keys_b, keys_c = HALF + tl.arange(0, HALF), 2 * HALF + tl.arange(0, TAIL)
     real, real_c = keys_a < num_keys, keys_c < num_keys
     a, b, c = (
-        _levels(mass_at, keys_a, real, False), _levels(mass_at, keys_b, real, False), _levels(mass_at, keys_c, real_c, False),
+        levels(mass_at, keys_a, real, False), levels(mass_at, keys_b, real, False), levels(mass_at, keys_c, real_c, False),
     )  # fmt: skip
     # of a row 2**-16 of its largest mass is as good as nothing
-    floor = tl.maximum(tl.maximum(tl.max(tl.maximum(a, b)), tl.max(c)) - (SIZE - 2), 0)
-    a = _ranked(a, floor, first_at, keys_a, real, SIZE - 1, HAS_FIRST)
-    b = _ranked(b, floor, first_at, keys_b, real, SIZE - 1, HAS_FIRST)
-    c = _ranked(c, floor, first_at, keys_c, real_c, SIZE - 1, HAS_FIRST)
+    floor = tl.maximum(tl.maximum(tl.max(tl.maximum(a, b)), tl.max(c)) - (LEVELS - 2), 0)
+    a = ranked(a, floor, first_at, keys_a, real, LEVELS - 1, HAS_FIRST)
+    b = ranked(b, floor, first_at, keys_b, real, LEVELS - 1, HAS_FIRST)
+    c = ranked(c, floor, first_at, keys_c, real_c, LEVELS - 1, HAS_FIRST)
     one_a, one_c = tl.full([HALF], 1, tl.int32), tl.full([TAIL], 1, tl.int32)
     pairs = (a | (b << 16)) | -0x7FFF8000  # a level needs 11 bits of 16: two are compared at once
     # The largest level whose keys still fill the shortlist lies in [bound, end), at most `size` levels.
-    bound, end, above = tl.full([], 0, tl.int32), tl.full([], SIZE, tl.int32), tl.full([], 0, tl.int32)
+    bound, end, above = tl.full([], 0, tl.int32), tl.full([], LEVELS, tl.int32), tl.full([], 0, tl.int32)
     size = end
     while size > 1:
         low, high = _thirds(bound, end)
         at_low, at_high = _number(pairs, low, high)
         low_a, low_b = _pair(at_low)
         high_a, high_b = _pair(at_high)
-        low_c, high_c = _pair(tl.sum(_over_two(c, one_c, low, high, 16)))
+        low_c, high_c = _pair(tl.sum(over_two(c, one_c, low, high, 16)))
         bound, end, above = _narrowed(low_a + low_b + low_c, high_a + high_b + high_c, many, bound, end, above, low, high)
         size = (size + 2) // 3
     a, b = pairs & 0x7FFF, (pairs >> 16) & 0x7FFF  # so that no thread keeps them twice meanwhile
@@ -151,19 +151,19 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
     above_a, above_b = _pair(over)
     equal_a, equal_b = at_a - above_a, at_b - above_b
     kept_a, kept_b, kept_c = (a << PLACE) | keys_a, (b << PLACE) | keys_b, (c << PLACE) | keys_c
-    _emit(short_at, short_at, kept_a, a, one_a, bound, left, 0, 0, 1, SHIFT, 1)
-    _emit(short_at, short_at, kept_b, b, one_a, bound, left, above_a, equal_a, 1, SHIFT, 1)
-    _emit(short_at, short_at, kept_c, c, one_c, bound, left, above_a + above_b, equal_a + equal_b, 1, SHIFT, 1)
+    emit(short_at, short_at, kept_a, a, one_a, bound, left, 0, 0, 1, SHIFT, 1)
+    emit(short_at, short_at, kept_b, b, one_a, bound, left, above_a, equal_a, 1, SHIFT, 1)
+    emit(short_at, short_at, kept_c, c, one_c, bound, left, above_a + above_b, equal_a + equal_b, 1, SHIFT, 1)
     tl.debug_barrier()  # other threads wrote what this one reads
     offs = tl.arange(0, SHORT)
     real = offs < many
     kept = tl.load(short_at + offs, mask=real, other=-1)  # level -1 where there is no key
     level, keys = (kept >> PLACE).to(tl.int32), (kept & ((1 << PLACE) - 1)).to(tl.int32)
-    weight_0 = _weights(weight_ptr_0, keys, real, CHILDREN_0 == 1)
-    weight_1 = _weights(weight_ptr_1, keys, real, CHILDREN_1 == 1)
-    weight_2 = _weights(weight_ptr_2, keys, real, CHILDREN_2 <= 1)
+    weight_0 = weights(weight_ptr_0, keys, real, CHILDREN_0 == 1)
+    weight_1 = weights(weight_ptr_1, keys, real, CHILDREN_1 == 1)
+    weight_2 = weights(weight_ptr_2, keys, real, CHILDREN_2 <= 1)
     # No list has more places than the shortlist, and a key fills one or more: no bound lies below the shortlist's.
-    bound_0, end_0, above_0 = bound, tl.full([], SIZE, tl.int32), tl.full([], 0, tl.int32)
+    bound_0, end_0, above_0 = bound, tl.full([], LEVELS, tl.int32), tl.full([], 0, tl.int32)
     bound_1, end_1, above_1, bound_2, end_2, above_2 = bound, end_0, above_0, bound, end_0, above_0
     size = end_0 - bound
     while size > 1:
@@ -171,23 +171,23 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
         low_1, high_1 = _thirds(bound_1, end_1)
         low_2, high_2 = _thirds(bound_2, end_2)
         both_0, both_1, both_2 = _apart(tl.sum(_side_by_side(
-            _over_two(level, weight_0, low_0, high_0, SHIFT), _over_two(level, weight_1, low_1, high_1, SHIFT),
-            _over_two(level, weight_2, low_2, high_2, SHIFT), THREE,
+            over_two(level, weight_0, low_0, high_0, SHIFT), over_two(level, weight_1, low_1, high_1, SHIFT),
+            over_two(level, weight_2, low_2, high_2, SHIFT), THREE,
         ), 0), THREE)  # fmt: skip
         bound_0, end_0, above_0 = _narrowed(*_counts(both_0, SHIFT), width_0, bound_0, end_0, above_0, low_0, high_0)
         bound_1, end_1, above_1 = _narrowed(*_counts(both_1, SHIFT), width_1, bound_1, end_1, above_1, low_1, high_1)
         bound_2, end_2, above_2 = _narrowed(*_counts(both_2, SHIFT), width_2, bound_2, end_2, above_2, low_2, high_2)
         size = (size + 2) // 3
-    seen_0 = _over_two(level, weight_0, bound_0, bound_0 + 1, SHIFT)
-    seen_1 = _over_two(level, weight_1, bound_1, bound_1 + 1, SHIFT)
-    seen_2 = _over_two(level, weight_2, bound_2, bound_2 + 1, SHIFT)
+    seen_0 = over_two(level, weight_0, bound_0, bound_0 + 1, SHIFT)
+    seen_1 = over_two(level, weight_1, bound_1, bound_1 + 1, SHIFT)
+    seen_2 = over_two(level, weight_2, bound_2, bound_2 + 1, SHIFT)
     up_to_0, up_to_1, up_to_2 = _apart(tl.cumsum(_side_by_side(seen_0, seen_1, seen_2, THREE), 0), THREE)
-    _put(keys_ptr_0 + list_at_0 + row * row_step_0, table_ptr_0, keys, level, weight_0, up_to_0 - seen_0, bound_0,
+    put(keys_ptr_0 + list_at_0 + row * row_step_0, table_ptr_0, keys, level, weight_0, up_to_0 - seen_0, bound_0,
          width_0 - above_0, 0, 0, CHILDREN_0, SHIFT, CHILDREN_0)  # fmt: skip
-    _put(keys_ptr_1 + list_at_1 + row * row_step_1, table_ptr_1, keys, level, weight_1, up_to_1 - seen_1, bound_1,
+    put(keys_ptr_1 + list_at_1 + row * row_step_1, table_ptr_1, keys, level, weight_1, up_to_1 - seen_1, bound_1,
          width_1 - above_1, 0, 0, CHILDREN_1, SHIFT, CHILDREN_1)  # fmt: skip
     if THREE:
-        _put(keys_ptr_2 + list_at_2 + row * row_step_2, table_ptr_2, keys, level, weight_2, up_to_2 - seen_2, bound_2,
+        put(keys_ptr_2 + list_at_2 + row * row_step_2, table_ptr_2, keys, level, weight_2, up_to_2 - seen_2, bound_2,
              width_2 - above_2, 0, 0, CHILDREN_2, SHIFT, CHILDREN_2)  # fmt: skip
 
 
@@ -212,10 +212,10 @@ def merged_build(variant: Cs4a, decision: AttentionProblem, fill: Fill, many: in
     n = decision.num_keys
     names = [name for name in merged_select_kernel.arg_names if not name.isupper()]
     types = {name: "*i32" if "_ptr" in name else "i32" for name in names} | {"mass_ptr": "*bf16", "first_ptr": "*i8"}
-    most = [_child_table(p, decision.scale_index, _expands(made.variant, p), "cpu")[2] for made, _, p in fill]
+    most = [child_table(p, decision.scale_index, expands(made.variant, p), "cpu")[2] for made, _, p in fill]
     half = 1 << (n.bit_length() - 2)
     constants = {
-        "HAS_FIRST": _first_keys(decision, variant, "cpu") is not None,
+        "HAS_FIRST": first_keys(decision, variant, "cpu") is not None,
         "SHIFT": 16 if all(p.num_keys < 1 << 15 for *_, p in fill) else 32, "PLACE": PLACE_BITS,
         **{f"CHILDREN_{i}": most[i] if i < len(most) else 0 for i in range(MOST_LISTS)},
         "HALF": half, "TAIL": max(16, 1 << max(n - 2 * half, 0).bit_length()), "SHORT": 1 << (many - 1).bit_length(),
@@ -247,11 +247,11 @@ def fill_lists(mass: Tensor, variant: Cs4a, decision: AttentionProblem, heads: t
         return
     device, build = str(mass.device), merged_build(variant, decision, fill, many)
     short = torch.empty(*mass.shape[:3], many, dtype=torch.int32, device=mass.device)
-    first = _first_keys(decision, variant, device)
+    first = first_keys(decision, variant, device)
     pointers: list[object] = []
     places: list[int] = []
     for made, keys, problem in [*fill, *[fill[-1]] * (MOST_LISTS - len(fill))]:  # a list there is not is switched off
-        table, weight, _ = _child_table(problem, decision.scale_index, _expands(made.variant, problem), device)
+        table, weight, _ = child_table(problem, decision.scale_index, expands(made.variant, problem), device)
         pointers += pointer(keys), pointer(table), pointer(weight)
         places += made.at, made.row_step, made.width
     launcher(build, mass.device)(

@@ -29,6 +29,8 @@ ALL_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: 
 SHORT_OPTIONS = ALL_OPTIONS | {"num_warps": 4}  # a quarter of the keys
 PLAIN_OPTIONS = ALL_OPTIONS | {"num_warps": 4, "maxnreg": 128}  # keys that stand for themselves, such as a shortlist
 
+LEVELS = tl.constexpr(2048)  # of bf16 mass: 16 octaves
+
 
 @triton.jit
 def _queries(  # type: ignore[no-untyped-def]
@@ -108,7 +110,7 @@ def _keys(short_at, offs, num_keys, SHORT: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Mass as integers in the same order; the bits of a non-negative float are one. 0 where there is no key.
 
     NaN and infinity, of a query that holds them, count as no mass: a level above all others would never end a list.
@@ -124,7 +126,7 @@ def _levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _ranked(level, floor, first_at, keys, real, TOP: tl.constexpr, HAS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+def ranked(level, floor, first_at, keys, real, TOP: tl.constexpr, HAS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Levels from `floor` on as 0 to TOP - 1; TOP for keys that go ahead of all others, -1 where there is no key."""
     level = tl.maximum(level - floor, 0)
     if HAS_FIRST:
@@ -133,7 +135,7 @@ def _ranked(level, floor, first_at, keys, real, TOP: tl.constexpr, HAS_FIRST: tl
 
 
 @triton.jit
-def _weights(weight_ptr, keys, real, ONE: tl.constexpr):  # type: ignore[no-untyped-def]
+def weights(weight_ptr, keys, real, ONE: tl.constexpr):  # type: ignore[no-untyped-def]
     if ONE:
         weight = tl.full(keys.shape, 1, tl.int32)
     else:
@@ -142,14 +144,14 @@ def _weights(weight_ptr, keys, real, ONE: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def _over_two(level, weight, low, high, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+def over_two(level, weight, low, high, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Weight of keys at `low` and above in the lower half of the bits, at `high` and above in the upper half."""
     weight = weight.to(tl.int32 if SHIFT == 16 else tl.int64)
     return tl.where(level >= high, weight + (weight << SHIFT), tl.where(level >= low, weight, 0))
 
 
 @triton.jit
-def _put(  # type: ignore[no-untyped-def]
+def put(  # type: ignore[no-untyped-def]
     out, table_ptr, keys, level, weight, before, bound, left, more_before, equal_before, most,
     SHIFT: tl.constexpr, CHILDREN: tl.constexpr,
 ):  # fmt: skip
@@ -169,14 +171,14 @@ def _put(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _emit(  # type: ignore[no-untyped-def]
+def emit(  # type: ignore[no-untyped-def]
     out, table_ptr, keys, level, weight, bound, left, more_before, equal_before, most,
     SHIFT: tl.constexpr, CHILDREN: tl.constexpr,
 ):  # fmt: skip
-    """`_put` where nothing else is counted along with this block."""
-    seen = _over_two(level, weight, bound, bound + 1, SHIFT)
+    """`put` where nothing else is counted along with this block."""
+    seen = over_two(level, weight, bound, bound + 1, SHIFT)
     before = tl.cumsum(seen) - seen
-    _put(out, table_ptr, keys, level, weight, before, bound, left, more_before, equal_before, most, SHIFT, CHILDREN)
+    put(out, table_ptr, keys, level, weight, before, bound, left, more_before, equal_before, most, SHIFT, CHILDREN)
 
 
 @triton.jit
@@ -194,7 +196,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
     A row is worked on as HALF + HALF + TAIL keys, powers of two, so that 4,121 keys do not cost as much as 8,192; FLAT: the
     first half's keys all have weight 1. Two sums at a time share an integer of twice SHIFT bits.
     """
-    SIZE: tl.constexpr = 0x4F000001 if EXACT else 2048  # levels: 2**31 as a float tops any mass; 16 octaves of bf16
+    SIZE: tl.constexpr = 0x4F000001 if EXACT else LEVELS  # 2**31 as a float tops any mass
     STEPS: tl.constexpr = 20 if EXACT else 7  # of a search that keeps a third: 3**STEPS >= SIZE
     LOWER: tl.constexpr = (1 << SHIFT) - 1
     i_row, i_bh = tl.program_id(0), tl.program_id(1)
@@ -210,37 +212,37 @@ def select_kernel(  # type: ignore[no-untyped-def]
         _keys(short_at, offs_c, num_keys, SHORT),
     )  # fmt: skip
     a, b, c = (
-        _levels(mass_at, keys_a, real_a, EXACT), _levels(mass_at, keys_b, real_b, EXACT),
-        _levels(mass_at, keys_c, real_c, EXACT),
+        levels(mass_at, keys_a, real_a, EXACT), levels(mass_at, keys_b, real_b, EXACT),
+        levels(mass_at, keys_c, real_c, EXACT),
     )  # fmt: skip
     # of a bf16 row 2**-16 of its largest mass is as good as nothing
     floor = 0 if EXACT else tl.maximum(tl.maximum(tl.max(tl.maximum(a, b)), tl.max(c)) - (SIZE - 2), 0)
-    a = _ranked(a, floor, first_at, keys_a, real_a, SIZE - 1, HAS_FIRST)
-    b = _ranked(b, floor, first_at, keys_b, real_b, SIZE - 1, HAS_FIRST)
-    c = _ranked(c, floor, first_at, keys_c, real_c, SIZE - 1, HAS_FIRST)
-    weight_a = _weights(weight_ptr, keys_a, real_a, FLAT or CHILDREN == 1)
-    weight_b = _weights(weight_ptr, keys_b, real_b, CHILDREN == 1)
-    weight_c = _weights(weight_ptr, keys_c, real_c, CHILDREN == 1)
+    a = ranked(a, floor, first_at, keys_a, real_a, SIZE - 1, HAS_FIRST)
+    b = ranked(b, floor, first_at, keys_b, real_b, SIZE - 1, HAS_FIRST)
+    c = ranked(c, floor, first_at, keys_c, real_c, SIZE - 1, HAS_FIRST)
+    weight_a = weights(weight_ptr, keys_a, real_a, FLAT or CHILDREN == 1)
+    weight_b = weights(weight_ptr, keys_b, real_b, CHILDREN == 1)
+    weight_c = weights(weight_ptr, keys_c, real_c, CHILDREN == 1)
     # The largest level whose keys still fill the list lies in [bound, end).
     bound, end = tl.full([], 0, tl.int32), tl.full([], SIZE, tl.int32)
     for _ in tl.static_range(STEPS):
         third = (end - bound + 2) // 3
         low, high = bound + third, tl.minimum(bound + 2 * third, end)
-        both = tl.sum(_over_two(a, weight_a, low, high, SHIFT) + _over_two(b, weight_b, low, high, SHIFT))
-        both += tl.sum(_over_two(c, weight_c, low, high, SHIFT))
+        both = tl.sum(over_two(a, weight_a, low, high, SHIFT) + over_two(b, weight_b, low, high, SHIFT))
+        both += tl.sum(over_two(c, weight_c, low, high, SHIFT))
         fills_low, fills_high = (both & LOWER) >= width, (both >> SHIFT) >= width
         end = tl.where(fills_high, end, tl.where(fills_low, high, low))
         bound = tl.where(fills_high, high, tl.where(fills_low, low, bound))
-    in_a = tl.sum(_over_two(a, weight_a, bound, bound + 1, SHIFT))
-    in_b = tl.sum(_over_two(b, weight_b, bound, bound + 1, SHIFT))
+    in_a = tl.sum(over_two(a, weight_a, bound, bound + 1, SHIFT))
+    in_b = tl.sum(over_two(b, weight_b, bound, bound + 1, SHIFT))
     above_a, above_b = (in_a >> SHIFT).to(tl.int32), (in_b >> SHIFT).to(tl.int32)
     equal_a, equal_b = (in_a & LOWER).to(tl.int32) - above_a, (in_b & LOWER).to(tl.int32) - above_b
     left = width - above_a - above_b - tl.sum(tl.where(c > bound, weight_c, 0))
     i_b, i = (i_bh // num_heads).to(tl.int64), i_bh % num_heads
     out = keys_ptr + list_at + i_b * batch_step + i * head_step + i_row * row_step
-    _emit(out, table_ptr, keys_a, a, weight_a, bound, left, 0, 0, most, SHIFT, 1 if FLAT else CHILDREN)
-    _emit(out, table_ptr, keys_b, b, weight_b, bound, left, above_a, equal_a, most, SHIFT, CHILDREN)
-    _emit(out, table_ptr, keys_c, c, weight_c, bound, left, above_a + above_b, equal_a + equal_b, most, SHIFT, CHILDREN)
+    emit(out, table_ptr, keys_a, a, weight_a, bound, left, 0, 0, most, SHIFT, 1 if FLAT else CHILDREN)
+    emit(out, table_ptr, keys_b, b, weight_b, bound, left, above_a, equal_a, most, SHIFT, CHILDREN)
+    emit(out, table_ptr, keys_c, c, weight_c, bound, left, above_a + above_b, equal_a + equal_b, most, SHIFT, CHILDREN)
 
 
 @lru_cache(maxsize=256)
@@ -326,7 +328,7 @@ def column_mass(
 
 
 @lru_cache(maxsize=256)
-def _child_table(problem: AttentionProblem, decision_scale: int, expand: bool, device: str) -> tuple[Tensor, Tensor, int]:
+def child_table(problem: AttentionProblem, decision_scale: int, expand: bool, device: str) -> tuple[Tensor, Tensor, int]:
     """(table [Nk, most], weights [Nk], most) of `children`; itself alone where lists stay on the decision scale's keys."""
     if not expand:
         n = problem.schedule.num_keys(decision_scale)
@@ -344,24 +346,24 @@ def _list_sources(problem: AttentionProblem, variant: Cs4a, rows: int, device: s
 
 
 @lru_cache(maxsize=256)
-def _first_keys(problem: AttentionProblem, variant: Cs4a, device: str) -> Tensor | None:
+def first_keys(problem: AttentionProblem, variant: Cs4a, device: str) -> Tensor | None:
     first = window_first(problem.schedule, variant, device)
     return None if first is None else first.to(torch.int8).contiguous()
 
 
-def _expands(variant: Cs4a, problem: AttentionProblem) -> bool:
+def expands(variant: Cs4a, problem: AttentionProblem) -> bool:
     """True if listed keys of the decision scale stand for several of this one."""
     return variant.keys == "place" and problem.scale_index != variant.decision_scale
 
 
 def _there(variant: Cs4a, problem: AttentionProblem) -> Cs4a:
-    return variant.at_decision(problem.schedule, problem.scale_index) if _expands(variant, problem) else variant
+    return variant.at_decision(problem.schedule, problem.scale_index) if expands(variant, problem) else variant
 
 
 @lru_cache(maxsize=256)
 def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype, short: int = 0) -> Build:
     """What `select` launches for lists of `variant` in the stage at `problem`; short: keys of its shortlist, 0: none."""
-    _, weight, most = _child_table(problem, variant.decision_scale, _expands(variant, problem), "cpu")
+    _, weight, most = child_table(problem, variant.decision_scale, expands(variant, problem), "cpu")
     n = short or problem.schedule.num_keys(variant.decision_scale)
     half = max(16, 1 << max(n.bit_length() - 2, 0))
     types = {name: "*i32" for name in ("keys_ptr", "source_ptr", "table_ptr", "weight_ptr", "short_ptr")}
@@ -369,7 +371,7 @@ def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype, sh
     ints = ("list_at", "head_step", "batch_step", "row_step", "num_heads", "num_tiles", "all_keys", "num_keys", "mass_keys",
             "width", "most")  # fmt: skip
     constants = {
-        "EXACT": mass == torch.float32, "HAS_FIRST": _first_keys(problem, _there(variant, problem), "cpu") is not None,
+        "EXACT": mass == torch.float32, "HAS_FIRST": first_keys(problem, _there(variant, problem), "cpu") is not None,
         "SHORT": short > 0, "SHIFT": 16 if problem.num_keys < 1 << 15 else 32, "CHILDREN": most,
         "FLAT": not short and bool((weight[:half] == 1).all()),
         "HALF": half, "TAIL": max(16, 1 << max(n - 2 * half, 0).bit_length()),
@@ -406,9 +408,9 @@ def select(
     short: a shortlist to choose from; see `shortlisted`.
     """
     device, variant = str(mass.device), lists.variant
-    expand = _expands(variant, problem)
-    table, weight, most = _child_table(problem, variant.decision_scale, expand, device)
-    first = _first_keys(problem, _there(variant, problem), device)
+    expand = expands(variant, problem)
+    table, weight, most = child_table(problem, variant.decision_scale, expand, device)
+    first = first_keys(problem, _there(variant, problem), device)
     sources = _list_sources(problem, variant, lists.rows, device)
     n = 0 if short is None else short.shape[3]
     run = launcher(select_build(variant, problem, mass.dtype, n), mass.device)
