@@ -86,13 +86,14 @@ def _place(cell, step, length):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     reading, shared, FIELDS: gl.constexpr, EPILOGUE: gl.constexpr, MASKED: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr, CELLS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """What the warps that fetch do."""
     (q_ptr, k_ptr, v_ptr, keys_ptr, table_ptr, extra_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
      stride_vb, stride_vh, stride_vn, stride_eb, stride_eh, stride_en, grid_width, source_width, num_entries,
      num_items) = reading  # fmt: skip
     queries, ring, q_ready, q_free, ready, free = shared
+    CELLS: gl.constexpr = 8 if EPILOGUE == 3 else 16
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))[None, :]
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
@@ -141,7 +142,7 @@ def _fetch(  # type: ignore[no-untyped-def]
         _put(ring.index(slot), ready.index(slot), v_base + listed[:, None] * stride_vn + offs_d, seen, MASKED)
         slot, phase = _after(slot, phase, SLOTS)
 
-        if EPILOGUE == 1:
+        if EPILOGUE % 2 == 1:
             i_slot = gl.load(entry + SLOT)
             if i_slot >= 0:
                 low_y, low_x, high_y, high_x = _cells(entry)
@@ -178,12 +179,12 @@ def _softmax(s, top, total, scale_log2e, BOUNDED: gl.constexpr):  # type: ignore
 def _multiply(  # type: ignore[no-untyped-def]
     writing, shared, WHICH: gl.constexpr, FIELDS: gl.constexpr, EPILOGUE: gl.constexpr, MASKED: gl.constexpr,
     BOUNDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr,
-    CELLS: gl.constexpr,
 ):  # fmt: skip
     """What a group of warps that multiply does, number WHICH of GROUPS."""
     (out_ptr, table_ptr, extra_ptr, stride_ob, stride_oh, stride_on, stride_eb, stride_eh, stride_en, grid_width,
      source_height, source_width, step_y, step_x, scale_log2e, num_entries, num_items) = writing  # fmt: skip
     queries, ring, q_ready, q_free, ready, free = shared
+    CELLS: gl.constexpr = 8 if EPILOGUE == 3 else 16
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -199,7 +200,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         origin, tile_width = gl.load(entry + ORIGIN), gl.load(entry + WIDTH)
         first_row, end_row, count = gl.load(entry + FIRST_ROW), gl.load(entry + END_ROW), gl.load(entry + COUNT)
         i_out = gl.load(entry + OUT).to(gl.int64)
-        if EPILOGUE == 1:
+        if EPILOGUE % 2 == 1:
             i_slot = gl.load(entry + SLOT)
             low_y, low_x, high_y, high_x = _cells(entry)
         blocks = gl.maximum((count + BLOCK_N - 1) // BLOCK_N, 1)
@@ -247,7 +248,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         # drops their work (a test looks for it in the machine code).
         sign: gl.constexpr = -1.0 if EPILOGUE == 2 else 1.0
         share = gl.convert_layout(sign / gl.where(total == 0, 1.0, total), gl.SliceLayout(1, o_layout))[:, None]
-        if EPILOGUE == 1:
+        if EPILOGUE % 2 == 1:
             m = first_row + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
             rows = gl.where(m < end_row, _tokens(m, origin, tile_width, grid_width), origin)
             row = _divide(rows, 1.0 / grid_width)
@@ -259,7 +260,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         slot, phase = _after(slot, phase, SLOTS)
 
         acc *= share
-        if EPILOGUE == 1:
+        if EPILOGUE % 2 == 1:
             if i_slot >= 0:
                 # Enlarging is a product with the tent weights of the cells under these rows: a few more "keys"
                 for begin_y in range(low_y, high_y + 1, BLOCK_N // CELLS):
@@ -299,14 +300,14 @@ def fetched_kernel(  # type: ignore[no-untyped-def]
     stride_ob, stride_oh, stride_on, stride_eb, stride_eh, stride_en, stride_bb, stride_bh,
     grid_width, source_height, source_width, step_y, step_x, scale_log2e, num_entries, num_items,
     FIELDS: gl.constexpr, EPILOGUE: gl.constexpr, MASKED: gl.constexpr, BOUNDED: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr, CELLS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The arguments of `gathered_kernel`, and its EPILOGUE; a bias is none of its jobs, bias_ptr is never read.
 
     num_items: the table's num_entries times images. GROUPS: of four warps that multiply, each 64 rows of a block.
-    CELLS: columns of a residual's cells in one step, a power of two, so that most of their weights coincide;
-    a step has BLOCK_N // CELLS rows.
+    EPILOGUE 3 adds a residual as 1 does, 8 columns of its cells in a step instead of 16: a power of two, so that most of their
+    weights coincide. A step has BLOCK_N cells.
     Every pointer and stride must be a multiple of 16. Launched with four warps; the others are its partitions'.
     """
     kind: gl.constexpr = q_ptr.dtype.element_ty
@@ -335,10 +336,10 @@ def fetched_kernel(  # type: ignore[no-untyped-def]
         gl.warp_specialize(
             [
                 (_multiply, (writing, shared, gl.constexpr(0), FIELDS, EPILOGUE, MASKED, BOUNDED, HEAD_DIM, BLOCK_N,
-                             SLOTS, GROUPS, CELLS)),
+                             SLOTS, GROUPS)),
                 (_multiply, (writing, shared, gl.constexpr(1), FIELDS, EPILOGUE, MASKED, BOUNDED, HEAD_DIM, BLOCK_N,
-                             SLOTS, GROUPS, CELLS)),
-                (_fetch, (reading, shared, FIELDS, EPILOGUE, MASKED, HEAD_DIM, BLOCK_N, SLOTS, GROUPS, CELLS)),
+                             SLOTS, GROUPS)),
+                (_fetch, (reading, shared, FIELDS, EPILOGUE, MASKED, HEAD_DIM, BLOCK_N, SLOTS, GROUPS)),
             ],
             [4, 4],
             [OTHER_REGISTERS, FETCH_REGISTERS],
@@ -347,8 +348,8 @@ def fetched_kernel(  # type: ignore[no-untyped-def]
         gl.warp_specialize(
             [
                 (_multiply, (writing, shared, gl.constexpr(0), FIELDS, EPILOGUE, MASKED, BOUNDED, HEAD_DIM, BLOCK_N,
-                             SLOTS, GROUPS, CELLS)),
-                (_fetch, (reading, shared, FIELDS, EPILOGUE, MASKED, HEAD_DIM, BLOCK_N, SLOTS, GROUPS, CELLS)),
+                             SLOTS, GROUPS)),
+                (_fetch, (reading, shared, FIELDS, EPILOGUE, MASKED, HEAD_DIM, BLOCK_N, SLOTS, GROUPS)),
             ],
             [4],
             [FETCH_REGISTERS],

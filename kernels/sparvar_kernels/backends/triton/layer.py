@@ -38,16 +38,17 @@ from sparvar_kernels.variants.pooled.planner import pool_keys
 
 POINTERS = ("q", "k", "v", "out", "keys", "table", "extra", "bias")
 ADD_RESIDUAL, TAKE_RESIDUAL = 1, 2
+ADD_8_COLUMNS = 3  # where warps fetch: of a residual's cells in a step, instead of 16
 
 
 def gathered_build(
     problem: AttentionProblem, config: TritonConfig, *, epilogue: int, masked: bool, bias: bool = False, aligned: bool = True,
-    cells: int = 8,
+    cells: int = 16,
 ) -> Build:  # fmt: skip
     """What a stage of `problem` launches: the gathered kernel, or where warps fetch the one for Hopper.
 
     aligned: addresses and strides of all tensors are multiples of 16; needed where warps fetch. cells: columns of a residual's
-    cells in one step there.
+    cells in one step there, 8 or 16.
     """
     kinds = {"keys": "*i32", "table": "*i32", "bias": "*fp32"}
     types = {f"{name}_ptr": kinds.get(name, f"*{TYPES[DTYPES[problem.dtype]]}") for name in POINTERS}
@@ -67,10 +68,9 @@ def gathered_build(
 
     _, multiplying, fetching = config.registers(problem)
     constants = {
-        "FIELDS": FIELDS, "EPILOGUE": epilogue, "MASKED": masked, "BOUNDED": bounded, "HEAD_DIM": problem.head_dim,
-        "BLOCK_N": config.block_n, "SLOTS": config.num_stages, "GROUPS": config.block_m // 64,
-        "CELLS": cells if epilogue == ADD_RESIDUAL else config.block_n,
-        "OTHER_REGISTERS": multiplying, "FETCH_REGISTERS": fetching,
+        "FIELDS": FIELDS, "EPILOGUE": ADD_8_COLUMNS if (epilogue, cells) == (ADD_RESIDUAL, 8) else epilogue, "MASKED": masked,
+        "BOUNDED": bounded, "HEAD_DIM": problem.head_dim, "BLOCK_N": config.block_n, "SLOTS": config.num_stages,
+        "GROUPS": config.block_m // 64, "OTHER_REGISTERS": multiplying, "FETCH_REGISTERS": fetching,
     }  # fmt: skip
     types |= {"num_entries": "i32", "num_items": "i32"}
     return Build.of(fetched_kernel, types, constants, config.options(problem), aligned)

@@ -27,7 +27,6 @@ from sparvar_kernels.variants.cs4a.planner import children, keys_kept, source_ti
 
 ALL_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: three programs on a multiprocessor
 SHORT_OPTIONS = ALL_OPTIONS | {"num_warps": 4}  # a quarter of the keys
-PLAIN_OPTIONS = ALL_OPTIONS | {"num_warps": 4, "maxnreg": 128}  # keys that stand for themselves, such as a shortlist
 
 LEVELS = tl.constexpr(2048)  # of bf16 mass: 16 octaves
 
@@ -376,8 +375,7 @@ def select_build(variant: Cs4a, problem: AttentionProblem, mass: torch.dtype, sh
         "FLAT": not short and bool((weight[:half] == 1).all()),
         "HALF": half, "TAIL": max(16, 1 << max(n - 2 * half, 0).bit_length()),
     }  # fmt: skip
-    plain = most == 1 and half <= 2048  # more keys would not fit the registers of four warps
-    options = SHORT_OPTIONS if short else PLAIN_OPTIONS if plain else ALL_OPTIONS
+    options = SHORT_OPTIONS if short else ALL_OPTIONS
     return Build.of(select_kernel, types | dict.fromkeys(ints, "i32"), constants, options, True)
 
 

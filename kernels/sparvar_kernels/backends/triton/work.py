@@ -117,14 +117,10 @@ def work_table(parts: list[Part], block_m: int, grid: tuple[int, int] = (1, 1), 
     return torch.from_numpy(table[np.argsort(-blocks, kind="stable")])
 
 
-def cell_columns(table: Array, block_n: int) -> int:
-    """Columns of a residual's cells in a step of block_n cells, such that all entries of the table together take fewest steps."""
-    low_y, low_x, high_y, high_x = table[:, Column.LOW_Y : Column.HIGH_X + 1].T
-
-    def steps(columns: int) -> int:
-        return int((((high_y - low_y) // (block_n // columns) + 1) * ((high_x - low_x) // columns + 1)).sum())
-
-    return min((8, 16, 32), key=steps)
+def cell_columns(table: Array) -> int:
+    """Columns of a residual's cells in a step: 8 where tiles are narrow and so are the cells under each, else 16."""
+    across = table[:, Column.HIGH_X] - table[:, Column.LOW_X] + 1
+    return 8 if table[:, Column.WIDTH].max() <= 16 and across.max() <= 8 else 16
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ class Stage:
     table: Tensor
     masked: bool
     dynamic: tuple[Lists, ...]
-    cells: int = 8
+    cells: int = 16
 
 
 Groups = list[tuple[Variant, tuple[int, ...]]]
@@ -209,7 +205,7 @@ def build_stage(
         block[..., made.width : made.width + band.shape[-1]] = band.to(device)
     ragged, empty = table[:, Column.COUNT] % config.block_n != 0, table[:, Column.COUNT] == 0
     masked = bool((ragged | empty if config.fetchers else ragged).any())  # warps that fetch begin with a block
-    return Stage(keys, table.to(device), masked, tuple(dynamic), cell_columns(table.numpy(), config.block_n))
+    return Stage(keys, table.to(device), masked, tuple(dynamic), cell_columns(table.numpy()))
 
 
 def means_stage(
