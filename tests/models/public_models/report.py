@@ -23,10 +23,11 @@ SOURCES = {
 PEERS = {"scalekv": [("scalekv", "infinity")], "fastvar": [("fastvar", "infinity"), ("fastvar_hart", "hart")]}
 HEAD = """# Adapters on the public code, on a CPU
 
-Tiny models with random weights, built from unmodified checkouts; the sizes are in tests/models/public_models. Written by
-`python tests/models/public_models/report.py infinity=CHECKOUT hart=CHECKOUT ...`. "Untouched" and "bit for bit" compare the
-picture and the logits of every scale with `torch.equal`; "= oracle" compares the logits with the fp64 oracle put into the
-public module's globals (relative error 1e-4 in fp32; in bf16 3e-2, the last scale left out, since a token may differ by then).
+Tiny models with random weights, built from unmodified checkouts; the sizes are in tests/models/public_models. One thread.
+Written by `python tests/models/public_models/report.py infinity=CHECKOUT hart=CHECKOUT ...`. "Untouched" and "bit for bit"
+compare the picture and the logits of every scale with `torch.equal`; "= oracle" compares the logits with the fp64 oracle put into
+the public module's globals (relative error 1e-4 in fp32; in bf16 3e-2, the last scale left out, since a token may differ by
+then).
 "windows" is CSLA and Pooled at the last two scales, "reuse" is Reuse and Pooled there with a decision scale before them.
 """
 

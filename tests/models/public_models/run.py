@@ -196,5 +196,8 @@ def run_var(checkout: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(
+        1
+    )  # several sum the product of a single row, which half of guidance leaves, in another order than of two
     warnings.filterwarnings("ignore", category=FutureWarning)
     {"infinity": run_infinity, "hart": run_hart, "var": run_var}[sys.argv[1]](sys.argv[2])
