@@ -143,21 +143,27 @@ def test_merged_selections_equal_sorting():
 
 @needs_triton
 def test_what_one_launch_is_not_made_for_has_one_for_each_list():
-    """No shortlist that would gain, the paper's lists, more lists than there are places for, mass in fp32."""
+    """No shortlist that would gain, the paper's lists, more lists than there are places for, mass in fp32, too many keys."""
     from sparvar_kernels.backends.triton.choosing import record_builds
 
-    schedule = ScaleSchedule((*NEAR.grids, (40, 50)), prefix=300)
-    problems = {s: AttentionProblem(schedule, s, 2, 3, 32, "bf16") for s in range(1, 5)}
+    def problems_of(schedule):
+        return {s: AttentionProblem(schedule, s, 2, 3, 32, "bf16") for s in range(1, len(schedule))}
+
+    problems = problems_of(ScaleSchedule((*NEAR.grids, (40, 50)), prefix=300))
     place = {s: Cs4a(1, 0.03, Tile.parse(tile)) for s, tile in (PLACES | {4: "10x25"}).items()}
     paper = Cs4a(1, 0.1, Tile(0, 40), keys="index", bands=(3, 3, 3))
 
-    def launched(variants, mass=torch.bfloat16):
+    def launched(variants, mass=torch.bfloat16, problems=problems):
+        schedule = problems[1].schedule
         fill = [(place_lists(v, (0, 2), problems[s], 0)[0], torch.empty(0), problems[s]) for s, v in variants.items()]
         there = next(iter(variants.values())).at_decision(schedule, next(iter(variants)))
         return [b.kernel.partition(".")[2] for b in record_builds(there, problems[1], fill, mass)]
 
     assert launched({s: place[s] for s in (2, 3, 4)}) == ["merged_select_kernel"]
     assert launched({s: place[s] for s in (2, 3, 4)}, torch.float32) == ["select_kernel"] * 4
+    for rows, most in ((255, {"merged_select_kernel"}), (256, {"select_kernel"})):  # 65,281 keys and 65,537
+        many = problems_of(ScaleSchedule(((1, 1), (rows, 256), (rows, 512))))
+        assert set(launched({1: Cs4a(1, 0.03, Tile(51, 64)), 2: Cs4a(1, 0.03, Tile(51, 128))}, problems=many)) == most
     assert launched(place) == ["select_kernel"] * 5
     assert launched({3: place[3]}) == ["select_kernel"]
     assert launched({2: paper, 3: paper}) == ["select_kernel"] * 3

@@ -38,7 +38,7 @@ from sparvar_kernels.variants import Cs4a
 
 Fill = Sequence[tuple[Lists, Tensor, AttentionProblem]]  # lists, the key buffer they lie in, the stage that reads them
 MOST_LISTS = 3
-PLACE_BITS = 20  # of a key's position, below its 11 bits of bf16 level
+PLACE_BITS = 16  # of a key's position, below its 11 bits of bf16 level; numbers of keys have as many
 
 
 @triton.jit
