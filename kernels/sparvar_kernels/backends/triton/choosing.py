@@ -2,8 +2,8 @@
 
 A selection waits for its sums over a row of keys, not for work. `merged_select_kernel` therefore finds the shortlist that holds
 all a row's lists may take, and then the bounds of all these lists in one search whose sums come together. What it is not made
-for (more than three lists, the paper's, a record without a shortlist, mass in fp32) goes to `select_kernel`, a launch for each
-list.
+for (more than three lists, the paper's, a record without a shortlist, mass in fp32, 65,536 keys) goes to `select_kernel`, a
+launch for each list.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from sparvar_kernels.backends.triton.binary import Build, launcher, pointer
 from sparvar_kernels.backends.triton.selecting import (
     LEVELS,
     child_table,
+    counts,
     emit,
     expands,
     first_keys,
     levels,
+    narrowed,
     over_two,
     put,
     ranked,
@@ -30,6 +32,7 @@ from sparvar_kernels.backends.triton.selecting import (
     select_build,
     shortlist,
     shortlisted,
+    thirds,
     weights,
 )
 from sparvar_kernels.backends.triton.work import Lists
@@ -38,35 +41,7 @@ from sparvar_kernels.variants import Cs4a
 
 Fill = Sequence[tuple[Lists, Tensor, AttentionProblem]]  # lists, the key buffer they lie in, the stage that reads them
 MOST_LISTS = 3
-PLACE_BITS = 16  # of a key's position, below its 11 bits of bf16 level; numbers of keys have as many
-
-
-@triton.jit
-def _narrowed(at_low, at_high, width, bound, end, above, low, high):  # type: ignore[no-untyped-def]
-    """(bound, end, weight at `end` and above) after a look at the weight at `low` and above, and at `high` and above."""
-    fills_low, fills_high = at_low >= width, at_high >= width
-    above = tl.where(fills_high, above, tl.where(fills_low, at_high, at_low))
-    end = tl.where(fills_high, end, tl.where(fills_low, high, low))
-    bound = tl.where(fills_high, high, tl.where(fills_low, low, bound))
-    return bound, end, above
-
-
-@triton.jit
-def _thirds(bound, end):  # type: ignore[no-untyped-def]
-    third = (end - bound + 2) // 3
-    return bound + third, tl.minimum(bound + 2 * third, end)
-
-
-@triton.jit
-def _pair(x):  # type: ignore[no-untyped-def]
-    """What lies in the lower and in the upper 16 bits."""
-    return x & 0xFFFF, (x >> 16) & 0xFFFF
-
-
-@triton.jit
-def _counts(both, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The two sums of `over_two`."""
-    return (both & ((1 << SHIFT) - 1)).to(tl.int32), (both >> SHIFT).to(tl.int32)
+MOST_KEYS = (1 << 16) - 1  # a number of them, and a position, has 16 bits
 
 
 @triton.jit
@@ -106,14 +81,14 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
     keys_ptr_0, table_ptr_0, weight_ptr_0, keys_ptr_1, table_ptr_1, weight_ptr_1, keys_ptr_2, table_ptr_2, weight_ptr_2,
     list_at_0, row_step_0, width_0, list_at_1, row_step_1, width_1, list_at_2, row_step_2, width_2,
     num_keys, mass_keys, many,
-    HAS_FIRST: tl.constexpr, SHIFT: tl.constexpr, PLACE: tl.constexpr,
+    HAS_FIRST: tl.constexpr, SHIFT: tl.constexpr,
     CHILDREN_0: tl.constexpr, CHILDREN_1: tl.constexpr, CHILDREN_2: tl.constexpr,
     HALF: tl.constexpr, TAIL: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, batch x head): up to three lists as `select_kernel` writes them, all from the bf16 mass of this tile.
 
     Row r of mass [.., T, mass_keys], short [.., T, many] and of all lists belongs together; `row_step` entries from one
-    row of a list to the next. short: room for level << PLACE | position of the many heaviest keys, ascending. SHORT: a power
+    row of a list to the next. short: room for level << 16 | position of the many heaviest keys, ascending. SHORT: a power
     of two that holds them. Both halves of a row are full of keys. CHILDREN_2 = 0: there are two lists.
     """
     THREE: tl.constexpr = CHILDREN_2 > 0
@@ -137,20 +112,20 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
     bound, end, above = tl.full([], 0, tl.int32), tl.full([], LEVELS, tl.int32), tl.full([], 0, tl.int32)
     size = end
     while size > 1:
-        low, high = _thirds(bound, end)
+        low, high = thirds(bound, end)
         at_low, at_high = _number(pairs, low, high)
-        low_a, low_b = _pair(at_low)
-        high_a, high_b = _pair(at_high)
-        low_c, high_c = _pair(tl.sum(over_two(c, one_c, low, high, 16)))
-        bound, end, above = _narrowed(low_a + low_b + low_c, high_a + high_b + high_c, many, bound, end, above, low, high)
+        low_a, low_b = counts(at_low, 16)
+        high_a, high_b = counts(at_high, 16)
+        low_c, high_c = counts(tl.sum(over_two(c, one_c, low, high, 16)), 16)
+        bound, end, above = narrowed(low_a + low_b + low_c, high_a + high_b + high_c, many, bound, end, above, low, high)
         size = (size + 2) // 3
     a, b = pairs & 0x7FFF, (pairs >> 16) & 0x7FFF  # so that no thread keeps them twice meanwhile
     left = many - above
     at, over = _number(pairs, bound, bound + 1)
-    at_a, at_b = _pair(at)
-    above_a, above_b = _pair(over)
+    at_a, at_b = counts(at, 16)
+    above_a, above_b = counts(over, 16)
     equal_a, equal_b = at_a - above_a, at_b - above_b
-    kept_a, kept_b, kept_c = (a << PLACE) | keys_a, (b << PLACE) | keys_b, (c << PLACE) | keys_c
+    kept_a, kept_b, kept_c = (a << 16) | keys_a, (b << 16) | keys_b, (c << 16) | keys_c
     emit(short_at, short_at, kept_a, a, one_a, bound, left, 0, 0, 1, SHIFT, 1)
     emit(short_at, short_at, kept_b, b, one_a, bound, left, above_a, equal_a, 1, SHIFT, 1)
     emit(short_at, short_at, kept_c, c, one_c, bound, left, above_a + above_b, equal_a + equal_b, 1, SHIFT, 1)
@@ -158,7 +133,7 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
     offs = tl.arange(0, SHORT)
     real = offs < many
     kept = tl.load(short_at + offs, mask=real, other=-1)  # level -1 where there is no key
-    level, keys = (kept >> PLACE).to(tl.int32), (kept & ((1 << PLACE) - 1)).to(tl.int32)
+    keys, level = counts(kept, 16)
     weight_0 = weights(weight_ptr_0, keys, real, CHILDREN_0 == 1)
     weight_1 = weights(weight_ptr_1, keys, real, CHILDREN_1 == 1)
     weight_2 = weights(weight_ptr_2, keys, real, CHILDREN_2 <= 1)
@@ -167,16 +142,16 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
     bound_1, end_1, above_1, bound_2, end_2, above_2 = bound, end_0, above_0, bound, end_0, above_0
     size = end_0 - bound
     while size > 1:
-        low_0, high_0 = _thirds(bound_0, end_0)
-        low_1, high_1 = _thirds(bound_1, end_1)
-        low_2, high_2 = _thirds(bound_2, end_2)
+        low_0, high_0 = thirds(bound_0, end_0)
+        low_1, high_1 = thirds(bound_1, end_1)
+        low_2, high_2 = thirds(bound_2, end_2)
         both_0, both_1, both_2 = _apart(tl.sum(_side_by_side(
             over_two(level, weight_0, low_0, high_0, SHIFT), over_two(level, weight_1, low_1, high_1, SHIFT),
             over_two(level, weight_2, low_2, high_2, SHIFT), THREE,
         ), 0), THREE)  # fmt: skip
-        bound_0, end_0, above_0 = _narrowed(*_counts(both_0, SHIFT), width_0, bound_0, end_0, above_0, low_0, high_0)
-        bound_1, end_1, above_1 = _narrowed(*_counts(both_1, SHIFT), width_1, bound_1, end_1, above_1, low_1, high_1)
-        bound_2, end_2, above_2 = _narrowed(*_counts(both_2, SHIFT), width_2, bound_2, end_2, above_2, low_2, high_2)
+        bound_0, end_0, above_0 = narrowed(*counts(both_0, SHIFT), width_0, bound_0, end_0, above_0, low_0, high_0)
+        bound_1, end_1, above_1 = narrowed(*counts(both_1, SHIFT), width_1, bound_1, end_1, above_1, low_1, high_1)
+        bound_2, end_2, above_2 = narrowed(*counts(both_2, SHIFT), width_2, bound_2, end_2, above_2, low_2, high_2)
         size = (size + 2) // 3
     seen_0 = over_two(level, weight_0, bound_0, bound_0 + 1, SHIFT)
     seen_1 = over_two(level, weight_1, bound_1, bound_1 + 1, SHIFT)
@@ -195,9 +170,8 @@ def _merges(variant: Cs4a, decision: AttentionProblem, fill: Fill, mass: torch.d
     """True if one launch fills all these lists; many: keys of their shortlist, 0: none."""
     tiles = {lists.rows for lists, *_ in fill}  # of one ranking: row r takes the mass of tile r
     return (
-        many > 0 and mass == torch.bfloat16 and decision.num_keys >= 32 and variant.keys == "place"
-        and len(fill) <= MOST_LISTS and len(tiles) == 1
-        and decision.num_keys < 1 << PLACE_BITS
+        many > 0 and mass == torch.bfloat16 and variant.keys == "place" and len(fill) <= MOST_LISTS and len(tiles) == 1
+        and 32 <= decision.num_keys <= MOST_KEYS  # both halves are full
         and all((made.head_step, made.batch_step) == (made.rows * made.row_step, len(made.heads) * made.rows * made.row_step)
                 for made, *_ in fill)
     )  # fmt: skip
@@ -216,7 +190,7 @@ def merged_build(variant: Cs4a, decision: AttentionProblem, fill: Fill, many: in
     half = 1 << (n.bit_length() - 2)
     constants = {
         "HAS_FIRST": first_keys(decision, variant, "cpu") is not None,
-        "SHIFT": 16 if all(p.num_keys < 1 << 15 for *_, p in fill) else 32, "PLACE": PLACE_BITS,
+        "SHIFT": 16 if all(p.num_keys < 1 << 15 for *_, p in fill) else 32,
         **{f"CHILDREN_{i}": most[i] if i < len(most) else 0 for i in range(MOST_LISTS)},
         "HALF": half, "TAIL": max(16, 1 << max(n - 2 * half, 0).bit_length()), "SHORT": 1 << (many - 1).bit_length(),
     }  # fmt: skip

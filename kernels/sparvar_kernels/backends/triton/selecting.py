@@ -27,7 +27,6 @@ from sparvar_kernels.variants.cs4a.planner import children, keys_kept, source_ti
 
 ALL_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: three programs on a multiprocessor
 SHORT_OPTIONS = ALL_OPTIONS | {"num_warps": 4}  # a quarter of the keys
-
 LEVELS = tl.constexpr(2048)  # of bf16 mass: 16 octaves
 
 
@@ -150,6 +149,29 @@ def over_two(level, weight, low, high, SHIFT: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
+def counts(both, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The two sums that lie over one another: of the lower and of the upper half of the bits."""
+    return (both & ((1 << SHIFT) - 1)).to(tl.int32), (both >> SHIFT).to(tl.int32)
+
+
+@triton.jit
+def thirds(bound, end):  # type: ignore[no-untyped-def]
+    """(low, high): where a search for a level in [bound, end) looks next."""
+    third = (end - bound + 2) // 3
+    return bound + third, tl.minimum(bound + 2 * third, end)
+
+
+@triton.jit
+def narrowed(at_low, at_high, width, bound, end, above, low, high):  # type: ignore[no-untyped-def]
+    """(bound, end, weight at `end` and above) after a look at the weight at `low` and above, and at `high` and above."""
+    fills_low, fills_high = at_low >= width, at_high >= width
+    above = tl.where(fills_high, above, tl.where(fills_low, at_high, at_low))
+    end = tl.where(fills_high, end, tl.where(fills_low, high, low))
+    bound = tl.where(fills_high, high, tl.where(fills_low, low, bound))
+    return bound, end, above
+
+
+@triton.jit
 def put(  # type: ignore[no-untyped-def]
     out, table_ptr, keys, level, weight, before, bound, left, more_before, equal_before, most,
     SHIFT: tl.constexpr, CHILDREN: tl.constexpr,
@@ -197,7 +219,6 @@ def select_kernel(  # type: ignore[no-untyped-def]
     """
     SIZE: tl.constexpr = 0x4F000001 if EXACT else LEVELS  # 2**31 as a float tops any mass
     STEPS: tl.constexpr = 20 if EXACT else 7  # of a search that keeps a third: 3**STEPS >= SIZE
-    LOWER: tl.constexpr = (1 << SHIFT) - 1
     i_row, i_bh = tl.program_id(0), tl.program_id(1)
     tile = tl.load(source_ptr + i_row)
     mass_at = mass_ptr + (i_bh.to(tl.int64) * num_tiles + tile) * mass_keys
@@ -223,20 +244,16 @@ def select_kernel(  # type: ignore[no-untyped-def]
     weight_b = weights(weight_ptr, keys_b, real_b, CHILDREN == 1)
     weight_c = weights(weight_ptr, keys_c, real_c, CHILDREN == 1)
     # The largest level whose keys still fill the list lies in [bound, end).
-    bound, end = tl.full([], 0, tl.int32), tl.full([], SIZE, tl.int32)
+    bound, end, above = tl.full([], 0, tl.int32), tl.full([], SIZE, tl.int32), tl.full([], 0, tl.int32)
     for _ in tl.static_range(STEPS):
-        third = (end - bound + 2) // 3
-        low, high = bound + third, tl.minimum(bound + 2 * third, end)
+        low, high = thirds(bound, end)
         both = tl.sum(over_two(a, weight_a, low, high, SHIFT) + over_two(b, weight_b, low, high, SHIFT))
         both += tl.sum(over_two(c, weight_c, low, high, SHIFT))
-        fills_low, fills_high = (both & LOWER) >= width, (both >> SHIFT) >= width
-        end = tl.where(fills_high, end, tl.where(fills_low, high, low))
-        bound = tl.where(fills_high, high, tl.where(fills_low, low, bound))
-    in_a = tl.sum(over_two(a, weight_a, bound, bound + 1, SHIFT))
-    in_b = tl.sum(over_two(b, weight_b, bound, bound + 1, SHIFT))
-    above_a, above_b = (in_a >> SHIFT).to(tl.int32), (in_b >> SHIFT).to(tl.int32)
-    equal_a, equal_b = (in_a & LOWER).to(tl.int32) - above_a, (in_b & LOWER).to(tl.int32) - above_b
-    left = width - above_a - above_b - tl.sum(tl.where(c > bound, weight_c, 0))
+        bound, end, above = narrowed(*counts(both, SHIFT), width, bound, end, above, low, high)
+    at_a, above_a = counts(tl.sum(over_two(a, weight_a, bound, bound + 1, SHIFT)), SHIFT)
+    at_b, above_b = counts(tl.sum(over_two(b, weight_b, bound, bound + 1, SHIFT)), SHIFT)
+    equal_a, equal_b = at_a - above_a, at_b - above_b
+    left = width - above
     i_b, i = (i_bh // num_heads).to(tl.int64), i_bh % num_heads
     out = keys_ptr + list_at + i_b * batch_step + i * head_step + i_row * row_step
     emit(out, table_ptr, keys_a, a, weight_a, bound, left, 0, 0, most, SHIFT, 1 if FLAT else CHILDREN)
