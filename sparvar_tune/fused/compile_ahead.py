@@ -53,15 +53,18 @@ class Ahead:
     """Binaries (`backends.triton.binary.Build`) that are being made ready for `device`; see the module docstring.
 
     What another one is making already is waited for and not made twice. after: returns when this one may begin to compile.
+    most: children, and threads, at a time; binaries that are needed late leave cores to the longest, for which the image waits.
     begun: set when its children are at work, when it needs none, or when it failed.
     """
 
     _begun: ClassVar[dict[tuple[Any, torch.device], Ahead]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, builds: Iterable[Any], device: torch.device, after: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, builds: Iterable[Any], device: torch.device, after: Callable[[], object] | None = None, most: int = MOST
+    ) -> None:
         self._error: BaseException | None = None
-        self._after, self.begun = after, threading.Event()
+        self._after, self._most, self.begun = after, most, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         with self._lock:
             keys = {(build, device): self._begun.get((build, device), self) for build in builds}
@@ -83,7 +86,7 @@ class Ahead:
             if self._after is not None:
                 self._after()
             if self._own:
-                _make_ready([build for build, _ in self._own], self._own[0][1], self.begun.set)
+                _make_ready([build for build, _ in self._own], self._own[0][1], self.begun.set, self._most)
         except BaseException as error:
             self._error = error
         finally:
@@ -109,13 +112,13 @@ _IN_TRITON = threading.Lock()
 
 
 def _read_triton() -> None:
-    from triton.runtime import cache
+    with contextlib.suppress(ImportError), _READING:  # who launches says that it is missing
+        from triton.runtime import cache
 
-    with _READING:
         getattr(cache, "triton_key", lambda: None)()
 
 
-def _make_ready(builds: list[Any], device: torch.device, begun: Callable[[], None]) -> None:
+def _make_ready(builds: list[Any], device: torch.device, begun: Callable[[], None], most: int) -> None:
     from sparvar_kernels.backends.triton import binary
 
     def is_made(build: Any) -> bool:
@@ -128,15 +131,15 @@ def _make_ready(builds: list[Any], device: torch.device, begun: Callable[[], Non
 
     with _IN_TRITON:
         _read_triton()
-        with ThreadPoolExecutor(_side_by_side(len(builds))) as pool:
+        with ThreadPoolExecutor(min(most, _side_by_side(len(builds)))) as pool:
             missing = [build for build, made in zip(builds, pool.map(is_made, builds), strict=True) if not made]
         if not missing:
             return
         missing.sort(key=_size, reverse=True)
-        wait = in_children(missing, torch.cuda.get_device_capability(device))
+        wait = in_children(missing, torch.cuda.get_device_capability(device), most)
     begun()
     wait()
-    with _IN_TRITON, ThreadPoolExecutor(_side_by_side(len(missing))) as pool:
+    with _IN_TRITON, ThreadPoolExecutor(min(most, _side_by_side(len(missing)))) as pool:
         with contextlib.suppress(Exception):  # launching says what is wrong with it
             binary.load_driver()  # not sooner: the next `Ahead` forks first, whose binaries may be the longest
         list(pool.map(lambda build: binary.launcher(build, device), missing))
@@ -152,7 +155,7 @@ def _size(build: Any) -> tuple[int, int]:
     return len(build.types), sum(value for _, value in build.constants)
 
 
-def in_children(builds: Sequence[Any], capability: tuple[int, int]) -> Callable[[], None]:
+def in_children(builds: Sequence[Any], capability: tuple[int, int], most: int = MOST) -> Callable[[], None]:
     """Begins to compile in children what is not in Triton's cache, in this order; returns what waits for all of them.
 
     Says nothing of what failed: it is then not in the cache. One fork of this process is the parent of all others, since a
@@ -171,7 +174,7 @@ def in_children(builds: Sequence[Any], capability: tuple[int, int]) -> Callable[
     with contextlib.suppress(OSError), _nobody_imports():  # no memory for it
         child = os.fork()
     if child == 0:
-        _be_parent(jobs, builds, capability, LIMIT_S, room, before, prctl)
+        _be_parent(jobs, builds, capability, LIMIT_S, room, before, prctl, most)
     os.close(jobs)
 
     def wait() -> None:
@@ -205,14 +208,14 @@ def _nobody_imports() -> Iterator[None]:
 
 
 def _be_parent(
-    jobs: int, builds: Sequence[Any], capability: tuple[int, int], limit_s: int, room: str, before: int, prctl: Any
+    jobs: int, builds: Sequence[Any], capability: tuple[int, int], limit_s: int, room: str, before: int, prctl: Any, most: int
 ) -> NoReturn:
     """What the first child does: it starts the others and waits for them."""
     try:
         _be_child(limit_s, before, prctl)
         tempfile.tempdir = room  # where the files of who is ended in the middle are found
         own = os.getpid()
-        for _ in range(_side_by_side(len(builds))):
+        for _ in range(min(most, _side_by_side(len(builds)))):
             if os.fork() == 0:
                 _work(jobs, builds, capability, limit_s, own, prctl)
         signal.alarm(0)

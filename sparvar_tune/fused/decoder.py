@@ -37,6 +37,7 @@ SHORTCUTS = ("nin_shortcut", "conv_shortcut")
 # (whose fraction is as long as that of TF32, which fp32 convolutions may use); GELU, ReLU or hard swish for SiLU make 0.7.
 LATENT = (4, 3)
 APART = {torch.float32: 0.05, torch.bfloat16: 0.2, torch.float16: 0.05}
+AT_ONCE = 4  # of its 28 binaries, which take 10 s of a core and are needed last
 
 
 def decoder_of(model: Any, given: Mapping[str, Any]) -> nn.Module | None:
@@ -85,7 +86,7 @@ class Untouched:
             if likely is not None:
                 shapes.append((likely[2], weight.shape[1], *likely[:2]))
             builds = (b for shape in shapes for b in decoder_builds(decoder, shape, self.dtype))
-            Ahead(builds, self.z.device, after)
+            Ahead(builds, self.z.device, after, AT_ONCE)
         self._reason: str | None = None
         self._thread: threading.Thread | None = None
         if aside:

@@ -166,6 +166,27 @@ def test_children_do_not_find_modules_half_imported(binary, forked, compiled, mo
     assert is_made(binary, wanted[0]) == ends and not compiled
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_children_compile_than_asked_for(binary, forked, monkeypatch, tmp_path, most):
+    """Each leaves a file of its own; where there are to be two, the first keeps its binary until the other took one."""
+    wanted, mine = builds(3), os.getpid()
+    names = {build: str(i) for i, build in enumerate(wanted)}
+
+    def compile_for(build, capability):
+        if os.getpid() == mine:
+            raise binary.NotMade
+        (tmp_path / f"{names[build]} {os.getpid()}").touch()
+        while most > 1 and len(list(tmp_path.glob("? *"))) < 2:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(binary, "compile_for", compile_for)
+    monkeypatch.setattr(binary, "link", lambda made: None)
+    monkeypatch.setattr(ahead, "_side_by_side", lambda jobs: min(jobs, 3))
+    ahead.in_children(wanted, HOPPER, most)()
+    left = [path.name.split(" ") for path in tmp_path.glob("? *")]
+    assert sorted(name for name, _ in left) == ["0", "1", "2"] and len({pid for _, pid in left}) == most
+
+
 def test_what_cannot_be_compiled_is_said_once_by_who_waits(binary, forked, monkeypatch):
     def compile_for(build, capability):
         if binary._ONLY_MADE.get():
@@ -215,7 +236,7 @@ def test_source_is_read_by_one_thread_at_a_time(binary, compiled, monkeypatch):
 def test_what_is_being_made_is_not_made_twice(binary, monkeypatch):
     made, begun = [], ahead.threading.Event()
 
-    def make_ready(given, device, children):
+    def make_ready(given, device, children, most):
         begun.wait()
         made.extend(given)
 
@@ -232,9 +253,9 @@ def test_others_begin_to_compile_after_what_goes_first(binary, forked, monkeypat
     """Children of the second are started when those of the first are at work, and not when they are done."""
     order, own = [], ahead.in_children
 
-    def in_children(given, capability):
+    def in_children(given, capability, most):
         order.append(len(given))
-        wait = own(given, capability)
+        wait = own(given, capability, most)
 
         def done():
             if len(order) == 1:
