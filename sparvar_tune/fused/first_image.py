@@ -1,7 +1,10 @@
-"""What Python does while a first image is drawn: it collects no garbage, and its threads take turns more often.
+"""What is done for a first image: Python collects no garbage and its threads take turns more often, and kernels are loaded ahead.
 
 A first image makes hundreds of thousands of objects, none of them garbage, and a full collection walks all that PyTorch and
 Triton hold: 0.2 s of a first image of 2 s. Threads that compile need Python's lock for moments, and get it every 5 ms.
+
+CUDA loads a kernel when it is first launched, some 10 ms each. A model's own sampling launches a dozen of PyTorch's between the
+first two scales, and nothing else can go on there.
 """
 
 from __future__ import annotations
@@ -10,9 +13,12 @@ import gc
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+
+import torch
 
 TURN_S = 0.0005
+CHOICES = (2, 4096)  # of a bit, of a code book's entry: PyTorch sorts few by another kernel than many
 
 _lock = threading.Lock()
 _before: list[tuple[bool, float]] = []  # what there was when the first of those that are being drawn began, once for each
@@ -34,3 +40,26 @@ def undisturbed() -> Iterator[None]:
                 sys.setswitchinterval(turn_s)
                 if collects:
                     gc.enable()
+
+
+def load_sampling(device: torch.device) -> threading.Thread:
+    """Begins to launch once, on next to nothing, what sampling by top-k and top-p launches; returns the thread that does.
+
+    No random number of anybody's is taken.
+    """
+
+    def load() -> None:
+        with suppress(Exception), torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            own = torch.Generator(device)
+            for choices in CHOICES:
+                logits = torch.zeros(1, 1, choices, device=device)
+                least = logits.topk(2, sorted=False)[0].amin(-1, keepdim=True)
+                logits.masked_fill_(logits < least, -torch.inf)
+                values, places = logits.sort(-1)
+                outside = values.softmax(-1).cumsum_(-1) <= 0.0
+                logits.masked_fill_(outside.scatter(2, places, outside), -torch.inf)
+                torch.multinomial(logits.softmax(-1).view(-1, choices), 1, replacement=True, generator=own)
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    return thread

@@ -229,6 +229,8 @@ def apply(model: Any, tuned: Tuned, path: str = "auto", graphs: bool = True) -> 
         raise ValueError(f"tuned: got a {type(tuned).__name__}, want what sparvar_tune.load_profile returned")
     yes_or_no("graphs", graphs)
     fused.check_path(path)
+    if torch.cuda.is_initialized():  # the model may be on a GPU
+        fused.read_triton()
     family, parts = adapters.recognise(model)
     if tuned.profile is None:
         change = fused.put_on(family, parts, None, path, graphs) if path == "fused" else None
