@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import sparvar_tune
 from lab.whole_image.hart import PublicHart
 from lab.whole_image.host import host
 from lab.whole_image.infinity import PublicInfinity
@@ -144,8 +145,9 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
     here = host()
     cache = triton_cache_folder()
     cold = not cache.is_dir() or not any(cache.iterdir())
-    if args.ahead:
-        load_profile(args.model, images=args.images).compile()
+    tuned = load_profile(args.model, images=args.images) if args.first or args.ahead else None
+    if tuned is not None and args.ahead:
+        tuned.compile()
     driven = _open(args)
     torch.cuda.synchronize()
     loaded = torch.cuda.memory_allocated()
@@ -160,18 +162,20 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         yield {"peer": args.peer}
         yield {"ways": climb(driven.draw, peer_ways(args.peer), args.rounds, args.profiled, driven.decoding, say)}
         return
-    ways = Ways(driven)
     if args.first:
+        assert tuned is not None
         begun = time.perf_counter()
-        path = fused.put_on(ways.family, ways.parts, attention_of(ways.parts, driven, "profile"), "fused")
-        first = [wall_ms(driven.draw) for _ in range(4)]
-        say(f"apply and first picture {(time.perf_counter() - begun) * 1e3 - sum(first[1:]):.0f} ms, then {first[1:]}")
-        assert path.fused is not None and path.fused.work is not None
+        applied = sparvar_tune.apply(driven.model, tuned, "fused")
+        at_first = (wall_ms(driven.draw), (time.perf_counter() - begun) * 1e3)[1]
+        then = [wall_ms(driven.draw) for _ in range(3)]
+        say(f"apply and first picture {at_first:.0f} ms, then {then}")
+        path: Any = applied._change
         yield {
-            "apply_and_first_ms": (time.perf_counter() - begun) * 1e3 - sum(first[1:]), "next_ms": first[1:],
-            "captured_bytes": path.fused.work.captured_bytes, "reason": path.fused.reason,
+            "apply_and_first_ms": at_first, "next_ms": then, "captured_bytes": path.fused.work.captured_bytes,
+            "reason": applied.why_not_fused or applied.why_dense,
         }  # fmt: skip
         return
+    ways = Ways(driven)
     best = ways.fused("path, graphs, profile", "profile")
     made = [
         ways.public("public, FlashAttention-2", flash), ways.public("public, cuDNN", cudnn),
