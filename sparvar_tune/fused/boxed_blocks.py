@@ -97,6 +97,12 @@ class BoxedBlocks:
         made += [residual_norm_build(fp32, dtype, width, "layer", True, operands) for operands in (normed, added | normed)]
         return [*made, residual_norm_build(fp32, fp32, width, "none", True, added)]
 
+    def multiply_once(self, rows: int, length: int) -> None:
+        """See `stack.Stack`."""
+        block = self.blocks[0]
+        for product in (block.qkv, block.proj, block.up, block.down):
+            product.once(rows, length)
+
     def begin(self, state: Generating) -> None:
         """What a picture holds constant."""
         if self.modulated:

@@ -31,7 +31,7 @@ from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
-from sparvar_tune.fused.first_image import load_sampling, undisturbed
+from sparvar_tune.fused.first_image import beside, sample_once, undisturbed
 from sparvar_tune.fused.graph import Replays
 from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
@@ -212,7 +212,8 @@ class FusedPath(Undos, Replays):
                     self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
             first = self.images == 1 and self.found.on_gpu
             if first:
-                load_sampling(next(self.found.blocks[0].parameters()).device)
+                device = next(self.found.blocks[0].parameters()).device
+                beside(lambda: sample_once(device), device)
             with undisturbed() if first else nullcontext():
                 out = inner(*args, **kwargs)
                 self._drew()

@@ -3,8 +3,8 @@
 A first image makes hundreds of thousands of objects, none of them garbage, and a full collection walks all that PyTorch and
 Triton hold: 0.2 s of a first image of 2 s. Threads that compile need Python's lock for moments, and get it every 5 ms.
 
-CUDA loads a kernel when it is first launched, some 10 ms each. A model's own sampling launches a dozen of PyTorch's between the
-first two scales, and nothing else can go on there.
+CUDA loads a kernel when it is first launched, 5 to 10 ms each, and cuBLAS takes other kernels for other numbers of rows: each
+scale begins with some that are new. A thread launches them once while the drawing one plans, and drawing finds them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -42,24 +42,30 @@ def undisturbed() -> Iterator[None]:
                     gc.enable()
 
 
-def load_sampling(device: torch.device) -> threading.Thread:
-    """Begins to launch once, on next to nothing, what sampling by top-k and top-p launches; returns the thread that does.
+def beside(work: Callable[[], object], device: torch.device) -> threading.Thread:
+    """Begins to do what is done to no end but that libraries load their kernels; returns the thread that does it.
 
-    No random number of anybody's is taken.
+    On the caller's stream. What it raises an image will meet itself.
     """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def load() -> None:
-        with suppress(Exception), torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            own = torch.Generator(device)
-            for choices in CHOICES:
-                logits = torch.zeros(1, 1, choices, device=device)
-                least = logits.topk(2, sorted=False)[0].amin(-1, keepdim=True)
-                logits.masked_fill_(logits < least, -torch.inf)
-                values, places = logits.sort(-1)
-                outside = values.softmax(-1).cumsum_(-1) <= 0.0
-                logits.masked_fill_(outside.scatter(2, places, outside), -torch.inf)
-                torch.multinomial(logits.softmax(-1).view(-1, choices), 1, replacement=True, generator=own)
+    def run() -> None:
+        with suppress(Exception), torch.no_grad(), torch.cuda.stream(stream):
+            work()
 
-    thread = threading.Thread(target=load, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
+
+
+def sample_once(device: torch.device) -> None:
+    """Launches what sampling by top-k and top-p does, on next to nothing. Of no random number of anybody's."""
+    own = torch.Generator(device)
+    for choices in CHOICES:
+        logits = torch.zeros(1, 1, choices, device=device)
+        least = logits.topk(2, sorted=False)[0].amin(-1, keepdim=True)
+        logits.masked_fill_(logits < least, -torch.inf)
+        values, places = logits.sort(-1)
+        outside = values.softmax(-1).cumsum_(-1) <= 0.0
+        logits.masked_fill_(outside.scatter(2, places, outside), -torch.inf)
+        torch.multinomial(logits.softmax(-1).view(-1, choices), 1, replacement=True, generator=own)

@@ -67,6 +67,12 @@ class FoldedText:
             own = to_query.bias.view(self.heads, 1, self.head_dim).float()
             torch.sum(keys.float().mul_(own), -1, out=self.bias[layer])
 
+    def multiply_once(self, rows: int, length: int, bias: Tensor | None) -> None:
+        """Both products of `attend`, of zeros and the first layer."""
+        keys, values = self.keys[0, :rows].flatten(1, 2), self.values[0, :rows].flatten(1, 2)
+        _in_fp32(keys.new_zeros(rows, length, keys.shape[2]), keys.transpose(1, 2))
+        _update(values.new_zeros(rows, length, values.shape[1]), values, bias)
+
     def attend(self, layer: int, y: Tensor, starts: Tensor, softmax_scale: float, bias: Tensor | None) -> Tensor:
         """[rows, L, width] from y [rows, L, C], of the first rows of the image. bias [width]: from_text's."""
         rows, length, _ = y.shape
@@ -74,12 +80,17 @@ class FoldedText:
         scores = _in_fp32(y, keys.transpose(1, 2)).view(rows, length, self.heads, self.room)
         weights = text_softmax(scores, starts, softmax_scale, self.bias[layer, :rows], self.dtype).flatten(2)
         del scores
-        if bias is None:
-            return torch.bmm(weights, values)
-        update = weights.new_empty(rows, length, values.shape[2])
-        for row in range(rows):  # one by one the bias goes into the product
-            torch.addmm(bias, weights[row], values[row], out=update[row])
-        return update
+        return _update(weights, values, bias)
+
+
+def _update(weights: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """[rows, L, width] of weights [rows, L, H * T] and values [rows, H * T, width]."""
+    if bias is None:
+        return torch.bmm(weights, values)
+    update = weights.new_empty(*weights.shape[:2], values.shape[2])
+    for row in range(len(weights)):  # one by one the bias goes into the product
+        torch.addmm(bias, weights[row], values[row], out=update[row])
+    return update
 
 
 def _in_fp32(a: Tensor, b: Tensor) -> Tensor:

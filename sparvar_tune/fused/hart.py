@@ -107,6 +107,11 @@ class HartStack:
         made.append(residual_norm_build(self.held, self.held, width, "none", True, update))
         return [*made, *network_builds(getattr(getattr(found.model, "diffloss", None), "net", None), dtype)]
 
+    def multiply_once(self, rows: int, length: int) -> None:
+        block = self.blocks[0]
+        for product in (block.qkv, block.proj, block.gate, block.up, block.down):
+            product.once(rows, length)
+
     def begin(self, given: Mapping[str, Any]) -> None:
         """The table of all places, by the model's own rotary modules and as they round it."""
         attention, text = self.found.attentions[0], given["context_position_ids"]

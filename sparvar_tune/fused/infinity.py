@@ -136,6 +136,15 @@ class InfinityStack:
             made.append(residual_norm_build(fp32, dtype if norm == "layer" else fp32, width, norm, True, operands))
         return [*made, residual_norm_build(fp32, fp32, width, "layer", True, modulated)]  # before the head
 
+    def multiply_once(self, rows: int, length: int) -> None:
+        block = self.blocks[0]
+        text = () if self.folded else (block.to_query, block.from_text)
+        for product in (block.qkv, block.proj, *text, block.down):
+            product.once(rows, length)
+        block.up.once(rows, length, gelu=True)
+        if self.folded is not None:
+            self.folded.multiply_once(rows, length, block.from_text.bias)
+
     def begin(self, given: Mapping[str, Any]) -> None:
         compact, ends, _ = given["ca_kv"]
         self.condition.copy_(given["cond_BD"])

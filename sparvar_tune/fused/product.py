@@ -45,6 +45,15 @@ class Product:
         out = self._called(x)
         return out if self.bias is None else out + self.bias
 
+    def once(self, rows: int, length: int, gelu: bool = False) -> None:
+        """Multiplies zeros [rows, length, K], by `gelu` or not: then the library has loaded what it takes for as many rows.
+
+        A module that is not plain is not called: what hangs on it might count calls.
+        """
+        if self.weight is not None:
+            x = self.weight.new_zeros(rows, length, self.weight.shape[1])
+            self.gelu(x) if gelu else self(x)
+
     def bare(self, x: Tensor, outputs: int) -> Tensor:
         """The first `outputs` numbers of the module's product, without the bias in the place of its own."""
         return self._called(x)[..., :outputs] if self.weight is None else F.linear(x, self.weight[:outputs])

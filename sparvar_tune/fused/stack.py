@@ -93,6 +93,9 @@ class Stack(Protocol):
 
         by_parts: some blocks run as parts."""
 
+    def multiply_once(self, rows: int, length: int) -> None:
+        """Each product that `run` takes of so many rows and tokens, of zeros, of one block: they are all alike."""
+
     def begin(self, given: Mapping[str, Any]) -> None:
         """Copies what an image brings into those buffers: conditions, text, places."""
 

@@ -81,6 +81,12 @@ class VarStack:
         made += [residual_norm_build(fp32, dtype, width, "layer", True, o) for o in (modulated, gated | modulated)]
         return [*made, residual_norm_build(fp32, fp32, width, "none", True, gated)]
 
+    def multiply_once(self, rows: int, length: int) -> None:
+        block = self.blocks[0]
+        for product in (block.qkv, block.proj, block.down):
+            product.once(rows, length)
+        block.up.once(rows, length, gelu=True)
+
     def begin(self, given: Mapping[str, Any]) -> None:
         self.condition.copy_(given["cond_BD"])
 

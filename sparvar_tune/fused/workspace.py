@@ -7,7 +7,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -22,6 +22,7 @@ from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.policy import LayerPlan, Policy
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import Ahead
+from sparvar_tune.fused.first_image import beside
 from sparvar_tune.fused.graph import captured, held_bytes
 from sparvar_tune.fused.product import scaled_builds
 from sparvar_tune.fused.thinning import ThinnedPasses
@@ -53,6 +54,8 @@ class _Builds(Protocol):
     def blocks(self) -> Sequence[Any]: ...
 
     def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]: ...
+
+    def multiply_once(self, rows: int, length: int) -> None: ...
 
 
 def attention_like(found: Parts, a: SparseAttention | None, schedule: ScaleSchedule) -> SparseAttention:
@@ -89,6 +92,11 @@ def attention_builds(
 def _begin(builds: Mapping[int, Sequence[Any]], device: torch.device) -> dict[int, Ahead]:
     """Begins to compile what each scale launches first, those of the last one before others: they take longest."""
     return {s: Ahead(builds[s], device) for s in sorted(builds, reverse=True)}
+
+
+def _multiply_once(stack: _Builds, rows: int, lengths: Iterable[int]) -> None:
+    for length in lengths:
+        stack.multiply_once(rows, length)
 
 
 def _is_dense(plan: LayerPlan) -> bool:
@@ -176,7 +184,8 @@ class Workspace:
         builds = list(stack.builds(self.thinning.lengths(), self.thinning.prune is not None))
         if self.precision is not None:
             builds += scaled_builds(stack.blocks, self.dtype, stack.exact_gelu, self.precision.fmt)
-        ahead = Ahead(builds, device)
+        ahead, lengths = Ahead(builds, device), dict.fromkeys(self.thinning.lengths())
+        beside(partial(_multiply_once, stack, self.rows, lengths), device)
         form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
         wanted: dict[int, list[Any]] = {}
         for attend in self.sparse:

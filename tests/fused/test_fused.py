@@ -8,7 +8,7 @@ import adapter_checks as checks
 import block_lookalikes
 import pytest
 import torch
-from fused_checks import BOUND, assert_called, compiled, errors, on
+from fused_checks import BOUND, assert_called, compiled, errors, fold_all, on
 from torch import nn
 
 from sparvar_tune import adapters, fused
@@ -162,12 +162,6 @@ def test_other_prompts_and_batches_in_turn():
     with on(driven):
         ours = [checks.draw(driven, **given) for given in kinds]
     assert max(max(errors(a, b)) for a, b in zip(ours, plain, strict=True)) < BOUND["fp32"]
-
-
-def fold_all(monkeypatch):
-    """Texts of the look-alikes' length are folded though their heads are small."""
-    monkeypatch.setattr(folded_text, "ROOM", 4)
-    monkeypatch.setattr(folded_text, "MOST_OF_HEAD", 100.0)
 
 
 @pytest.mark.parametrize("given", [{}, {"batch": 2}, {"cfg": 1.0}], ids=str)

@@ -8,6 +8,7 @@ import adapter_checks as checks
 from torch import nn
 
 from sparvar_tune import adapters, fused
+from sparvar_tune.fused import folded_text
 
 BOUND = {"fp32": 2e-5, "bf16": 0.03}
 
@@ -19,6 +20,12 @@ def errors(got: checks.Drawn, want: checks.Drawn) -> list[float]:
 def on(driven, attend=None, **options):
     family, parts = adapters.recognise(driven.model)
     return fused.put_on(family, parts, attend, "fused", **options)
+
+
+def fold_all(monkeypatch) -> None:
+    """Texts of the look-alikes' length are folded though their heads are small."""
+    monkeypatch.setattr(folded_text, "ROOM", 4)
+    monkeypatch.setattr(folded_text, "MOST_OF_HEAD", 100.0)
 
 
 def compiled(monkeypatch) -> tuple[set, set]:
