@@ -48,7 +48,8 @@ MOST_KEYS = (1 << 16) - 1  # a number of them, and a position, has 16 bits
 def _number(pairs, low, high):  # type: ignore[no-untyped-def]
     """How many of `pairs` of levels, each with the highest of its 16 bits set, are at `low` and above, and at `high` and above:
     two pairs of numbers."""
-    at_low, at_high = ((pairs - low * 0x10001) >> 15) & 0x10001, ((pairs - high * 0x10001) >> 15) & 0x10001
+    low, high = low | (low << 16), high | (high << 16)  # not by a product, which would be worked out with every pair
+    at_low, at_high = ((pairs - low) >> 15) & 0x10001, ((pairs - high) >> 15) & 0x10001
     return tl.split(tl.sum(tl.join(at_low, at_high), 0))
 
 
@@ -89,22 +90,24 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
 
     Row r of mass [.., T, mass_keys], short [.., T, many] and of all lists belongs together; `row_step` entries from one
     row of a list to the next. short: room for level << 16 | position of the many heaviest keys, ascending. SHORT: a power
-    of two that holds them. Both halves of a row are full of keys. CHILDREN_2 = 0: there are two lists.
+    of two that holds them. Both halves of a row are full of keys; mass_keys and many are multiples of 16, so that a thread
+    loads consecutive keys and scans stay within it. CHILDREN_2 = 0: there are two lists.
     """
     THREE: tl.constexpr = CHILDREN_2 > 0
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
-    mass_at, short_at, first_at = mass_ptr + row * mass_keys, short_ptr + row * many, first_ptr + tile * num_keys
+    mass_at, short_at = mass_ptr + tl.multiple_of(row * mass_keys, 16), short_ptr + tl.multiple_of(row * many, 16)
+    first_at = first_ptr + tile * num_keys
     keys_a = tl.arange(0, HALF)
     keys_b, keys_c = HALF + tl.arange(0, HALF), 2 * HALF + tl.arange(0, TAIL)
-    real, real_c = keys_a < num_keys, keys_c < num_keys
+    real_c = keys_c < num_keys
     a, b, c = (
-        levels(mass_at, keys_a, real, False), levels(mass_at, keys_b, real, False), levels(mass_at, keys_c, real_c, False),
+        levels(mass_at, keys_a, None, False), levels(mass_at, keys_b, None, False), levels(mass_at, keys_c, real_c, False),
     )  # fmt: skip
     # of a row 2**-16 of its largest mass is as good as nothing
     floor = tl.maximum(tl.maximum(tl.max(tl.maximum(a, b)), tl.max(c)) - (LEVELS - 2), 0)
-    a = ranked(a, floor, first_at, keys_a, real, LEVELS - 1, HAS_FIRST)
-    b = ranked(b, floor, first_at, keys_b, real, LEVELS - 1, HAS_FIRST)
+    a = ranked(a, floor, first_at, keys_a, None, LEVELS - 1, HAS_FIRST)
+    b = ranked(b, floor, first_at, keys_b, None, LEVELS - 1, HAS_FIRST)
     c = ranked(c, floor, first_at, keys_c, real_c, LEVELS - 1, HAS_FIRST)
     one_a, one_c = tl.full([HALF], 1, tl.int32), tl.full([TAIL], 1, tl.int32)
     pairs = (a | (b << 16)) | -0x7FFF8000  # a level needs 11 bits of 16: two are compared at once
@@ -131,7 +134,7 @@ def merged_select_kernel(  # type: ignore[no-untyped-def]
     emit(short_at, short_at, kept_c, c, one_c, bound, left, above_a + above_b, equal_a + equal_b, 1, SHIFT, 1)
     tl.debug_barrier()  # other threads wrote what this one reads
     offs = tl.arange(0, SHORT)
-    real = offs < many
+    real = offs < tl.multiple_of(many, 16)
     kept = tl.load(short_at + offs, mask=real, other=-1)  # level -1 where there is no key
     keys, level = counts(kept, 16)
     weight_0 = weights(weight_ptr_0, keys, real, CHILDREN_0 == 1)
@@ -194,8 +197,7 @@ def merged_build(variant: Cs4a, decision: AttentionProblem, fill: Fill, many: in
         **{f"CHILDREN_{i}": most[i] if i < len(most) else 0 for i in range(MOST_LISTS)},
         "HALF": half, "TAIL": max(16, 1 << max(n - 2 * half, 0).bit_length()), "SHORT": 1 << (many - 1).bit_length(),
     }  # fmt: skip
-    # 16 keys of a half a thread; more programs on a multiprocessor are worth a spill
-    options = {"num_warps": min(16, max(4, half // 512)), "num_stages": 1, "maxnreg": 96}
+    options = {"num_warps": min(16, max(4, half // 512)), "num_stages": 1, "maxnreg": 96}  # 16 keys of a half a thread
     return Build.of(merged_select_kernel, types, constants, options, True)
 
 
@@ -209,7 +211,7 @@ def record_builds(variant: Cs4a, decision: AttentionProblem, fill: Fill, mass: t
 
 
 def fill_lists(mass: Tensor, variant: Cs4a, decision: AttentionProblem, heads: tuple[int, ...], fill: Fill) -> None:
-    """Fills all lists that one ranking is for, from mass [B, h, T, >= Nk] of the decision scale.
+    """Fills all lists that one ranking is for, from mass [B, h, T, Nk or more, a multiple of 16] of the decision scale.
 
     variant: in its form at the decision scale. fill: lists with the key buffer they lie in and the problem that reads them.
     """

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparvar_kernels.backends.triton.binary import TYPES, Build, launcher, pointer
+from sparvar_kernels.backends.triton.binary import INTERPRETED, TYPES, Build, launcher, pointer
 from sparvar_kernels.backends.triton.gathered import FP32_DOT, LOG2E, block_d
 from sparvar_kernels.backends.triton.work import Lists
 from sparvar_kernels.geometry.problem import AttentionProblem
@@ -28,6 +28,7 @@ from sparvar_kernels.variants.cs4a.planner import children, keys_kept, source_ti
 ALL_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 80}  # 80 registers: three programs on a multiprocessor
 SHORT_OPTIONS = ALL_OPTIONS | {"num_warps": 4}  # a quarter of the keys
 LEVELS = tl.constexpr(2048)  # of bf16 mass: 16 octaves
+COMPILED = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -98,10 +99,10 @@ def mass_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _keys(short_at, offs, num_keys, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Positions of the keys worked on: of a shortlist, or all of them."""
+def _keys(short_at, offs, real, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Positions of the keys worked on: of a shortlist, or all of them; real: None for all."""
     if SHORT:
-        keys = tl.load(short_at + offs, mask=offs < num_keys, other=0)
+        keys = tl.load(short_at + offs) if real is None else tl.load(short_at + offs, mask=real, other=0)
     else:
         keys = offs
     return keys
@@ -109,11 +110,14 @@ def _keys(short_at, offs, num_keys, SHORT: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit
 def levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mass as integers in the same order; the bits of a non-negative float are one. 0 where there is no key.
+    """Mass as integers in the same order; the bits of a non-negative float are one. 0 where there is no key; real: None for all.
 
     NaN and infinity, of a query that holds them, count as no mass: a level above all others would never end a list.
     """
-    mass = tl.load(mass_at + keys, mask=real, other=0.0)
+    if real is None:
+        mass = tl.load(mass_at + keys)
+    else:
+        mass = tl.load(mass_at + keys, mask=real, other=0.0)
     if EXACT:
         level = mass.to(tl.int32, bitcast=True)
         level = tl.where((level >= 0) & (level < 0x7F800000), tl.minimum(level, 0x4EFFFFFF), 0)
@@ -127,9 +131,14 @@ def levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untyped
 def ranked(level, floor, first_at, keys, real, TOP: tl.constexpr, HAS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Levels from `floor` on as 0 to TOP - 1; TOP for keys that go ahead of all others, -1 where there is no key."""
     level = tl.maximum(level - floor, 0)
-    if HAS_FIRST:
-        level = tl.where(tl.load(first_at + keys, mask=real, other=0) != 0, TOP, level)
-    return tl.where(real, level, -1)
+    if real is None:
+        if HAS_FIRST:
+            level = tl.where(tl.load(first_at + keys) != 0, TOP, level)
+    else:
+        if HAS_FIRST:
+            level = tl.where(tl.load(first_at + keys, mask=real, other=0) != 0, TOP, level)
+        level = tl.where(real, level, -1)
+    return level
 
 
 @triton.jit
@@ -137,7 +146,7 @@ def weights(weight_ptr, keys, real, ONE: tl.constexpr):  # type: ignore[no-untyp
     if ONE:
         weight = tl.full(keys.shape, 1, tl.int32)
     else:
-        weight = tl.load(weight_ptr + keys, mask=real, other=0)
+        weight = tl.load(weight_ptr + keys) if real is None else tl.load(weight_ptr + keys, mask=real, other=0)
     return weight
 
 
@@ -172,6 +181,22 @@ def narrowed(at_low, at_high, width, bound, end, above, low, high):  # type: ign
 
 
 @triton.jit
+def scatter(at, keys, many):  # type: ignore[no-untyped-def]
+    """Stores keys where many > 0, from the threads that loaded them.
+
+    Triton gives a store a layout of its own, of one key in a thread, and works out in it all that leads there: a scan then
+    goes through all threads for each register. A store of PTX has none, so keys stay as loads of 16 bytes leave them.
+    """
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
+            [at.to(tl.int64, bitcast=True), keys, many], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(at, keys, mask=many > 0)
+
+
+@triton.jit
 def put(  # type: ignore[no-untyped-def]
     out, table_ptr, keys, level, weight, before, bound, left, more_before, equal_before, most,
     SHIFT: tl.constexpr, CHILDREN: tl.constexpr,
@@ -185,10 +210,9 @@ def put(  # type: ignore[no-untyped-def]
     equal = ((before & LOWER) - (before >> SHIFT)).to(tl.int32) + equal_before
     taken = tl.where(level > bound, weight, tl.where(level == bound, tl.maximum(tl.minimum(left - equal, weight), 0), 0))
     at = out + above + tl.minimum(equal, left)
-    tl.store(at, keys, mask=taken > 0)  # a key's first child is itself
+    scatter(at, keys, taken)  # a key's first child is itself
     for child in tl.static_range(1, CHILDREN):
-        inside = taken > child
-        tl.store(at + child, tl.load(table_ptr + keys * most + child, mask=inside, other=0), mask=inside)
+        scatter(at + child, tl.load(table_ptr + keys * most + child, mask=taken > child, other=0), taken - child)
 
 
 @triton.jit
@@ -215,21 +239,24 @@ def select_kernel(  # type: ignore[no-untyped-def]
     places, equal mass in order of position; the last one may be cut. first [T, all_keys] int8: keys that go ahead of all
     others, by position among themselves. SHORT: only the tile's num_keys in short [.., T, num_keys], ascending, are looked at.
     A row is worked on as HALF + HALF + TAIL keys, powers of two, so that 4,121 keys do not cost as much as 8,192; FLAT: the
-    first half's keys all have weight 1. Two sums at a time share an integer of twice SHIFT bits.
+    first half's keys all have weight 1. Two sums at a time share an integer of twice SHIFT bits. mass_keys, and num_keys of a
+    shortlist, are multiples of 16: a thread loads consecutive keys, and scans stay within it.
     """
     SIZE: tl.constexpr = 0x4F000001 if EXACT else LEVELS  # 2**31 as a float tops any mass
     STEPS: tl.constexpr = 20 if EXACT else 7  # of a search that keeps a third: 3**STEPS >= SIZE
     i_row, i_bh = tl.program_id(0), tl.program_id(1)
     tile = tl.load(source_ptr + i_row)
-    mass_at = mass_ptr + (i_bh.to(tl.int64) * num_tiles + tile) * mass_keys
-    short_at = short_ptr + (i_bh.to(tl.int64) * num_tiles + tile) * num_keys
+    row = i_bh.to(tl.int64) * num_tiles + tile
+    mass_at = mass_ptr + tl.multiple_of(row * mass_keys, 16)
+    short_at = short_ptr + (tl.multiple_of(row * num_keys, 16) if SHORT else 0)
     first_at = first_ptr + tile * all_keys
     offs_a = tl.arange(0, HALF)
     offs_b, offs_c = HALF + tl.arange(0, HALF), 2 * HALF + tl.arange(0, TAIL)
-    real_a, real_b, real_c = offs_a < num_keys, offs_b < num_keys, offs_c < num_keys
+    real_a, real_b, real_c = None, None, offs_c < num_keys
+    if HALF == 16:  # the least there is: from 64 keys on both halves are full
+        real_a, real_b = offs_a < num_keys, offs_b < num_keys
     keys_a, keys_b, keys_c = (
-        _keys(short_at, offs_a, num_keys, SHORT), _keys(short_at, offs_b, num_keys, SHORT),
-        _keys(short_at, offs_c, num_keys, SHORT),
+        _keys(short_at, offs_a, real_a, SHORT), _keys(short_at, offs_b, real_b, SHORT), _keys(short_at, offs_c, real_c, SHORT),
     )  # fmt: skip
     a, b, c = (
         levels(mass_at, keys_a, real_a, EXACT), levels(mass_at, keys_b, real_b, EXACT),
@@ -317,7 +344,7 @@ def sampled_rows(problem: AttentionProblem, tile: Tile, sample: int) -> int:
 def column_mass(
     q: Tensor, k: Tensor, lse: Tensor, problem: AttentionProblem, heads: tuple[int, ...], tile: Tile, sample: int
 ) -> Tensor:
-    """[B, h, T, >= Nk]: softmax probability of each key summed over the sampled queries of each tile.
+    """[B, h, T, Nk or more, a multiple of 16]: softmax probability of each key summed over the sampled queries of each tile.
 
     lse [B, H, Nq] fp32, unit stride along Nq: natural log of the sum of exponentials over all keys.
     """
