@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from sparvar_tune.adapters.precision import why_not_scaled
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
-from sparvar_tune.fused.first_image import beside, sample_once, undisturbed
+from sparvar_tune.fused.first_image import sample_once, undisturbed
 from sparvar_tune.fused.graph import Replays
 from sparvar_tune.fused.product import make_scaled
 from sparvar_tune.fused.stack import Stack
@@ -210,11 +211,7 @@ class FusedPath(Undos, Replays):
                     self._begin_decoder(decoder)
                 else:
                     self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
-            first = self.images == 1 and self.found.on_gpu
-            if first:
-                device = next(self.found.blocks[0].parameters()).device
-                beside(lambda: sample_once(device), device)
-            with undisturbed() if first else nullcontext():
+            with undisturbed() if self.images == 1 and self.found.on_gpu else nullcontext():
                 out = inner(*args, **kwargs)
                 self._drew()
             return out
@@ -298,6 +295,7 @@ class FusedPath(Undos, Replays):
                 self._pool = torch.cuda.graph_pool_handle()
             work = Workspace(self.found, x, self.stack.stream or x.dtype, dtype, schedule, self, self._pool)
             if x.is_cuda:
+                work.begin(partial(sample_once, x.device))
                 work.compile(self.stack, x.device)
             make_scaled(work.precision, self.stack.blocks, [self.stack.linears(b) for b in self.found.blocks])
         self._works[self._served] = work

@@ -167,6 +167,7 @@ class Workspace:
         self.constants: torch.cuda.CUDAGraph | None = None
         self.why_not_graphs: str | None = None
         self.images = 0  # drawn to the end
+        self._beside: list[threading.Thread] = []
         self.sparse = [path.new_attention(schedule) for _ in range(2 if path.splits(schedule) else 1)]
         self._of_attention: dict[int, Ahead] = {}  # its binaries by the first scale that needs them, until they are waited for
         form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
@@ -185,7 +186,7 @@ class Workspace:
         if self.precision is not None:
             builds += scaled_builds(stack.blocks, self.dtype, stack.exact_gelu, self.precision.fmt)
         ahead, lengths = Ahead(builds, device), dict.fromkeys(self.thinning.lengths())
-        beside(partial(_multiply_once, stack, self.rows, lengths), device)
+        self.begin(partial(_multiply_once, stack, self.rows, lengths))
         form = self.problems[self.rows if len(self.sparse) == 1 else self.rows // 2]
         wanted: dict[int, list[Any]] = {}
         for attend in self.sparse:
@@ -194,6 +195,10 @@ class Workspace:
         self._of_attention = _begin(wanted, device)
         self.plan_dense(device)
         ahead.wait()
+
+    def begin(self, work: Callable[[], object]) -> None:
+        """Begins with what is done so that libraries load their kernels, beside what the caller does, and before any capture."""
+        self._beside.append(beside(work, self.x.device))
 
     def attention(self, scale_index: int) -> list[SparseAttention]:
         """What attends at a scale where a layer is not dense, ready to: one object, or one for each half of the rows. Raises what
@@ -229,6 +234,8 @@ class Workspace:
 
     def capture(self, what: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
         """A graph of what is launched, in the memory that all of them share; from one that cannot be on, none is replayed."""
+        while self._beside:  # while one captures, nobody else may use the device
+            self._beside.pop().join()
         graph = captured(what, device, self.pool)
         if not isinstance(graph, str):
             return graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 
 import adapter_checks as checks
 import block_lookalikes
@@ -147,3 +148,22 @@ def test_what_is_done_beside_ends_and_what_it_raises_is_nobodys():
     beside(lambda: done.append(torch.is_grad_enabled()), torch.device("cpu")).join()
     beside(lambda: done[5], torch.device("cpu")).join()
     assert done == [False]
+
+
+def test_nothing_is_captured_while_libraries_load(monkeypatch):
+    order, let = [], threading.Event()
+
+    def captured(*_):
+        order.append("captured")
+        return "no GPU"
+
+    monkeypatch.setattr("sparvar_tune.fused.workspace.captured", captured)
+    driven = block_lookalikes.Infinity()
+    with on(driven) as path:
+        checks.draw(driven)
+        work = path.fused.work
+        work.begin(lambda: (let.wait(60), order.append("loaded")))
+        threading.Timer(0.05, let.set).start()
+        with pytest.warns(UserWarning, match="without graphs: no GPU"):
+            assert work.capture(lambda: None, torch.device("cpu")) is None
+    assert order == ["loaded", "captured"]
