@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import optuna
 import sqlalchemy
@@ -33,6 +34,7 @@ BEAT_S, GRACE_S, CONNECT_S, LOCK_S = 10, 60, 10, 60
 UNOWNED_S = 600  # a trial nobody put a name on is a process killed within the millisecond; clocks may differ by less
 OWNER = "owner"
 VERSIONS = ("version_info", "alembic_version")  # tables in which Optuna says what made the others
+OPENED_AS_IT_IS = ("ro", "rw")  # modes of a SQLite URI that make no file
 OPENINGS = 5  # runs that start together may all try to create the tables; the losers look again
 
 
@@ -56,13 +58,12 @@ def open_shared(url: str, beat_s: int = BEAT_S, grace_s: int = GRACE_S) -> Share
     target = _parse(url)
     for opening in range(1, OPENINGS + 1):
         with _one_line_of_database(url, target, again=opening < OPENINGS):
-            _look(target)
             return _Database(target, beat_s, grace_s)
     raise AssertionError("unreachable")
 
 
 def require_shared(url: str) -> None:
-    """Raises ValueError, the line of `open_shared`, where that cannot open it, as far as can be seen without making anything."""
+    """Raises ValueError, one line, where `open_shared` could not open it, as far as can be seen without making anything."""
     _quiet()
     if url.startswith("journal://"):
         path = _journal_of(url)
@@ -101,11 +102,10 @@ def _one_line_of_database(url: str, target: sqlalchemy.URL, again: bool = False)
 def open_existing(url: str) -> Shared:
     """Connects to a storage to read it: `open_shared`, which would make a file that is not there. Raises ValueError likewise."""
     if url.startswith("journal://"):
-        file: str | None = url.removeprefix("journal://")
+        file: Path | None = Path(url.removeprefix("journal://"))
     else:
-        target = _parse(url)
-        file = target.database if target.get_backend_name() == "sqlite" else None
-    if file is not None and not Path(file).is_file():
+        file = _file_of(_parse(url))[0]
+    if file is not None and not file.is_file():
         raise ValueError(f"--storage {place(url)}: no such file")
     return open_shared(url)
 
@@ -126,9 +126,10 @@ def _parse(url: str) -> sqlalchemy.URL:
         raise ValueError(f"--storage {place(url)}: no storage of this kind; {WANT}")
     if "@" in (target.host or ""):
         raise ValueError(f"--storage {place(url)}: more than one @; write one inside a password as %40")
-    if kind == "sqlite" and target.database in (None, "", ":memory:"):
+    target = target if "+" in target.drivername else target.set(drivername=DRIVERS[kind])
+    if kind == "sqlite" and (target.database in (None, "") or _file_of(target)[0] == Path(":memory:")):
         raise ValueError("--storage sqlite: names no file; want sqlite:///FILE")
-    return target if "+" in target.drivername else target.set(drivername=DRIVERS[kind])
+    return target
 
 
 def _advice(target: sqlalchemy.URL) -> str:
@@ -166,15 +167,15 @@ def _secrets(url: str) -> list[str]:
 
 def _look(target: sqlalchemy.URL) -> None:
     """Raises what opening the database would, as far as that can be seen without making anything."""
-    file = Path(target.database or "")
-    if _is_file(target) and not file.exists():
+    file, mode = _file_of(target)
+    if file is not None and mode not in OPENED_AS_IT_IS and not file.exists():
         file.parent.stat()  # SQLite makes no folder
         try_folder(file.parent)
         return
     engine = sqlalchemy.create_engine(target, **_options(target))
     try:
         with engine.connect() as connection:
-            if _is_file(target):
+            if file is not None:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")  # refused for what is no database and what may only be read
             there = set(sqlalchemy.inspect(connection).get_table_names())
             made = there.issuperset(VERSIONS) and all(
@@ -186,9 +187,16 @@ def _look(target: sqlalchemy.URL) -> None:
         RDBStorage(target.render_as_string(hide_password=False), _options(target), skip_table_creation=True).engine.dispose()
 
 
-def _is_file(target: sqlalchemy.URL) -> bool:
-    """Whether it is a SQLite file by its path, not by a URI that SQLite reads itself."""
-    return target.get_backend_name() == "sqlite" and not (target.database or "").startswith("file:")
+def _file_of(target: sqlalchemy.URL) -> tuple[Path | None, str | None]:
+    """(the file of a SQLite database, by a path or by a URI that SQLite reads itself; the URI's mode); None: of a server."""
+    if target.get_backend_name() != "sqlite":
+        return None, None
+    (name,), options = target.get_dialect()().create_connect_args(target)
+    if not (options.get("uri") and name.startswith("file:")):
+        return Path(name), None
+    uri = urlsplit(name)
+    mode = parse_qs(uri.query).get("mode", [None])[-1]
+    return Path(":memory:" if mode == "memory" else unquote(uri.path)), mode
 
 
 def _options(target: sqlalchemy.URL) -> dict[str, Any]:
@@ -276,7 +284,7 @@ class _Lock(JournalFileOpenLock):
         self.journal, self.handle = journal, -1
 
     def acquire(self) -> bool:
-        self.handle = os.open(f"{self.journal}.flock", os.O_RDWR | os.O_CREAT, 0o666)
+        self.handle = os.open(_lock_of(self.journal), os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(self.handle, fcntl.LOCK_EX)
         cut_torn_tail(self.journal)  # whoever wrote half a line is dead: the lock is ours
         return True
@@ -313,12 +321,28 @@ def _journal_of(url: str) -> Path:
     path = Path(url.removeprefix("journal://"))
     if not path.is_absolute() or path.name == "":
         raise ValueError(f"--storage journal://{path}: {WANT} (three slashes and an absolute path)")
+    alive = _alive_of(path)
     with _one_line_of_journal(path):
-        try_folder(path.parent)
+        if alive.exists() and not alive.is_dir():
+            raise NotADirectoryError(0, f"{alive.name}, in which runs say that they are alive, is no folder")
+        for folder in (path.parent, alive):
+            try_folder(folder)
+        for file in (path, _lock_of(path)):
+            if file.exists():
+                file.open("r+b").close()
         head = path.open("rb").read(2) if path.is_file() else b""
     if head not in (b"", b'{"'):  # before anything takes its last line for a torn one
         raise ValueError(f"--storage journal://{path}: not a journal of Optuna; want one, or a new file")
     return path
+
+
+def _alive_of(journal: Path) -> Path:
+    """The folder in which each process that takes part keeps a file locked."""
+    return journal.with_name(journal.name + ".alive")
+
+
+def _lock_of(journal: Path) -> Path:
+    return journal.with_name(journal.name + ".flock")
 
 
 @contextmanager
@@ -335,7 +359,7 @@ class _Journal:
     """A journal file: `Shared` by one locked file per process in a folder beside it."""
 
     def __init__(self, path: Path) -> None:
-        self.alive, self.name = path.with_name(path.name + ".alive"), uuid.uuid4().hex
+        self.alive, self.name = _alive_of(path), uuid.uuid4().hex
         with _one_line_of_journal(path):
             self.alive.mkdir(parents=True, exist_ok=True)
             self.handle = os.open(self.alive / self.name, os.O_RDWR | os.O_CREAT, 0o666)

@@ -28,6 +28,19 @@ def try_folder(folder: Path) -> None:
             folder = folder.parent
 
 
+def require_trials_folder(folder: Path) -> None:
+    """Raises ValueError, the line of `exclusive`, where that could keep nothing in the folder. Leaves nothing."""
+    try:
+        try_folder(folder)
+    except OSError as error:
+        raise _no_trials(folder, error) from None
+
+
+def _no_trials(folder: Path, error: Exception) -> ValueError:
+    reason = getattr(error, "strerror", None) or error
+    return ValueError(f"{folder}: cannot keep trials here ({reason}); set SPARVAR_TUNE_HOME to a writable folder")
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Holds the run folder; raises ValueError when another run does."""
@@ -39,8 +52,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise ValueError(f"{folder}: another tuning run is at work here; wait for it or set SPARVAR_TUNE_HOME") from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{folder}: cannot keep trials here ({reason}); set SPARVAR_TUNE_HOME to a writable folder") from None
+        raise _no_trials(folder, error) from None
     with lock:
         yield
 

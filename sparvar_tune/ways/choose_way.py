@@ -24,9 +24,10 @@ from sparvar_tune.catalog.names import CUSTOM
 from sparvar_tune.launch_search.choose import ChosenLaunches
 from sparvar_tune.measure.fidelity import Constraint
 from sparvar_tune.policy_search.menu import decision_scale, fixed_points, menu, paper_policy
-from sparvar_tune.policy_search.storage import open_shared, place, require_shared
+from sparvar_tune.policy_search.storage import place, require_shared
 from sparvar_tune.profile import store
 from sparvar_tune.profile.describe import describe
+from sparvar_tune.profile.files import require_trials_folder
 from sparvar_tune.profile.identity import refused
 from sparvar_tune.profile.machine import silicon
 from sparvar_tune.profile.schema import Profile
@@ -48,6 +49,11 @@ class Way:
     def out(self) -> Path:
         return self.subject.place(self.settings.out)
 
+    @property
+    def scratch(self) -> Path | None:
+        """The folder in which a run keeps its trials or measurements; None: in none."""
+        return None
+
     def announce(self, say: Say) -> None:
         """Says what will be done and why this way."""
         raise NotImplementedError
@@ -64,9 +70,11 @@ class Way:
         """Says what is left to do."""
 
     def _begin(self, say: Say) -> None:
-        """What a run and its plan begin with: says the way, and refuses a place for the profile that cannot be written."""
+        """What a run and its plan begin with: says the way, and refuses a place to write to that cannot be written."""
         self.announce(say)
         store.require_writable(self.out)
+        if self.scratch is not None:
+            require_trials_folder(self.scratch)
 
     def _folders(self) -> tuple[Path, ...]:
         """Where profiles of other silicon may lie."""
@@ -104,6 +112,12 @@ class SearchHere(Way):
     def out(self) -> Path:
         return self.subject.place(self.settings.out, self.preset)
 
+    @property
+    def scratch(self) -> Path | None:
+        """None on a CPU with a storage: trials go there, and no launch is measured."""
+        elsewhere = self.settings.storage and self.subject.gpu.slug == "cpu"
+        return None if elsewhere else self.request.scratch
+
     @cached_property
     def request(self) -> search_here.Request:
         subject, s = self.subject, self.settings
@@ -134,9 +148,12 @@ class SearchHere(Way):
         for name, db, similarity in self.adapter.yardsticks():
             say(f"  yardstick: {name}: {db:.2f} dB, SSIM {similarity:.4f}")
 
-    def plan(self, say: Say) -> None:
+    def _begin(self, say: Say) -> None:
         if self.settings.storage:
-            require_shared(self.settings.storage)
+            require_shared(self.settings.storage)  # now rather than after the model was loaded
+        super()._begin(say)
+
+    def plan(self, say: Say) -> None:
         self._begin(say)
         schedule, model, s = self.adapter.schedule, self.subject.model, self.settings
         say("space: every (layer, head, scale) takes one option; prices per scale and a tilt over layers choose among them")
@@ -153,8 +170,6 @@ class SearchHere(Way):
         say(f"profile goes to {self.out}")
 
     def run(self, say: Say, status: Say) -> Profile:
-        if self.settings.storage:
-            open_shared(self.settings.storage)  # refuses now rather than after the model was loaded
         self._begin(say)
         try:
             profile, log = self._take_over(say, status) or self._search(say, status)
@@ -215,6 +230,10 @@ class TimeOnly(Way):
             model, subject.gpu, subject.quality, subject.resolution, subject.aspect, subject.images, policy, self.settings.seed
         )  # fmt: skip
 
+    @property
+    def scratch(self) -> Path:
+        return self.subject.run_folder()
+
     def announce(self, say: Say) -> None:
         self._unused(say, "there is no search here", "storage", "bounds")
         say(f"{self.subject.model.slug} cannot be opened without --source and --weights, so its pictures cannot be compared: "
@@ -223,7 +242,7 @@ class TimeOnly(Way):
     def plan(self, say: Say) -> None:
         self._begin(say)
         say(f"policy: {describe(self.target.policy)}")
-        say(f"measurements would go to {self.subject.run_folder() / time_only.LOG}\nprofile would go to {self.out}")
+        say(f"measurements would go to {self.scratch / time_only.LOG}\nprofile would go to {self.out}")
 
     def run(self, say: Say, status: Say) -> Profile:
         self._begin(say)
@@ -234,9 +253,9 @@ class TimeOnly(Way):
                 store.save(profile, self.out)
                 say(f"  a first profile is in {self.out}")
 
-        profile = time_only.time_policy(self.target, self._shop(self.subject.run_folder()), say, status, keep)
+        profile = time_only.time_policy(self.target, self._shop(self.scratch), say, status, keep)
         store.save(profile, self.out)
-        self._keep_log(self.subject.run_folder() / time_only.LOG, say)
+        self._keep_log(self.scratch / time_only.LOG, say)
         return store.load(self.out)
 
 

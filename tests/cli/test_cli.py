@@ -118,6 +118,17 @@ def test_a_dry_run_refuses_a_place_as_the_run_does(tiny_model, capsys, tmp_path,
     assert [path.name for path in tmp_path.iterdir() if path != tiny_model] == ["file"]
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_folder_for_trials_that_cannot_be_made_is_refused_before_any_work(capsys, tmp_path, monkeypatch, more):
+    tiny.install(monkeypatch.setattr)
+    monkeypatch.setattr(search_here, "measure_options", lambda *_: pytest.fail("work began"))
+    monkeypatch.setenv("SPARVAR_TUNE_HOME", "/proc/x")
+    said = refused(capsys, *TUNE, "--out", str(tmp_path / "out"), *more, after_work=True)
+    assert "/proc/x/runs/cpu--pocketvar: cannot keep trials here" in said and "SPARVAR_TUNE_HOME" in said
+    code, out, _ = run(capsys, *TUNE, "--out", str(tmp_path / "out"), "--dry-run", "--storage", f"sqlite:///{tmp_path}/x.db")
+    assert code == 0 and "x.db" in out, "with a storage a CPU keeps nothing there"
+
+
 def spawn(home: Path, delay: str, trials: int, *words: str) -> subprocess.Popen[str]:
     env = {**os.environ, "SPARVAR_TUNE_HOME": str(home), "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": "1"}
     # where the tests themselves run in the background of a shell, SIGINT is ignored and children inherit that

@@ -224,6 +224,40 @@ def test_a_dry_run_says_where_and_makes_nothing(capsys, home, tmp_path, url):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == made
 
 
+def test_a_dry_run_makes_no_file_of_a_uri_that_sqlite_reads_itself(capsys, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "sqlite:///file:a%2520b.db?uri=true"
+    assert parser.main(["--gpu", "cpu", "--model", "pocketvar", "--dry-run", "--storage", url]) == 0
+    storage.require_shared(url)
+    with pytest.raises(ValueError, match="no such file"):
+        storage.open_existing(url)
+    assert not list(tmp_path.iterdir())
+    storage.open_shared(url)
+    assert [path.name for path in tmp_path.iterdir()] == ["a b.db"]
+    storage.require_shared(url)
+    storage.open_existing(url)
+    with pytest.raises(ValueError, match="unable to open"):
+        storage.require_shared("sqlite:///file:other.db?mode=rw&uri=true")
+    for memory in ("file:x?mode=memory&uri=true", "file::memory:?uri=true"):
+        with pytest.raises(ValueError, match="names no file"):
+            storage.require_shared(f"sqlite:///{memory}")
+
+
+@pytest.mark.parametrize("name, said", [("alive", "is no folder"), ("flock", "Is a directory")])
+def test_what_is_in_the_place_of_a_journals_own_files_is_refused(capsys, home, tmp_path, monkeypatch, name, said):
+    """A dry run says the same line as the run."""
+    monkeypatch.setattr("sparvar_tune.ways.subject.load_adapter", lambda *_: pytest.fail("work began"))
+    beside = tmp_path / f"shared.journal.{name}"
+    beside.write_text("") if name == "alive" else beside.mkdir()
+    lines = set()
+    for more in ([], ["--dry-run"]):
+        words = ["--gpu", "cpu", "--model", "pocketvar", "--storage", f"journal://{tmp_path}/shared.journal", *more]
+        assert parser.main(words) == 2
+        lines.add(capsys.readouterr().err)
+    assert len(lines) == 1 and said in lines.pop()
+    assert list(tmp_path.iterdir()) == [beside]
+
+
 def test_a_missing_driver_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ValueError, match=r"needs psycopg.*pip install 'sparvar-tune\[storage\]'"):
