@@ -29,9 +29,9 @@ def tile_lists(grid: tuple[int, int], tile: Tile) -> list[list[int]]:
 
 
 def mean_square(q: Tensor) -> Tensor:
-    """[B, H, 1]: mean |q|^2 of a head's queries [B, H, Nq, D], of which one that is not finite counts as 0."""
-    squares = (q**2).sum(-1)
-    return torch.where(squares.isfinite(), squares, torch.zeros_like(squares)).mean(-1)[..., None]
+    """[B, H, 1] fp64: mean |q|^2 of a head's queries [B, H, Nq, D], of which one that is not below 2^64 counts as 0."""
+    squares = (q.double() ** 2).sum(-1)
+    return torch.where(squares < 2.0**64, squares, 0.0).mean(-1)[..., None]
 
 
 def window_keys(schedule: ScaleSchedule, scale_index: int, query: int, key_scale: int, side: int) -> set[int]:

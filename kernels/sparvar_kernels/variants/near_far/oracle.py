@@ -40,7 +40,7 @@ def near_far_groups(variant: NearFar, problem: AttentionProblem, queries: list[i
 def reference(variant: NearFar, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, decision: Inputs | None) -> Tensor:
     """[B, H, Nq, D] fp64: a cell's logit by the second-order rule around its mean."""
     qd, kd, vd = (t.double() * c for t, c in ((q, problem.softmax_scale), (k, 1), (v, 1)))
-    q2 = mean_square(qd)
+    q2 = mean_square(q) * problem.softmax_scale**2
     out = torch.full_like(qd, math.nan)
     for queries in tile_lists(problem.grid, variant.tile):
         logits, values = [], []

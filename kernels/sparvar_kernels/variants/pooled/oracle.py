@@ -24,7 +24,7 @@ def reference(variant: Pooled, q: Tensor, k: Tensor, v: Tensor, problem: Attenti
                 ys, xs = range(top, min(top + f, h)), range(left, min(left + f, w))
                 groups.append([schedule.starts[s] + y * w + x for y in ys for x in xs])
     qd, kd, vd = (t.double() * c for t, c in ((q, problem.softmax_scale), (k, 1), (v, 1)))
-    q2 = mean_square(qd)
+    q2 = mean_square(q) * problem.softmax_scale**2
     logits, values = [], []
     for group in groups:
         mean = kd[:, :, group].mean(2, keepdim=True)

@@ -6,8 +6,8 @@ becomes one key and one value, their means, and its logit gains
 
     log(n) + q2 / (2 D) * spread,   spread = mean |k - mean k|^2 over the block of n keys,   q2 = mean |q|^2 of the head
 
-the first two terms of log sum exp(q.k) around the mean (the second for an isotropic spread). A query whose |q|^2 is not finite
-counts as 0 in q2. No decision scale is needed.
+the first two terms of log sum exp(q.k) around the mean (the second for an isotropic spread). A query whose |q|^2 is not below
+BELIEVED counts as 0 in q2. No decision scale is needed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import Tensor
 from sparvar_kernels.geometry.problem import AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.variants.pooled.rule import Pooled
+
+BELIEVED = 2.0**64  # |q|^2 of no model; sums of these and their products with a spread of keys are far from fp32's end
 
 
 def pool_keys(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, variant: Pooled) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +52,9 @@ def grid_means(
     """Of each grid in `factors` (scale -> side of its blocks) mean keys and values [B, H, blocks, D], biases [B, H, blocks]."""
     schedule = problem.schedule
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
-    squares = q.to(work).square().sum(-1).nan_to_num_(0.0, 0.0, 0.0)  # all rows share their mean: NaN stays in its own
+    # all rows share the mean: what is not finite, or would make it so, stays in its own row
+    squares = q.to(work).square().sum(-1).nan_to_num_(0.0, 0.0, 0.0)
+    squares.masked_fill_(squares >= BELIEVED, 0.0)
     stretch = squares.mean(-1, keepdim=True) * (problem.softmax_scale**2 / (2 * q.shape[-1]))  # [B, H, 1]
     made = []
     for s, factor in factors.items():
@@ -59,7 +63,7 @@ def grid_means(
         mean_k, mean_v = (_pool(t, schedule.grids[s], factor) for t in (near_k, near_v))
         mean_square = _pool(near_k.square().sum(-1, keepdim=True), schedule.grids[s], factor).squeeze(-1)
         spread = (mean_square - mean_k.square().sum(-1)).clamp(min=0)
-        bias = _log_counts(schedule, s, factor, str(k.device)).to(work) + stretch * spread
+        bias = torch.addcmul(_log_counts(schedule, s, factor, str(k.device)).to(work), stretch, spread)
         made.append((mean_k.to(k.dtype), mean_v.to(v.dtype), bias))
     return made
 
