@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from sparvar_tune.adapters.protocol import Family, Parts
+from sparvar_tune.catalog.names import words_of
 
 GROUP = "sparvar_tune.adapters"
 FAMILIES = {
@@ -48,13 +49,27 @@ def _load(point: EntryPoint) -> Family | str:
     return f"{point.value} has no {missing[0]}" if missing else family
 
 
+def _is_meta(model: Any) -> bool:
+    try:
+        return isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters())
+    except Exception:  # as below, where it is said
+        return False
+
+
+def _why_not(family: Family, model: Any) -> str | None:
+    try:
+        return family.why_not(model)
+    except Exception as error:  # what a foreign model's attributes do when somebody asks for them is its own affair
+        return f"looking at it raised {type(error).__name__}: {words_of(error, 100)}"
+
+
 def recognise(model: Any) -> tuple[Family, Parts]:
     """The family of a live model and its parts. Raises ValueError with each family's reason when none knows it."""
-    if isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters()):
+    if _is_meta(model):
         raise ValueError(f"model of type {type(model).__name__}: its weights are on the meta device; load them first")
     reasons = []
     for name, family in families():
-        reason = family if isinstance(family, str) else family.why_not(model)
+        reason = family if isinstance(family, str) else _why_not(family, model)
         if reason is None:
             assert not isinstance(family, str)
             return family, family.parts(model)

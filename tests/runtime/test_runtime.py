@@ -145,6 +145,25 @@ def test_a_misfit_is_refused(tmp_path):
         sparvar_tune.apply(object(), stored(tmp_path, profile()))
 
 
+class Proxy:
+    """Answers for attributes that it does not have, as clients of remote models do."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"not connected,\nasked for {name}")
+
+
+class Lost(Proxy, torch.nn.Module):
+    def __init__(self):
+        pass
+
+
+@pytest.mark.parametrize("model", [Proxy(), Lost()], ids=["object", "module"])
+def test_a_model_whose_attributes_raise_is_refused_as_an_unknown_one(tmp_path, model):
+    with pytest.raises(ValueError, match=r"no adapter .*hart: looking at it raised RuntimeError: not connected, asked") as no:
+        sparvar_tune.apply(model, stored(tmp_path, profile()))
+    assert "\n" not in str(no.value)
+
+
 def test_single_calls(tmp_path):
     """attention(problem) runs the policy for the profile's shape and dense for any other."""
     tuned, schedule = stored(tmp_path, profile()), ScaleSchedule(GRIDS)
