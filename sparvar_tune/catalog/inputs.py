@@ -44,3 +44,16 @@ def paths_of(name: str, got: Any) -> tuple[Path, ...]:
     if not isinstance(got, Iterable):
         raise ValueError(f"{name}: got {shown(repr(got), 80)}, want a path or a list of them")
     return tuple(path_of(name, one) for one in got)
+
+
+def end_of(name: str, got: Path, ends: Iterable[str]) -> str:
+    """Which of `ends`, such as ".md", the name of a file to write ends in, in any case; "" for one without a dot, which may hold
+    anything. Any other end would be of another content than its name says."""
+    ends = tuple(ends)
+    if "." not in got.name:
+        return ""
+    for end in ends:
+        if got.name.lower().endswith(end) and len(got.name) > len(end):
+            return end
+    more = " and begins with something else" if got.name.lower() in ends else ""
+    raise ValueError(f"{name}: got {shown(got.name)}, want a name that ends in {' or '.join(ends)}{more}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparvar_tune.catalog.inputs import whole
+from sparvar_tune.catalog.inputs import end_of, whole
 from sparvar_tune.measure.pairs import MOST_PAIRS
 from sparvar_tune.ways.settings import Settings, check_weights, seconds
 
@@ -38,6 +38,7 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         whole("seed", self.seed, 0, 2**62 - 1)
+        end_of("--out", self.out, (".png",))
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         whole("pairs", self.pairs, 2, MOST_PAIRS)
-        if self.out is not None and self.out.suffix == ".json":
-            raise ValueError(f"--out: got {self.out}, want a Markdown file; the raw numbers go beside it as .json")
+        if self.out is not None:
+            end_of("--out", self.out, (".md", ".markdown"))
         check_weights(self.metric_weights)
 
 
@@ -216,3 +217,4 @@ class CaptureOptions:
 
     def __post_init__(self) -> None:
         whole("seed", self.seed, 0, 2**62 - 1)
+        end_of("--out", self.out, (".safetensors",))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparvar_tune.catalog.inputs import end_of
 from sparvar_tune.catalog.names import DEFAULT_PRESET, PRESETS
 from sparvar_tune.profile import store
 from sparvar_tune.profile.schema import Profile, ProfileError
@@ -55,13 +56,9 @@ def format_for(out: Path | None, asked: str | None = None) -> str:
 
     Raises ValueError for a name that ends as none of them, or as another than was asked for.
     """
-    if out is None or not out.suffix:
-        return asked or "html"
-    for name in FORMATS if asked is None else (asked,):
-        if out.suffix.lower() in FORMATS[name]:
-            return name
-    want = " or ".join(end for name, ends in FORMATS.items() if asked in (None, name) for end in ends)
-    raise ValueError(f"--out: got {out}, want a name that ends in {want}")
+    formats = {end: name for name, ends in FORMATS.items() if asked in (None, name) for end in ends}
+    end = end_of("--out", out, formats) if out is not None else ""
+    return formats[end] if end else asked or "html"
 
 
 def make(request: ReportRequest, status: Callable[[str], None] = lambda text: None) -> str:

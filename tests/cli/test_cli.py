@@ -129,6 +129,26 @@ def test_a_folder_for_trials_that_cannot_be_made_is_refused_before_any_work(caps
     assert code == 0 and "x.db" in out, "with a storage a CPU keeps nothing there"
 
 
+@pytest.mark.parametrize("command, wrong, want", [
+    ("compare", ("x.pdf", "table.json", "x."), ".md or .markdown"), ("generate", ("x.jpg", "x.png.", ".jpg"), ".png"),
+    ("capture", ("x.npz", "x.txt"), ".safetensors"), ("report", ("x.", "x.pdf", ".hidden"), ".html or .htm or .md or .markdown"),
+    ("generate", (".png", ".PNG"), ".png and begins with something else"),
+    ("report", ("there/.html", ".md"), ".html or .htm or .md or .markdown and begins with something else"),
+])  # fmt: skip
+def test_a_file_is_not_written_under_a_name_of_something_else(capsys, tmp_path, command, wrong, want):
+    for name in wrong:
+        said = refused(capsys, command, "--model", "pocketvar", "--gpu", "cpu", "--out", str(tmp_path / name))
+        assert said.endswith(f"{Path(name).name}, want a name that ends in {want}\n"), said
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("command, names", [("compare", ("x", "x.MD", "a.b.md")), ("generate", ("x", "x.PNG", "a.b.png"))])
+def test_a_name_without_an_end_or_with_the_right_one_is_taken(command, names):
+    for name in names:
+        _, options = parser.read_options([command, "--model", "pocketvar", "--gpu", "cpu", "--out", name])
+        assert str(options.out) == name
+
+
 def spawn(home: Path, delay: str, trials: int, *words: str) -> subprocess.Popen[str]:
     env = {**os.environ, "SPARVAR_TUNE_HOME": str(home), "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": "1"}
     # where the tests themselves run in the background of a shell, SIGINT is ignored and children inherit that
@@ -261,7 +281,6 @@ def test_places_that_cannot_be_written(tiny_model, capsys, tmp_path, monkeypatch
     assert "cannot be written" in refused(
         capsys, "trace", "--model", "pocketvar", "--gpu", "cpu", "--out", str(tmp_path / "file")
     )
-    assert "want a Markdown file" in refused(capsys, "compare", "--model", "pocketvar", "--gpu", "cpu", "--out", "table.json")
     assert "nothing to seal" in refused(capsys, "show", "--seal", "--profile", str(POCKETVAR))
     with monkeypatch.context() as patch:
         patch.setenv("SPARVAR_TUNE_HOME", str(tmp_path / "file"))
