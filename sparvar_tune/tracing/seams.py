@@ -115,6 +115,12 @@ def _product(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str
         return call(*args, **kwargs)
 
 
+def _scaled(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """ScaledProduct.__call__(self, x, ...): of unknown work, since no limit is measured in 8-bit numbers."""
+    with tracer.range("products", args[0].fmt):
+        return call(*args, **kwargs)
+
+
 def _generation(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Generating.step(self): one scale of the picture."""
     with tracer.inside(args[0].scale), tracer.range("rest"):
@@ -189,6 +195,7 @@ SEAMS = (
     Seam(SAMPLING, "Generating.step", _generation),
     *_BOXED,
     Seam("torch.nn", "Linear.forward", _step("products", work.linear)),
+    Seam("sparvar_tune.generation.scaled_product", "ScaledProduct.__call__", _scaled),
     Seam(FUSED, "FusedPath._run", _stack),
     Seam("sparvar_tune.fused.boxed", "FusedSampling._run", _stack),
     Seam(PASSES, "OnePass.attend", _pass),

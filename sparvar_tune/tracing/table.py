@@ -11,15 +11,17 @@ from sparvar_tune.tracing.ranges import STEPS, Span
 if TYPE_CHECKING:
     import pandas
 
+ABOVE = "above 100 %: operands that fit a cache, or a product that suits this machine better than the square one of the limit"
 COLUMNS = ["scale", "step", "variant", "calls", "ms", "share", "gflop", "mbytes", "limit_ms", "of_limit"]
 
 
 def frame(spans: Sequence[Span], limits: Limits) -> pandas.DataFrame:
     """One row a scale and step, in the order of a picture; last what is of no one scale.
 
-    scale: <NA> for that. variant: kinds of its calls. calls: ranges. ms: their own time, without that of the ranges inside.
-    share: of the run, 0..1. gflop, mbytes, limit_ms: what the calls must do, and the milliseconds this machine's own rates
-    allow for it; of_limit: limit_ms / ms. NaN where the work of a call is not known.
+    scale: <NA> for that. variant: kinds of its calls, of products the format of 8-bit ones. calls: ranges. ms: their own time,
+    without that of the ranges inside. share: of the run, 0..1. gflop, mbytes, limit_ms: what the calls must do, and the
+    milliseconds this machine's own rates allow for it; of_limit: limit_ms / ms. NaN where the work of a call is not known, and
+    where a product is of 8-bit numbers.
     """
     import pandas
 
@@ -69,6 +71,8 @@ def text(table: pandas.DataFrame) -> str:
         lines += ["", "% of limit, where the work of every call is known", _line("scale", known)]
         lines += [_line(scale, [f"{x:.0%}" if x == x else "" for x in limit.loc[scale]])
                   for scale in scales if limit.loc[scale].notna().any()]  # fmt: skip
+        if (table.of_limit >= 1.005).any():
+            lines.append(ABOVE)
     return "\n".join(lines)
 
 

@@ -34,6 +34,7 @@ from sparvar_kernels.variants.lists import KeyLists
 from sparvar_tune import adapters, fused
 from sparvar_tune.catalog import models
 from sparvar_tune.cli import parser
+from sparvar_tune.generation import Precision
 from sparvar_tune.live.pocketvar import PocketAdapter
 from sparvar_tune.measure.limits import Limits
 from sparvar_tune.tracing import Label, Span, Tracer, backends, chrome, frame, runs, seams, traced, work
@@ -225,6 +226,25 @@ def test_the_table_adds_up():
         ["all", "8.00", "1.00", "1.00", "10.00"], ["share", "80.0%", "10.0%", "10.0%"], [],
         "% of limit, where the work of every call is known".split(), ["scale", "gathered"], ["3", "50%"],
     ]  # fmt: skip
+
+
+def test_more_than_the_limit_is_explained():
+    limits = Limits(copy_bytes_per_s=1e9, gemm_flops_per_s=1e12)
+    span = Span(Label("m", "dense", 2, 0), 0, 1.0, 1.0, None)
+    shown = [text(frame([dataclasses.replace(span, work=Work(flops, 0.0))], limits)) for flops in (1e9, 1.004e9, 1.2e9)]
+    assert [("above 100 %" in said, "120%" in said) for said in shown] == [(False, False), (False, False), (True, True)]
+
+
+def test_products_of_8_bit_numbers_are_not_held_against_a_limit_in_the_models_dtype(adapter):
+    """On both paths to them: inside a Linear's forward, and where blocks run as one."""
+    attend = attention(adapter, dataclasses.replace(MIXED, rules=(), steps=(Precision(5, ((1, 1),), "int8"),)))
+    for adapter.as_one in (False, True):
+        with traced(Tracer("m", Steps())) as tracer:
+            draw(adapter, attend)
+        table = frame(tracer.spans(), Limits(1e10, 1e11))
+        products = table[table.step == "products"].set_index("scale")
+        assert products.variant[[4, 5, 6]].tolist() == ["", "int8", "int8"], adapter.as_one
+        assert products.of_limit[[4, 5, 6]].isna().tolist() == [False, True, True], adapter.as_one
 
 
 def test_the_trace_file_opens(adapter, tmp_path):
