@@ -23,6 +23,7 @@ from sparvar_tune.catalog.names import words_of
 OK, MISSING, WRONG = "ok", "missing", "wrong"
 OLDEST_PYTHON, OLDEST_TORCH, OLDEST_TRITON = (3, 10), (2, 9), (3, 5)
 ROOM_BYTES = 1 << 30  # binaries and trials of a long search
+EMOJIVAR = "sparvar-tune-emojivar"
 # Extra of pyproject.toml -> its packages and what they give.
 EXTRAS = {
     "gpu": (("triton", "nvidia-ml-py"), "kernels on NVIDIA GPUs; clocks and power beside their times"),
@@ -32,7 +33,7 @@ EXTRAS = {
     "report": (("matplotlib", "jinja2", "scipy"), "sparvar-tune report, and the sampler study"),
     "storage": (("psycopg", "pymysql", "sqlalchemy"), "trials that machines share through PostgreSQL or MySQL"),
     "preference": (("transformers",), "HPSv2 among the metrics, by weights of yours"),
-    "emojivar": (("sparvar-tune-emojivar",), "the weights of emojivar, which a checkout has"),
+    "emojivar": ((EMOJIVAR,), "the weights of emojivar, which a checkout has"),
     "completion": (("argcomplete",), "Tab completes commands, options, models and GPUs"),
 }
 
@@ -221,11 +222,20 @@ def writable(name: str, folder: Path, what: str, mend: str) -> Seen:
 def extras() -> Iterator[Seen]:
     """The optional packages."""
     for extra, (names, gives) in EXTRAS.items():
-        missing = [name for name in names if version_of(name) is None]
+        missing = [name for name in names if not is_here(name)]
         if missing:
             yield Seen(f"extra {extra}", MISSING, f"{gives} (lacks {', '.join(missing)})", f"pip install 'sparvar-tune[{extra}]'")
         else:
             yield Seen(f"extra {extra}", OK, gives)
+
+
+def is_here(package: str) -> bool:
+    """Whether an optional package is installed; of emojivar's weights whether they are where the model looks for them."""
+    if package == EMOJIVAR:
+        from sparvar_tune.emojivar.installed import place
+
+        return place("emojivar.safetensors").is_file()
+    return version_of(package) is not None
 
 
 def version_of(package: str) -> str | None:

@@ -21,6 +21,7 @@ from places import ROOT
 
 from sparvar_tune.cli import console, exit_codes, json_answer, machine_checks, parser
 from sparvar_tune.cli.commands import check, compare, show
+from sparvar_tune.emojivar import installed
 from sparvar_tune.profile import store
 from sparvar_tune.profile.reader import Reader
 from sparvar_tune.runtime import load
@@ -193,6 +194,15 @@ def test_doctor_knows_every_extra():
     told = {extra: tuple(re.match(r"[A-Za-z0-9-]+", name)[0] for name in names) for extra, names in extras.items()}
     ours = {extra: names for extra, (names, _) in machine_checks.EXTRAS.items()}
     assert ours == {extra: names for extra, names in told.items() if extra not in ("train", "test", "docs")}
+
+
+def test_doctor_finds_emojivars_weights_where_the_model_does(monkeypatch, tmp_path):
+    def seen() -> machine_checks.Seen:
+        return next(one for one in machine_checks.extras() if one.name == "extra emojivar")
+
+    assert installed.place("emojivar.safetensors").is_file() and seen().state == machine_checks.OK, "a checkout has them"
+    monkeypatch.setattr(installed, "place", lambda name: tmp_path / name)
+    assert seen().state == machine_checks.MISSING and seen().mend == "pip install 'sparvar-tune[emojivar]'"
 
 
 def test_a_refusal_leaves_stdout_empty(home, capsys):
