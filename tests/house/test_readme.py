@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import pytest
 from places import ROOT
@@ -48,6 +49,19 @@ def test_readmes_python_runs(home):
         warnings.simplefilter("ignore")
         exec(compile(code, "README.md", "exec"), names)
     names["applied"].undo()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_python_of_using_a_profile_runs(home):
+    """One after another as they stand; what wants the public code is read alone."""
+    snippets = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "use.md").read_text("utf-8"), re.M | re.S)
+    names: dict[str, Any] = {}
+    for i, code in enumerate(snippets):
+        read = compile(code, f"docs/use.md, snippet {i + 1}", "exec")
+        if not code.startswith("# the public code of "):
+            exec(read, names)
+    assert names["dense"].profile is None and names["applied"].tuned is names["dense"]
+    assert names["picture"].shape == (1, 3, 192, 256) and names["out"].shape == names["q"].shape
 
 
 def test_whole_pictures_report_is_what_its_raw_numbers_say():
