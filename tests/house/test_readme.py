@@ -10,6 +10,7 @@ import pytest
 from places import ROOT
 
 from lab import readme_tables
+from sparvar_tune.policy_search.certify import SHARES, confidence_of
 
 TEXT = readme_tables.README.read_text("utf-8")
 
@@ -62,6 +63,13 @@ def test_the_python_of_using_a_profile_runs(home):
             exec(read, names)
     assert names["dense"].profile is None and names["applied"].tuned is names["dense"]
     assert names["picture"].shape == (1, 3, 192, 256) and names["out"].shape == names["q"].shape
+
+
+def test_the_page_on_tuning_says_what_bounds_are_at():
+    """The words that `show` and a run print, of each attempt at certification."""
+    page = " ".join((ROOT / "docs" / "tune.md").read_text("utf-8").split())
+    said = [f"at {confidence_of(attempt):.1%}" for attempt in range(len(SHARES))]
+    assert f'"bounds {said[0]}" in a profile' in page and all(one in page for one in said)
 
 
 def test_whole_pictures_report_is_what_its_raw_numbers_say():
