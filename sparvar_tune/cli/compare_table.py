@@ -81,6 +81,12 @@ def _cells(way: WayResult, metrics: Sequence[Metric]) -> list[str]:
     return out
 
 
+def _which_last(outcomes: Mapping[str, Sequence[Outcome]], adapter: Adapter) -> str:
+    last, grids = last_common(outcomes), adapter.schedule.grids
+    why = ", the last that every way draws" if last < len(grids) - 1 else ""
+    return f"The last scale is {last}, {grids[last][0]}x{grids[last][1]}{why}."
+
+
 def results(
     outcomes: Mapping[str, Sequence[Outcome]], pairs: Sequence[Pair], adapter: Adapter, more: Sequence[Metric]
 ) -> tuple[WayResult, ...]:
@@ -105,7 +111,7 @@ def comparison(
         f"{datetime.date.today().isoformat()}. {len(pairs)} held-out (class, seed) pairs, every way in rotating order in one "
         f"run, dense: {adapter.dense_name}. Times are p50 (p20..p80); ratios are medians of paired ratios with a 95 % bootstrap "
         "interval; the metrics are against the dense picture with the same noise, with the one-sided 95 % bound of the mean, "
-        "stratified by class. Key lists, ranking and residuals are inside the times.",
+        f"stratified by class. Key lists, ranking and residuals are inside the times. {_which_last(outcomes, adapter)}",
         "",
         f"| | {' | '.join(columns)} |",
         "|---" * (len(columns) + 1) + "|",
