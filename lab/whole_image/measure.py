@@ -166,7 +166,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[di
         assert tuned is not None
         begun = time.perf_counter()
         applied = sparvar_tune.apply(driven.model, tuned, "fused")
-        at_first = (wall_ms(driven.draw), (time.perf_counter() - begun) * 1e3)[1]
+        wall_ms(driven.draw)
+        at_first = (time.perf_counter() - begun) * 1e3
         then = [wall_ms(driven.draw) for _ in range(3)]
         say(f"apply and first picture {at_first:.0f} ms, then {then}")
         path: Any = applied._change

@@ -99,10 +99,20 @@ def mass_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load(at, real, other):  # type: ignore[no-untyped-def]
+    """What lies at `at`, `other` where it is not real; real: None for all, which are then loaded 16 bytes at a time."""
+    if real is None:
+        loaded = tl.load(at)
+    else:
+        loaded = tl.load(at, mask=real, other=other)
+    return loaded
+
+
+@triton.jit
 def _keys(short_at, offs, real, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Positions of the keys worked on: of a shortlist, or all of them; real: None for all."""
     if SHORT:
-        keys = tl.load(short_at + offs) if real is None else tl.load(short_at + offs, mask=real, other=0)
+        keys = _load(short_at + offs, real, 0)
     else:
         keys = offs
     return keys
@@ -114,10 +124,7 @@ def levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untyped
 
     NaN and infinity, of a query that holds them, count as no mass: a level above all others would never end a list.
     """
-    if real is None:
-        mass = tl.load(mass_at + keys)
-    else:
-        mass = tl.load(mass_at + keys, mask=real, other=0.0)
+    mass = _load(mass_at + keys, real, 0.0)
     if EXACT:
         level = mass.to(tl.int32, bitcast=True)
         level = tl.where((level >= 0) & (level < 0x7F800000), tl.minimum(level, 0x4EFFFFFF), 0)
@@ -131,12 +138,9 @@ def levels(mass_at, keys, real, EXACT: tl.constexpr):  # type: ignore[no-untyped
 def ranked(level, floor, first_at, keys, real, TOP: tl.constexpr, HAS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Levels from `floor` on as 0 to TOP - 1; TOP for keys that go ahead of all others, -1 where there is no key."""
     level = tl.maximum(level - floor, 0)
-    if real is None:
-        if HAS_FIRST:
-            level = tl.where(tl.load(first_at + keys) != 0, TOP, level)
-    else:
-        if HAS_FIRST:
-            level = tl.where(tl.load(first_at + keys, mask=real, other=0) != 0, TOP, level)
+    if HAS_FIRST:
+        level = tl.where(_load(first_at + keys, real, 0) != 0, TOP, level)
+    if real is not None:
         level = tl.where(real, level, -1)
     return level
 
@@ -146,7 +150,7 @@ def weights(weight_ptr, keys, real, ONE: tl.constexpr):  # type: ignore[no-untyp
     if ONE:
         weight = tl.full(keys.shape, 1, tl.int32)
     else:
-        weight = tl.load(weight_ptr + keys) if real is None else tl.load(weight_ptr + keys, mask=real, other=0)
+        weight = _load(weight_ptr + keys, real, 0)
     return weight
 
 
