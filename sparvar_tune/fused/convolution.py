@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparvar_kernels.path import interleaved
+from sparvar_kernels.path.interleaved import PHASES
 from sparvar_kernels.path.pictures import biased
 from sparvar_tune.fused.product import why_not_owned
 from sparvar_tune.generation.scaled_product import multiplied_in
@@ -50,6 +52,38 @@ def bare(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if bias is None or conv is None:
         return module(x), None
     return _called(conv, x, conv.weight), bias
+
+
+def enlarges(module: Any) -> bool:
+    """Whether `enlarged` can do what a convolution does behind nearest interpolation by 2: 3 x 3, plain, with a border of 1."""
+    conv = plain_conv(module)
+    return conv is not None and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
+        (3, 3), (1, 1), (1, 1), (1, 1), 1)  # fmt: skip
+
+
+def enlarged(module: Any, x: Tensor) -> Tensor:
+    """module(nearest interpolation of x by 2), channels_last, at 4/9 of its work; `enlarges` must hold.
+
+    An output pixel sees 2 x 2 pixels of x, some by more than one weight. So its even and odd rows and columns are four
+    convolutions of x by sums of weights, which are made by one of four times the outputs. A sum is rounded where its weights
+    were each.
+    """
+    conv = conv_of(module)
+    assert conv is not None
+    weight = phase_weights(conv.weight).to(multiplied_in(x), memory_format=torch.channels_last)
+    apart = bias_apart(module)
+    own = None if conv.bias is None or apart is not None else conv.bias.repeat(PHASES)
+    return interleaved(F.conv2d(x, weight, own, padding=1).contiguous(memory_format=torch.channels_last), apart)
+
+
+def phase_weights(weight: Tensor) -> Tensor:
+    """[4 O, I, 2, 2] fp32 of [O, I, 3, 3]: sums of the weights that fall on the same pixel, by rows and columns even and odd."""
+    for axis in (3, 2):
+        first, middle, last = weight.float().split(1, axis)
+        # an even pixel lies in the second half of one that only its first weight sees beside it, an odd one in the first half
+        even, odd = torch.cat([first, middle + last], axis), torch.cat([first + middle, last], axis)
+        weight = torch.cat([even, odd])
+    return weight
 
 
 def few_outputs(module: Any, x: Tensor) -> Tensor:

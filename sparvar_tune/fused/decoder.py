@@ -16,18 +16,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparvar_kernels.path import biased_sum, doubled, group_norm_silu
+from sparvar_kernels.path import biased_sum, group_norm_silu
 from sparvar_kernels.path.biased_sum import why_not_biased_sum
 from sparvar_kernels.path.door import FLOATS, form
-from sparvar_kernels.path.doubled import why_not_doubled
 from sparvar_kernels.path.pictures import biased
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
-from sparvar_tune.fused.convolution import bare, bias_apart, conv_of, few_outputs
+from sparvar_tune.fused.convolution import bare, bias_apart, conv_of, enlarged, enlarges, few_outputs
 from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
 from sparvar_tune.generation.scaled_product import multiplied_in
@@ -123,7 +121,7 @@ class Untouched:
         with torch.no_grad(), self._autocast():
             try:
                 path = FusedDecoder(self.decoder, channels_last, graphs)
-                path.compile(self.z)
+                path.find_upsamplings(self.z)
                 reason = _why_not_alike(path(self.z), self.want)
             except Exception as error:
                 reason = f"decoding a small latent: {first_line(error)}"
@@ -182,7 +180,7 @@ class FusedDecoder(Undos):
         self.graph = ModuleGraph(decoder) if graphs else None
         self.reason: str | None = None
         self.compiled: set[torch.Size] = set()  # latents whose binaries were made
-        self.doubling: set[nn.Module] = set()  # upsampling that is known
+        self.doubling: set[nn.Module] = set()  # upsamplings that `enlarged` can do
         if channels_last:
             for module in decoder.modules():
                 if isinstance(module, nn.Conv2d):
@@ -190,8 +188,6 @@ class FusedDecoder(Undos):
         for module in decoder.modules():
             if is_attention(module):
                 self.add(replace_method(module.norm, "forward", _Normed(module.norm)))
-        upsamplings = [level.upsample for level in reversed(decoder.up) if hasattr(level, "upsample")]
-        self.doubling |= {module for i, module in enumerate(upsamplings) if _is_doubling(module, 2**i)}
         self.add(replace_method(decoder, "forward", self._forward))
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -213,9 +209,16 @@ class FusedDecoder(Undos):
         # contiguous as the model's own code gives it: a caller may view() it
         return few_outputs(decoder.conv_out, _normed(decoder.norm_out, x))
 
+    def find_upsamplings(self, z: Tensor) -> None:
+        """Tries which ones are known, each with a picture as large as it gets on the way from the latent z."""
+        self.compile(z)
+        upsamplings = [level.upsample for level in reversed(self.decoder.up) if hasattr(level, "upsample")]
+        sides = [(z.shape[2] << i, z.shape[3] << i) for i in range(len(upsamplings))]
+        self.doubling = {module for module, size in zip(upsamplings, sides, strict=True) if _is_doubling(module, size)}
+
     def _upsampled(self, module: Any, x: Tensor) -> Tensor:
-        known = module in self.doubling and why_not_owned(module) is None and why_not_doubled(form(x)) is None
-        out: Tensor = module.conv(doubled(x)) if known else module(x)
+        known = module in self.doubling and why_not_owned(module) is None and enlarges(module.conv)
+        out: Tensor = enlarged(module.conv, x) if known else module(x)
         return out
 
     def compile(self, z: Tensor) -> None:
@@ -251,8 +254,8 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
     be channels_last; what is foreseen wrongly costs its compilation, what is missed is compiled when it is needed.
     """
     from sparvar_kernels.path.triton.biased_sum import biased_sum_build
-    from sparvar_kernels.path.triton.doubled import doubled_build
     from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
+    from sparvar_kernels.path.triton.interleaved import interleaved_build
 
     batch, _, height, width = latent
     plain = {id(norm_of(m.norm)) for m in decoder.modules() if is_attention(m)}
@@ -277,10 +280,11 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
             if beside is not None or own is not None:
                 found[biased_sum_build(shape, dtype, beside, own, shape.aligned)] = None
         upsamplings: list[Any] = [getattr(part, "upsample", None) for part in parts]
-        for conv in (conv_of(module.conv) for module in upsamplings if _may_double(module)):
+        for module in filter(_may_double, upsamplings):
+            conv = conv_of(module.conv)
             assert conv is not None
-            shape = Cut(batch, conv.in_channels, height * width * 4**i, last=True)
-            found[doubled_build(shape, dtype, shape.aligned)] = None
+            shape = Cut(batch, conv.out_channels, height * width * 4 ** (i + 1), last=True)
+            found[interleaved_build(shape, dtype, _dtype(bias_apart(module.conv)), shape.aligned)] = None
     return list(found)
 
 
@@ -360,25 +364,24 @@ def _shortcut(block: Any) -> Any:
 
 
 def _may_double(module: Any) -> bool:
-    """Whether a module holds one convolution `conv` and nothing else."""
-    if not isinstance(module, nn.Module) or conv_of(getattr(module, "conv", None)) is None:
+    """Whether a module holds one 3 x 3 convolution `conv` and nothing else."""
+    if not isinstance(module, nn.Module) or not enlarges(getattr(module, "conv", None)):
         return False
     return list(module._modules) == ["conv"] and not module._parameters and why_not_owned(module) is None
 
 
-def _is_doubling(module: Any, times: int) -> bool:
-    """Whether it convolves a picture of twice the sides, tried with one as it is on the way from the small latent.
+def _is_doubling(module: Any, sides: tuple[int, int]) -> bool:
+    """Whether `enlarged` makes what it makes of a random picture of these sides.
 
-    times: the latent's sides. What cuDNN plans for it, the check of the whole needs too.
+    cuDNN plans the convolution for the check of the whole, too.
     """
     if not _may_double(module):
         return False
     weight = conv_of(module.conv).weight  # type: ignore[union-attr]
-    sides = (n * times for n in LATENT)
     x = torch.randn(1, weight.shape[1], *sides, generator=torch.Generator().manual_seed(0)).to(weight)
     x = x.to(multiplied_in(x), memory_format=torch.channels_last)
     try:
-        own, ours = module(x), module.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        own, ours = module(x), enlarged(module.conv, x)
     except Exception:  # it takes something else than a picture
         return False
     return own.shape == ours.shape and bool((own - ours).float().norm() <= 0.01 * own.float().norm())

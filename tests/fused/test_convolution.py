@@ -8,7 +8,7 @@ from decoder_lookalikes import HeldConv
 from torch import nn
 
 from sparvar_tune.fused import convolution
-from sparvar_tune.fused.convolution import few_outputs, plain_conv
+from sparvar_tune.fused.convolution import enlarged, enlarges, few_outputs, phase_weights, plain_conv
 
 
 def picture(dtype=torch.float32, channels=6):
@@ -77,3 +77,79 @@ def test_gpu_few_outputs_differ_by_the_order_of_sums(dtype):
         got, own = (f.cpu().double() for f in (few_outputs(module, x), module(x)))
     least = torch.finfo(dtype).eps * float(want.abs().max())
     assert float((got - want).abs().max()) <= 1.5 * float((own - want).abs().max()) + least
+
+
+def twice(x):
+    """Every pixel four times."""
+    out = torch.full((*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]), torch.nan, dtype=x.dtype)
+    for i in (0, 1):
+        for j in (0, 1):
+            out[:, :, i::2, j::2] = x
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_enlarged_picture_is_the_convolution_of_every_pixel_four_times(held, bias, channels_last):
+    torch.manual_seed(0)
+    module, x = (HeldConv if held else nn.Conv2d)(6, 5, 3, padding=1, bias=bias), picture()
+    conv = plain_conv(module)
+    if channels_last:
+        module.to(memory_format=torch.channels_last)
+    else:
+        x = x.contiguous()
+    want = by_places(conv, twice(x.double()))
+    got = enlarged(module, x)
+    assert enlarges(module) and got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(got.double(), want, rtol=0, atol=2e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        half, own = enlarged(module, x), module(twice(x))
+    assert half.dtype == torch.bfloat16
+    assert (half.double() - want).norm() <= 1.1 * (own.double() - want).norm(), "further off than the module itself"
+
+
+def test_every_weight_falls_on_the_pixels_it_sees():
+    """One at a time: 9 places, each in four phases once."""
+    for i in range(3):
+        for j in range(3):
+            weight = torch.zeros(2, 3, 3, 3)
+            weight[1, 2, i, j] = 1
+            phases = phase_weights(weight).view(2, 2, 2, 3, 2, 2)
+            for a in (0, 1):
+                for b in (0, 1):
+                    want = torch.zeros(2, 3, 2, 2)
+                    want[1, 2, (a + i + 1) // 2 - a, (b + j + 1) // 2 - b] = 1
+                    assert torch.equal(phases[a, b], want), (i, j, a, b)
+
+
+@pytest.mark.parametrize("change", [
+    {"kernel_size": 5, "padding": 2}, {"padding": 0}, {"stride": 2}, {"dilation": 2, "padding": 2}, {"groups": 2},
+    {"padding_mode": "reflect"}, {"padding": "same"},
+])  # fmt: skip
+def test_another_convolution_is_not_enlarged(change):
+    assert not enlarges(nn.Conv2d(6, 6, **{"kernel_size": 3, "padding": 1, **change}))
+
+
+def test_a_hooked_convolution_is_not_enlarged():
+    for module in (HeldConv(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)):
+        assert enlarges(module)
+        module.register_forward_hook(lambda *_: None)
+        assert not enlarges(module)
+    assert not enlarges(None) and not enlarges(nn.Linear(3, 3))
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_enlarged(dtype):
+    torch.manual_seed(0)
+    module = nn.Conv2d(64, 48, 3, padding=1).cuda()
+    x = torch.randn(2, 64, 33, 40, device="cuda").contiguous(memory_format=torch.channels_last)
+    want = by_places(module.cpu(), twice(x.cpu().double()))
+    module.cuda()
+    with torch.autocast("cuda", dtype):
+        got, own = enlarged(module, x), module(twice(x.cpu()).cuda())
+    away, public = ((y.cpu().double() - want).norm() / want.norm() for y in (got, own))
+    assert got.dtype == dtype and away <= 1.1 * public

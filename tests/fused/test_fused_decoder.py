@@ -17,7 +17,7 @@ from decoder_lookalikes import Held, Plain, Rectified, made
 from public_models.stand_ins import put_missing, put_module, quietly
 from torch import nn
 
-from sparvar_kernels.path import doubled
+from sparvar_kernels.path import interleaved
 from sparvar_tune.adapters import flash_attn_stand_in
 from sparvar_tune.adapters.instance_forward import replace_method
 from sparvar_tune.fused import convolution
@@ -81,8 +81,8 @@ def test_draws_what_the_untouched_decoder_draws_and_undoes_exactly(kind, shortcu
 @pytest.mark.parametrize("separate", [(), ("cpu",)])
 def test_foresees_what_a_picture_launches(kind, separate, monkeypatch):
     from sparvar_kernels.path.triton.biased_sum import biased_sum_build
-    from sparvar_kernels.path.triton.doubled import doubled_build
     from sparvar_kernels.path.triton.group_norm import Cut, group_norm_builds
+    from sparvar_kernels.path.triton.interleaved import interleaved_build
 
     launched, sums, larger = set(), set(), set()
 
@@ -95,6 +95,11 @@ def test_foresees_what_a_picture_launches(kind, separate, monkeypatch):
         launched.update(group_norm_builds(cut(x), groups, x.dtype, out_dtype, *types))
         return x.to(out_dtype)
 
+    def recorded_picture(phases, bias):
+        type_ = None if bias is None else bias.dtype
+        larger.add(interleaved_build(cut(out := interleaved(phases, bias)), phases.dtype, type_, cut(out).aligned))
+        return out
+
     def recorded_sum(x, update, *biases):
         types = (None if bias is None else bias.dtype for bias in biases)
         sums.add(biased_sum_build(cut(x), x.dtype, *types, cut(update).aligned))
@@ -105,7 +110,7 @@ def test_foresees_what_a_picture_launches(kind, separate, monkeypatch):
     with attach_decoder(decoder), torch.autocast("cpu", torch.bfloat16):
         monkeypatch.setattr(fused, "group_norm_silu", recorded)
         monkeypatch.setattr(fused, "biased_sum", recorded_sum)
-        monkeypatch.setattr(fused, "doubled", lambda x: larger.add(doubled_build(cut(x), x.dtype, cut(x).aligned)) or doubled(x))
+        monkeypatch.setattr(convolution, "interleaved", recorded_picture)
         decoder(z)
         assert set(decoder_builds(decoder, tuple(z.shape), torch.bfloat16)) == launched | sums | larger
         assert len(larger) == 1
@@ -148,7 +153,7 @@ def test_biases_go_into_the_pass_behind_their_convolution(kind, monkeypatch):
 def test_upsampling_is_replaced_where_it_is_by_nearest_pixels(monkeypatch):
     """Not where it interpolates otherwise, does more, or is hooked later."""
     calls = []
-    monkeypatch.setattr(fused, "doubled", lambda x: calls.append(1) or doubled(x))
+    monkeypatch.setattr(convolution, "interleaved", lambda *a: calls.append(1) or interleaved(*a))
 
     def smooth(module):
         module.__class__ = type("Smooth", (nn.Module,), {
