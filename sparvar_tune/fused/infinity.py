@@ -23,6 +23,7 @@ from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.fused.folded_text import FoldedText, room_of
 from sparvar_tune.fused.product import Product, gelu_mlp, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
+from sparvar_tune.fused.two_choices import two_choices
 
 TEXT_ROOM = 64  # text rows are kept in multiples of this, so that prompts of like lengths share graphs
 
@@ -231,7 +232,8 @@ class InfinityStack:
 
     def around(self, drawing: Callable[[], bool], graphs: bool) -> Undos:
         """The level embedding makes an index on the host, copies it to the device and looks it up; here a row is added, the same
-        sums. The head's AdaLN goes through torch.compile, which takes seconds at the first picture."""
+        sums. The head's AdaLN goes through torch.compile, which takes seconds at the first picture. Bits are drawn by functions
+        for vocabularies, two of them slow (two_choices.py)."""
         undos, model = Undos(), self.found.model
         levels: Any = getattr(model, "lvl_embed", None)
         head: Any = getattr(model, "head_nm", None)
@@ -248,6 +250,12 @@ class InfinityStack:
             scale, shift = head.ada_lin(cond).view(-1, 2, x.shape[2]).unbind(1)
             return residual_norm(x, norm="layer", scale=scale, shift=shift, eps=head.norm_eps, out_dtype=x.dtype)
 
+        def logits(inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+            found: Tensor = inner(*args, **kwargs)
+            return two_choices(found) if drawing() else found
+
+        if getattr(model, "use_bit_label", False) and hasattr(model, "get_logits"):
+            undos.add(replace_method(model, "get_logits", logits))
         if type(levels) is nn.Embedding and hasattr(model, "add_lvl_embeding") and levels.max_norm is None:
             undos.add(replace_method(model, "add_lvl_embeding", add_level))
         if all(hasattr(head, n) for n in ("ada_lin", "norm_eps", "ln_wo_grad")) and isinstance(head.ln_wo_grad, nn.LayerNorm):

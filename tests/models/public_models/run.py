@@ -22,6 +22,7 @@ from public_models import tiny_hart, tiny_infinity, tiny_var
 from public_models.stand_ins import autocast
 from sparvar_tune import adapters, fused
 from sparvar_tune.adapters.cross_attention import varlen_cross_attention
+from sparvar_tune.fused import two_choices
 from sparvar_tune.fused.denoiser import put_on_denoiser
 
 
@@ -132,6 +133,27 @@ def denoiser(driven) -> dict[str, bool]:
     return {"denoiser = untouched": same[0] and steps == 0, "denoiser, undone = untouched": same[1] and len(sampled) > 0}
 
 
+def two_choice_bits(driven) -> dict[str, bool]:
+    """Bits that the public sampling draws of logits whose slow functions are done otherwise, as on a GPU."""
+    calls = []
+
+    def counted(own):
+        return lambda *args, **kwargs: calls.append(own.__name__) or own(*args, **kwargs)
+
+    with fused.put_on(*adapters.recognise(driven.model), None, "fused"):
+        want = checks.draw(driven)
+        own, devices, least = dict(two_choices._OTHERWISE), two_choices.DEVICES, two_choices.LEAST
+        two_choices.DEVICES, two_choices.LEAST = ("cpu",), 0
+        two_choices._OTHERWISE.update({function: counted(way) for function, way in own.items()})
+        try:
+            got = checks.draw(driven)
+        finally:
+            two_choices.DEVICES, two_choices.LEAST = devices, least
+            two_choices._OTHERWISE.update(own)
+    used = calls.count("_summed") == calls.count("_largest") == len(driven.grids())
+    return {"bits of two choices = public": used and checks.same(got, want)}
+
+
 def run_infinity(checkout: str) -> None:
     tiny = tiny_infinity.Tiny(checkout)
     common(tiny)
@@ -141,6 +163,7 @@ def run_infinity(checkout: str) -> None:
     say(tiny, checks.exception_mid_image(tiny))
     say(tiny, checks.undo_in_any_order(tiny))
     say(tiny, accelerate_hooks(tiny))
+    say(tiny, two_choice_bits(tiny))
     say(tiny, checks.dense_and_undo(tiny, aspect=0.667, batch=2), aspect=0.667, batch=2)
     scales = len(tiny.grids())
     tail = [3.0] * (scales - 2) + [1.0] * 2
