@@ -136,8 +136,10 @@ def test_the_assembler_keeps_every_product(epilogue):
         for config in TritonConfig.fetching(problem):
             build = gathered_build(problem, config, epilogue=epilogue, masked=epilogue != 0)  # as above: already compiled
             written = re.findall(r"HGMMA\.64x\d+x16\S* +(\w+)", machine_code(compile_for(build, HOPPER)))
-            of_keys, of_values = 2 * dim // 16, (3 if epilogue == 1 else 2) * config.block_n // 16
-            assert "RZ" not in written and len(written) == config.block_m // 64 * (of_keys + of_values), (build, len(written))
+            groups = config.block_m // 64
+            cells = config.block_n // groups if config.block_n == 128 else config.block_n
+            of_keys, of_values, of_cells = 2 * dim // 16, 2 * config.block_n // 16, 2 * cells // 16 if epilogue == 1 else 0
+            assert "RZ" not in written and len(written) == groups * (of_keys + of_values + of_cells), (build, len(written))
 
 
 @pytest.mark.gpu
@@ -177,6 +179,29 @@ def test_gpu_full_size_given_the_lists(dim):
             attend = bench.attention(config)
             bench.call(attend)
             assert error_of(case, attend, bench, 10**9) < TOLERANCES["bf16"], config
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [
+    Tile(8, 16), Tile(16, 8), Tile(0, 128), Tile(0, 100), Tile(3, 40), Tile(40, 3), Tile(1, 64), Tile(64, 1), Tile(11, 13),
+    Tile(8, 8), Tile(5, 64), Tile(24, 24),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "grid"), [((20, 20), (32, 32)), ((27, 18), (48, 32)), ((9, 40), (11, 60)), ((3, 2), (30, 41))]
+)
+def test_gpu_each_group_finds_the_cells_under_its_rows(tile, source, grid):
+    """Tiles that groups of 64 rows cut in every way, above grids that are finer and coarser than theirs; every program."""
+    from lab.kernel_table import Case, error_of
+    from sparvar_tune.launch_search.layer_call import Bench
+
+    schedule = ScaleSchedule(((1, 1), (2, 2), source, grid))
+    policy = Policy.uniform(1, 3, {3: Csla((-1, -1, 1, 3), 2, tile, decision_scale=2)})
+    case = Case("cells", schedule, 3, 3, 64, "bf16", 20.0, policy)
+    bench = Bench(policy, {s: case.problem(s) for s in range(4)}, 0, 3)
+    for m, n in ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)):
+        attend = bench.attention(TritonConfig(m, n, m // 16, 4, fetchers=4))
+        bench.call(attend)
+        assert error_of(case, attend, bench, 10**9) < TOLERANCES["bf16"], (m, n)
 
 
 @pytest.mark.gpu

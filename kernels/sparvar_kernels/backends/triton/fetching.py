@@ -83,6 +83,61 @@ def _place(cell, step, length):  # type: ignore[no-untyped-def]
     return gl.minimum(gl.maximum((cell + 0.5) * step - 0.5, 0.0), length - 1.0)
 
 
+@gluon.constexpr_function
+def _cells_of_a_step(block_n, groups):  # type: ignore[no-untyped-def]
+    """Cells of a residual that a group multiplies at once: half a place of the ring where that has room for both groups'."""
+    return block_n // groups if block_n > ROWS.value else block_n
+
+
+@gluon.jit
+def _own_rows(  # type: ignore[no-untyped-def]
+    WHICH: gl.constexpr, GROUPS: gl.constexpr, first_row, end_row, origin, tile_width, grid_width, step, low, high,
+):  # fmt: skip
+    """The first and last row of the residual's grid that bear on what group WHICH multiplies, of those of the whole block.
+
+    Warps that fetch and warps that multiply must find the same, so nothing here may be rounded in two ways.
+    """
+    if GROUPS == 1:
+        return low, high
+    else:
+        begin = gl.minimum(first_row + WHICH * ROWS, end_row - 1)
+        end = gl.minimum(begin + ROWS - 1, end_row - 1)
+        top = _divide(_tokens(begin, origin, tile_width, grid_width), 1.0 / grid_width)
+        bottom = _divide(_tokens(end, origin, tile_width, grid_width), 1.0 / grid_width)
+        first = gl.maximum(gl.fma(top + 0.5, step, -0.5), 0.0).to(gl.int32)
+        last = gl.maximum(gl.fma(bottom + 0.5, step, -0.5), 0.0).to(gl.int32) + 1
+        return gl.minimum(gl.maximum(first, low), high), gl.maximum(gl.minimum(last, high), low)
+
+
+@gluon.jit
+def _tent(  # type: ignore[no-untyped-def]
+    y, x, begin_y, begin_x, CELLS: gl.constexpr, ACROSS: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """[ROWS, CELLS]: what each cell of a step weighs at rows that lie at (y, x) on the residual's grid."""
+    cell = gl.arange(0, CELLS, gl.SliceLayout(0, LAYOUT))
+    near_y = gl.maximum(1 - gl.abs(y - begin_y - (cell // ACROSS)[None, :]), 0.0)
+    near_x = gl.maximum(1 - gl.abs(x - begin_x - (cell % ACROSS)[None, :]), 0.0)
+    return near_y * near_x
+
+
+@gluon.jit
+def _add_cells(  # type: ignore[no-untyped-def]
+    acc, tent, ring, ready, free, slot, phase,
+    WHICH: gl.constexpr, CELLS: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    """acc + tent @ the group's own cells of a step, and the place in the ring behind that step."""
+    for part in gl.static_range(GROUPS * CELLS // BLOCK_N):
+        mbarrier.wait(ready.index(slot), phase)
+        if BLOCK_N == GROUPS * CELLS or part == WHICH:
+            fence_async_shared()
+            begin: gl.constexpr = WHICH * CELLS % BLOCK_N
+            acc = warpgroup_mma(tent, ring.index(slot).slice(begin, CELLS), acc)
+            _barrier()
+        mbarrier.arrive(free.index(slot))
+        slot, phase = _after(slot, phase, SLOTS)
+    return acc, slot, phase
+
+
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     reading, shared, FIELDS: gl.constexpr, EPILOGUE: gl.constexpr, MASKED: gl.constexpr,
@@ -90,10 +145,11 @@ def _fetch(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """What the warps that fetch do."""
     (q_ptr, k_ptr, v_ptr, keys_ptr, table_ptr, extra_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-     stride_vb, stride_vh, stride_vn, stride_eb, stride_eh, stride_en, grid_width, source_width, num_entries,
+     stride_vb, stride_vh, stride_vn, stride_eb, stride_eh, stride_en, grid_width, source_width, step_y, num_entries,
      num_items) = reading  # fmt: skip
     queries, ring, q_ready, q_free, ready, free = shared
-    CELLS: gl.constexpr = 8 if EPILOGUE == 3 else 16
+    CELLS: gl.constexpr = _cells_of_a_step(BLOCK_N, GROUPS)
+    ACROSS: gl.constexpr = 8 if EPILOGUE == 3 else 16
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))[None, :]
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
@@ -147,13 +203,26 @@ def _fetch(  # type: ignore[no-untyped-def]
             if i_slot >= 0:
                 low_y, low_x, high_y, high_x = _cells(entry)
                 e_base = extra_ptr + i_b * stride_eb + i_slot.to(gl.int64) * stride_eh
-                for begin_y in range(low_y, high_y + 1, BLOCK_N // CELLS):
-                    for begin_x in range(low_x, high_x + 1, CELLS):
-                        y, x = begin_y + offs_n // CELLS, begin_x + offs_n % CELLS
-                        pointers = e_base + (y * source_width + x)[:, None] * stride_en + offs_d
-                        mbarrier.wait(free.index(slot), phase)
-                        _put(ring.index(slot), ready.index(slot), pointers, (y <= high_y) & (x <= high_x), True)
-                        slot, phase = _after(slot, phase, SLOTS)
+                of = first_row, end_row, origin, tile_width, grid_width, step_y, low_y, high_y
+                low, high = _own_rows(0, GROUPS, *of)
+                other_low, other_high = _own_rows(GROUPS - 1, GROUPS, *of)
+                cell = offs_n % CELLS
+                lines = gl.maximum(high - low, other_high - other_low) // (CELLS // ACROSS) + 1
+                for down in range(0, lines * (CELLS // ACROSS), CELLS // ACROSS):
+                    for begin_x in range(low_x, high_x + 1, ACROSS):
+                        for part in gl.static_range(GROUPS * CELLS // BLOCK_N):  # each group's own cells in turn
+                            if BLOCK_N > CELLS:
+                                begin_y = gl.where(offs_n < CELLS, low, other_low) + down
+                                end_y = gl.where(offs_n < CELLS, high, other_high)
+                            else:
+                                begin_y = (low if part == 0 else other_low) + down
+                                end_y = high if part == 0 else other_high
+                            y, x = begin_y + cell // ACROSS, begin_x + cell % ACROSS
+                            pointers = e_base + (y * source_width + x)[:, None] * stride_en + offs_d
+                            seen = (y <= end_y) & (x <= high_x)
+                            mbarrier.wait(free.index(slot), phase)
+                            _put(ring.index(slot), ready.index(slot), pointers, seen, True)
+                            slot, phase = _after(slot, phase, SLOTS)
     # No instruction: it only ends the function with a side effect. MLIR asks thousands of times whether a partition is dead and
     # reads it from the end for that; where it ended with loops, this was half of the time of compiling (6.1 s, now 3.6).
     gl.inline_asm_elementwise("", "=r,0", [slot], gl.int32, is_pure=False, pack=1)
@@ -184,10 +253,12 @@ def _multiply(  # type: ignore[no-untyped-def]
     (out_ptr, table_ptr, extra_ptr, stride_ob, stride_oh, stride_on, stride_eb, stride_eh, stride_en, grid_width,
      source_height, source_width, step_y, step_x, scale_log2e, num_entries, num_items) = writing  # fmt: skip
     queries, ring, q_ready, q_free, ready, free = shared
-    CELLS: gl.constexpr = 8 if EPILOGUE == 3 else 16
+    CELLS: gl.constexpr = _cells_of_a_step(BLOCK_N, GROUPS)
+    ACROSS: gl.constexpr = 8 if EPILOGUE == 3 else 16
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    e_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CELLS, 16])
     out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     kind: gl.constexpr = queries.dtype
     offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
@@ -200,9 +271,6 @@ def _multiply(  # type: ignore[no-untyped-def]
         origin, tile_width = gl.load(entry + ORIGIN), gl.load(entry + WIDTH)
         first_row, end_row, count = gl.load(entry + FIRST_ROW), gl.load(entry + END_ROW), gl.load(entry + COUNT)
         i_out = gl.load(entry + OUT).to(gl.int64)
-        if EPILOGUE % 2 == 1:
-            i_slot = gl.load(entry + SLOT)
-            low_y, low_x, high_y, high_x = _cells(entry)
         blocks = gl.maximum((count + BLOCK_N - 1) // BLOCK_N, 1)
         q = queries.index(q_slot * GROUPS + WHICH)
         top = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, s_layout))  # finite: no keys must come out as 0
@@ -249,11 +317,20 @@ def _multiply(  # type: ignore[no-untyped-def]
         sign: gl.constexpr = -1.0 if EPILOGUE == 2 else 1.0
         share = gl.convert_layout(sign / gl.where(total == 0, 1.0, total), gl.SliceLayout(1, o_layout))[:, None]
         if EPILOGUE % 2 == 1:
-            m = first_row + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+            # Read here and not above: what lives through the loop takes its registers. The first step's weights are worked out
+            # beside the last product.
+            i_slot = gl.load(entry + SLOT)
+            low_y, low_x, high_y, high_x = _cells(entry)
+            m = first_row + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, e_layout))
             rows = gl.where(m < end_row, _tokens(m, origin, tile_width, grid_width), origin)
             row = _divide(rows, 1.0 / grid_width)
             y = _place(row, step_y, source_height)[:, None]
             x = _place(rows - row * grid_width, step_x, source_width)[:, None]
+            of = first_row, end_row, origin, tile_width, grid_width, step_y, low_y, high_y
+            low, high = _own_rows(0, GROUPS, *of)
+            other_low, other_high = _own_rows(GROUPS - 1, GROUPS, *of)
+            begin_y, begin_x = low if WHICH == 0 else other_low, low_x
+            tent = gl.convert_layout(_tent(y, x, begin_y, begin_x, CELLS, ACROSS, e_layout).to(kind), p_layout)
         acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
         _barrier()
         mbarrier.arrive(free.index(slot))
@@ -263,17 +340,14 @@ def _multiply(  # type: ignore[no-untyped-def]
         if EPILOGUE % 2 == 1:
             if i_slot >= 0:
                 # Enlarging is a product with the tent weights of the cells under these rows: a few more "keys"
-                for begin_y in range(low_y, high_y + 1, BLOCK_N // CELLS):
-                    for begin_x in range(low_x, high_x + 1, CELLS):
-                        near_y = gl.maximum(1 - gl.abs(y - begin_y - (offs_n // CELLS)[None, :]), 0.0)
-                        near_x = gl.maximum(1 - gl.abs(x - begin_x - (offs_n % CELLS)[None, :]), 0.0)
-                        tent = gl.convert_layout((near_y * near_x).to(kind), p_layout)
-                        mbarrier.wait(ready.index(slot), phase)
-                        fence_async_shared()
-                        acc = warpgroup_mma(tent, ring.index(slot), acc)
-                        _barrier()
-                        mbarrier.arrive(free.index(slot))
-                        slot, phase = _after(slot, phase, SLOTS)
+                acc, slot, phase = _add_cells(acc, tent, ring, ready, free, slot, phase, WHICH, CELLS, BLOCK_N, SLOTS, GROUPS)
+                lines = gl.maximum(high - low, other_high - other_low) // (CELLS // ACROSS) + 1
+                for _ in range(1, lines * ((high_x - low_x) // ACROSS + 1)):
+                    ended = begin_x + ACROSS > high_x
+                    begin_y = gl.where(ended, begin_y + CELLS // ACROSS, begin_y)
+                    begin_x = gl.where(ended, low_x, begin_x + ACROSS)
+                    tent = gl.convert_layout(_tent(y, x, begin_y, begin_x, CELLS, ACROSS, e_layout).to(kind), p_layout)
+                    acc, slot, phase = _add_cells(acc, tent, ring, ready, free, slot, phase, WHICH, CELLS, BLOCK_N, SLOTS, GROUPS)
         if EPILOGUE == 2:
             i_head = gl.load(entry + HEAD).to(gl.int64)
             m = first_row + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
@@ -307,7 +381,7 @@ def fetched_kernel(  # type: ignore[no-untyped-def]
 
     num_items: the table's num_entries times images. GROUPS: of four warps that multiply, each 64 rows of a block.
     EPILOGUE 3 adds a residual as 1 does, 8 columns of its cells in a step instead of 16: a power of two, so that most of their
-    weights coincide. A step has BLOCK_N cells.
+    weights coincide. A step has CELLS cells under each group's rows.
     Every pointer and stride must be a multiple of 16. Launched with four warps; the others are its partitions'.
     """
     kind: gl.constexpr = q_ptr.dtype.element_ty
@@ -331,7 +405,7 @@ def fetched_kernel(  # type: ignore[no-untyped-def]
                source_height, source_width, step_y, step_x, scale_log2e, num_entries, num_items)  # fmt: skip
     reading = (q_ptr, k_ptr, v_ptr, keys_ptr, table_ptr, extra_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh,
                stride_kn, stride_vb, stride_vh, stride_vn, stride_eb, stride_eh, stride_en, grid_width, source_width,
-               num_entries, num_items)  # fmt: skip
+               step_y, num_entries, num_items)  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize(
             [
