@@ -76,11 +76,16 @@ class Case:
     flex: bool = False
     lists: bool = False  # others may run over its key lists, too
     decision: bool = False  # time the decision scale itself
+    without: Variant | None = None  # the same without its residual, to be timed beside it
 
     @property
     def file(self) -> str:
         """Of its recorded space."""
         return f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}.json"
+
+    @property
+    def policy_without(self) -> Policy | None:
+        return None if self.without is None else Policy.uniform(1, self.heads, {self.scale_index: self.without})
 
     def problem(self, scale_index: int) -> AttentionProblem:
         """Its attention call at a scale: one image's two guidance halves, cosine attention where there is a bound."""
@@ -95,9 +100,11 @@ def _csla(schedule: ScaleSchedule, tile: Tile, decision: int | None = None, sink
 
 
 def _one(
-    name: str, variant: Variant, goal: str, scale: int = 12, flex: bool = False, bound: float | None = 20.0, lists: bool = False
+    name: str, variant: Variant, goal: str, scale: int = 12, flex: bool = False, bound: float | None = 20.0, lists: bool = False,
+    without: Variant | None = None,
 ) -> Case:  # fmt: skip
-    return Case(name, SQUARE, scale, 28, 128, "bf16", bound, Policy.uniform(1, 28, {scale: variant}), goal, flex, lists)
+    policy = Policy.uniform(1, 28, {scale: variant})
+    return Case(name, SQUARE, scale, 28, 128, "bf16", bound, policy, goal, flex, lists, without=without)
 
 
 def _hart(name: str, schedule: ScaleSchedule, variant: Variant, goal: str) -> Case:
@@ -119,16 +126,20 @@ def cases() -> list[Case]:
         _one("CSLA 8x8, last scale", _csla(SQUARE, Tile(8, 8)), ">= 20x FA2, >= 3x Flex, >= 11x cuDNN", flex=True),
         _one("CSLA 8x16, last scale", _csla(SQUARE, Tile(8, 16)), ">= 20x FA2, >= 11x cuDNN", lists=True),
         _one("CSLA 8x8, no logit bound", _csla(SQUARE, Tile(8, 8)), "what the bound is worth", bound=None),
-        _one("CSLA 8x8, with residual", _csla(SQUARE, Tile(8, 8), 10), "<= 1.06x of CSLA 8x8"),
-        _one("CSLA 8x16, with residual", _csla(SQUARE, Tile(8, 16), 10), "<= 1.06x of CSLA 8x16"),
+        _one("CSLA 8x8, with residual", _csla(SQUARE, Tile(8, 8), 10), "<= 1.06x of CSLA 8x8",
+             without=_csla(SQUARE, Tile(8, 8))),
+        _one("CSLA 8x16, with residual", _csla(SQUARE, Tile(8, 16), 10), "<= 1.06x of CSLA 8x16",
+             without=_csla(SQUARE, Tile(8, 16))),
         _one("CSLA 8x8, scale 40", _csla(SQUARE, Tile(8, 8)), ">= 6x FA2", 10),
         _one("CSLA 8x8, scale 48", _csla(SQUARE, Tile(8, 8)), ">= 10x FA2", 11),
         _one("CS4A 20 % 8x16", Cs4a(10, 0.2, Tile(8, 16), residual=False), ">= 6.5x FA2, >= 85 % of cuDNN's rate",
              lists=True),
         _one("CS4A 10 % 8x16", Cs4a(10, 0.1, Tile(8, 16), residual=False), ">= 11x FA2, >= 85 % of cuDNN's rate",
              lists=True),
-        _one("CS4A 10 % 8x16, with residual", Cs4a(10, 0.1, Tile(8, 16)), "<= 1.06x of CS4A 10 % 8x16"),
-        _one("CS4A 10 % 8x8, with residual", Cs4a(10, 0.1, Tile(8, 8)), ">= 8x FA2"),
+        _one("CS4A 10 % 8x16, with residual", Cs4a(10, 0.1, Tile(8, 16)), "<= 1.06x of CS4A 10 % 8x16",
+             without=Cs4a(10, 0.1, Tile(8, 16), residual=False)),
+        _one("CS4A 10 % 8x8, with residual", Cs4a(10, 0.1, Tile(8, 8)), ">= 8x FA2, <= 1.06x of CS4A 10 % 8x8",
+             without=Cs4a(10, 0.1, Tile(8, 8), residual=False)),
         _one("reuse", Reuse(10), ""),
         _hart("HART CSLA 8x8, 300 text tokens", hart, _csla(hart, Tile(8, 8), sinks=4), ""),
         _hart("HART CSLA 8x8, no text (9451 keys)", HART_PAPER, _csla(HART_PAPER, Tile(8, 8)), ">= 18x FA2"),
@@ -178,16 +189,20 @@ def error_of(case: Case, attend: SparseAttention, bench: Bench, samples: int = 1
     return worst
 
 
+def _ranked(case: Case, bench: Bench) -> list[TritonConfig]:
+    """Configurations, the fastest first."""
+    screened = []
+    for candidate in case_space(case, bench.problem):
+        attend = bench.attention(candidate)
+        screened.append((median(interleaved({"this": lambda: bench.call(attend)}, 8)["this"]), candidate))  # noqa: B023
+    return [config for _, config in sorted(screened, key=lambda at: at[0])]
+
+
 def measure_case(case: Case) -> dict[str, Any]:
     """One row's raw numbers; "error" names what went wrong instead."""
     problems = {s: case.problem(s) for s in range(len(case.schedule))}
     bench = Bench(case.policy, problems, 0, case.scale_index)
-    configs = case_space(case, bench.problem)
-    screened = []
-    for candidate in configs:
-        attend = bench.attention(candidate)
-        screened.append((median(interleaved({"this": lambda: bench.call(attend)}, 8)["this"]), candidate))  # noqa: B023
-    ranked = [config for _, config in sorted(screened, key=lambda at: at[0])]
+    ranked = _ranked(case, bench)
     best = ranked[0]
     attend = bench.attention(best)
     worst = error_of(case, attend, bench) if not case.decision else _dense_error(bench, attend)
@@ -202,6 +217,11 @@ def measure_case(case: Case) -> dict[str, Any]:
         ways["plain"] = lambda: bench.call(plain)
     if case.lists and (others := _over_lists(case, bench)):
         ways["FlashInfer"] = others
+    if case.policy_without is not None:
+        inputs = bench.q, bench.k, bench.v
+        other = Bench(case.policy_without, problems, 0, case.scale_index, inputs)
+        less = other.attention(_ranked(case, other)[0])
+        ways["without"] = lambda: other.call(less)
     if case.name.startswith("mixed"):
         ways["parts"] = _parts(case, bench, best)
     spent = interleaved(ways, ROUNDS)
@@ -361,8 +381,9 @@ def measure_all(say: Callable[[str], None], keep: Callable[[dict[str, Any]], Non
     jobs = []
     for case in chosen:
         problems = {s: case.problem(s) for s in range(len(case.schedule))}
-        for config in case_space(case, problems[case.scale_index]):
-            jobs += binaries(case.policy, problems, 0, case.scale_index, config, torch.cuda.get_device_capability())
+        for policy in filter(None, (case.policy, case.policy_without)):
+            for config in case_space(case, problems[case.scale_index]):
+                jobs += binaries(policy, problems, 0, case.scale_index, config, torch.cuda.get_device_capability())
     begun = time.monotonic()
     with compilers(os.cpu_count() or 2) as pool:
         compile_all(jobs, pool, say)
@@ -424,6 +445,11 @@ def render(raw: dict[str, Any]) -> str:
                 over = paired_speedup(ms[way], ms["ours"])
                 notes.append(f"- {row['case']}: {words} {timing(ms[way]).p50_ms:.3f} ms: {whose} {over.median:.2f}x "
                              f"({over.low:.2f}..{over.high:.2f}).")  # fmt: skip
+        if "without" in ms:
+            over = paired_speedup(ms["ours"], ms["without"])
+            alone = f"{timing(ms['without']).p50_ms:.4f} ms"
+            notes.append(f"- {row['case']}: without it, at its own best configuration, {alone}: it adds "
+                         f"{over.median - 1:.1%} ({over.low - 1:.1%}..{over.high - 1:.1%}).")  # fmt: skip
     if "note" in raw:
         notes.append(f"- {raw['note']}")
     lines += ["", *notes, "",

@@ -22,6 +22,7 @@ HALF = (torch.bfloat16, torch.float16)
 # Of few outputs cuDNN has no fast kernel for channels_last half precision: 160 -> 3 of a picture of 1024 x 1024 takes an H100
 # 6.2 ms; 1.6 ms with 4 to 16 outputs, 0.42 ms with 32, 0.44 ms with 64.
 LEAST_OUTPUTS = 32
+LEAST_PIXELS = 32 * 32  # that are enlarged: of fewer, an H200 gains less than a first picture's plans of cuDNN take
 
 
 def conv_of(module: Any) -> nn.Conv2d | None:
@@ -54,15 +55,20 @@ def bare(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return _called(conv, x, conv.weight), bias
 
 
-def enlarges(module: Any) -> bool:
+def is_enlarging(module: Any) -> bool:
     """Whether `enlarged` can do what a convolution does behind nearest interpolation by 2: 3 x 3, plain, with a border of 1."""
     conv = plain_conv(module)
     return conv is not None and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
         (3, 3), (1, 1), (1, 1), (1, 1), 1)  # fmt: skip
 
 
+def enlarges(module: Any, height: int, width: int) -> bool:
+    """Whether `enlarged` is to be called for a picture of these sides."""
+    return height * width >= LEAST_PIXELS and is_enlarging(module)
+
+
 def enlarged(module: Any, x: Tensor) -> Tensor:
-    """module(nearest interpolation of x by 2), channels_last, at 4/9 of its work; `enlarges` must hold.
+    """module(nearest interpolation of x by 2), channels_last, at 4/9 of its work; `is_enlarging` must hold.
 
     An output pixel sees 2 x 2 pixels of x, some by more than one weight. So its even and odd rows and columns are four
     convolutions of x by sums of weights, which are made by one of four times the outputs. A sum is rounded where its weights
@@ -78,8 +84,9 @@ def enlarged(module: Any, x: Tensor) -> Tensor:
 
 def phase_weights(weight: Tensor) -> Tensor:
     """[4 O, I, 2, 2] fp32 of [O, I, 3, 3]: sums of the weights that fall on the same pixel, by rows and columns even and odd."""
+    weight = weight.to(torch.float32, copy=True)  # views of a parameter made in inference mode are refused outside it
     for axis in (3, 2):
-        first, middle, last = weight.float().split(1, axis)
+        first, middle, last = weight.split(1, axis)
         # an even pixel lies in the second half of one that only its first weight sees beside it, an odd one in the first half
         even, odd = torch.cat([first, middle + last], axis), torch.cat([first + middle, last], axis)
         weight = torch.cat([even, odd])

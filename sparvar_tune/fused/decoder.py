@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparvar_kernels.path import biased_sum, group_norm_silu
@@ -25,7 +26,7 @@ from sparvar_kernels.path.pictures import biased
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.catalog.names import first_line
 from sparvar_tune.fused.compile_ahead import Ahead, compile_ahead
-from sparvar_tune.fused.convolution import bare, bias_apart, conv_of, enlarged, enlarges, few_outputs
+from sparvar_tune.fused.convolution import bare, bias_apart, conv_of, enlarged, enlarges, few_outputs, is_enlarging
 from sparvar_tune.fused.module_graph import ModuleGraph
 from sparvar_tune.fused.product import why_not_owned
 from sparvar_tune.generation.scaled_product import multiplied_in
@@ -121,7 +122,7 @@ class Untouched:
         with torch.no_grad(), self._autocast():
             try:
                 path = FusedDecoder(self.decoder, channels_last, graphs)
-                path.find_upsamplings(self.z)
+                path.compile(self.z)
                 reason = _why_not_alike(path(self.z), self.want)
             except Exception as error:
                 reason = f"decoding a small latent: {first_line(error)}"
@@ -188,6 +189,8 @@ class FusedDecoder(Undos):
         for module in decoder.modules():
             if is_attention(module):
                 self.add(replace_method(module.norm, "forward", _Normed(module.norm)))
+        upsamplings = [level.upsample for level in reversed(decoder.up) if hasattr(level, "upsample")]
+        self.doubling |= {module for i, module in enumerate(upsamplings) if _is_doubling(module, 2**i)}
         self.add(replace_method(decoder, "forward", self._forward))
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -209,15 +212,8 @@ class FusedDecoder(Undos):
         # contiguous as the model's own code gives it: a caller may view() it
         return few_outputs(decoder.conv_out, _normed(decoder.norm_out, x))
 
-    def find_upsamplings(self, z: Tensor) -> None:
-        """Tries which ones are known, each with a picture as large as it gets on the way from the latent z."""
-        self.compile(z)
-        upsamplings = [level.upsample for level in reversed(self.decoder.up) if hasattr(level, "upsample")]
-        sides = [(z.shape[2] << i, z.shape[3] << i) for i in range(len(upsamplings))]
-        self.doubling = {module for module, size in zip(upsamplings, sides, strict=True) if _is_doubling(module, size)}
-
     def _upsampled(self, module: Any, x: Tensor) -> Tensor:
-        known = module in self.doubling and why_not_owned(module) is None and enlarges(module.conv)
+        known = module in self.doubling and why_not_owned(module) is None and enlarges(module.conv, *x.shape[2:])
         out: Tensor = enlarged(module.conv, x) if known else module(x)
         return out
 
@@ -281,10 +277,11 @@ def decoder_builds(decoder: Any, latent: tuple[int, ...], dtype: torch.dtype) ->
                 found[biased_sum_build(shape, dtype, beside, own, shape.aligned)] = None
         upsamplings: list[Any] = [getattr(part, "upsample", None) for part in parts]
         for module in filter(_may_double, upsamplings):
-            conv = conv_of(module.conv)
-            assert conv is not None
-            shape = Cut(batch, conv.out_channels, height * width * 4 ** (i + 1), last=True)
-            found[interleaved_build(shape, dtype, _dtype(bias_apart(module.conv)), shape.aligned)] = None
+            if enlarges(module.conv, height << i, width << i):
+                conv = conv_of(module.conv)
+                assert conv is not None
+                shape = Cut(batch, conv.out_channels, height * width * 4 ** (i + 1), last=True)
+                found[interleaved_build(shape, dtype, _dtype(bias_apart(module.conv)), shape.aligned)] = None
     return list(found)
 
 
@@ -365,23 +362,24 @@ def _shortcut(block: Any) -> Any:
 
 def _may_double(module: Any) -> bool:
     """Whether a module holds one 3 x 3 convolution `conv` and nothing else."""
-    if not isinstance(module, nn.Module) or not enlarges(getattr(module, "conv", None)):
+    if not isinstance(module, nn.Module) or not is_enlarging(getattr(module, "conv", None)):
         return False
     return list(module._modules) == ["conv"] and not module._parameters and why_not_owned(module) is None
 
 
-def _is_doubling(module: Any, sides: tuple[int, int]) -> bool:
-    """Whether `enlarged` makes what it makes of a random picture of these sides.
+def _is_doubling(module: Any, times: int) -> bool:
+    """Whether it convolves a picture of twice the sides, tried with one as it is on the way from the small latent.
 
-    cuDNN plans the convolution for the check of the whole, too.
+    times: the latent's sides. What cuDNN plans for it, the check of the whole needs too.
     """
     if not _may_double(module):
         return False
     weight = conv_of(module.conv).weight  # type: ignore[union-attr]
+    sides = (n * times for n in LATENT)
     x = torch.randn(1, weight.shape[1], *sides, generator=torch.Generator().manual_seed(0)).to(weight)
     x = x.to(multiplied_in(x), memory_format=torch.channels_last)
     try:
-        own, ours = module(x), enlarged(module.conv, x)
+        own, ours = module(x), module.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
     except Exception:  # it takes something else than a picture
         return False
     return own.shape == ours.shape and bool((own - ours).float().norm() <= 0.01 * own.float().norm())

@@ -8,7 +8,7 @@ from decoder_lookalikes import HeldConv
 from torch import nn
 
 from sparvar_tune.fused import convolution
-from sparvar_tune.fused.convolution import enlarged, enlarges, few_outputs, phase_weights, plain_conv
+from sparvar_tune.fused.convolution import enlarged, enlarges, few_outputs, is_enlarging, phase_weights, plain_conv
 
 
 def picture(dtype=torch.float32, channels=6):
@@ -102,7 +102,7 @@ def test_an_enlarged_picture_is_the_convolution_of_every_pixel_four_times(held, 
         x = x.contiguous()
     want = by_places(conv, twice(x.double()))
     got = enlarged(module, x)
-    assert enlarges(module) and got.is_contiguous(memory_format=torch.channels_last)
+    assert is_enlarging(module) and got.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(got.double(), want, rtol=0, atol=2e-6)
     with torch.autocast("cpu", torch.bfloat16):
         half, own = enlarged(module, x), module(twice(x))
@@ -129,15 +129,15 @@ def test_every_weight_falls_on_the_pixels_it_sees():
     {"padding_mode": "reflect"}, {"padding": "same"},
 ])  # fmt: skip
 def test_another_convolution_is_not_enlarged(change):
-    assert not enlarges(nn.Conv2d(6, 6, **{"kernel_size": 3, "padding": 1, **change}))
+    assert not is_enlarging(nn.Conv2d(6, 6, **{"kernel_size": 3, "padding": 1, **change}))
 
 
 def test_a_hooked_convolution_is_not_enlarged():
     for module in (HeldConv(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)):
-        assert enlarges(module)
+        assert is_enlarging(module) and enlarges(module, 32, 32) and not enlarges(module, 31, 33)
         module.register_forward_hook(lambda *_: None)
-        assert not enlarges(module)
-    assert not enlarges(None) and not enlarges(nn.Linear(3, 3))
+        assert not is_enlarging(module) and not enlarges(module, 64, 64)
+    assert not is_enlarging(None) and not is_enlarging(nn.Linear(3, 3))
 
 
 @torch.no_grad()

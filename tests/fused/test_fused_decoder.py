@@ -25,6 +25,11 @@ from sparvar_tune.fused import decoder as fused
 from sparvar_tune.fused.decoder import Untouched, attach_decoder, decoder_builds, decoder_of
 
 
+@pytest.fixture(autouse=True)
+def small_pictures_are_enlarged(monkeypatch):
+    monkeypatch.setattr(convolution, "LEAST_PIXELS", 0)
+
+
 def latent(side=16, channels=4, batch=4):  # enough numbers that roundings average out
     return torch.randn(batch, channels, side, side + 1, generator=torch.Generator().manual_seed(3))
 
@@ -172,6 +177,19 @@ def test_upsampling_is_replaced_where_it_is_by_nearest_pixels(monkeypatch):
             decoder.up[1].upsample.register_forward_hook(lambda m, x, out: out * 2)
             hooked = decoder(z)
             assert len(calls) == known and apart(hooked, want) > 0.01, name
+
+
+def test_upsampling_of_a_small_picture_is_the_models_own(monkeypatch):
+    """cuDNN would plan one shape more, at every first picture, for nothing."""
+    calls, decoder = [], made()
+    monkeypatch.setattr(convolution, "interleaved", lambda *a: calls.append(1) or interleaved(*a))
+    monkeypatch.setattr(convolution, "LEAST_PIXELS", 16 * 17)
+    with attach_decoder(decoder):
+        for side, enlarged in ((16, 1), (15, 0)):
+            calls.clear()
+            z = latent(side)
+            decoder(z)
+            assert len(calls) == enlarged
 
 
 def test_parts_of_a_sum_of_two_memory_formats(monkeypatch):
