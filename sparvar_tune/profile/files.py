@@ -14,6 +14,8 @@ from typing import Any
 
 from sparvar_tune.profile.reader import unique_keys
 
+LOCK = "lock"
+
 
 def try_folder(folder: Path) -> None:
     """Raises OSError where no file can be made in the folder, or in the one that it would be made in. Leaves nothing."""
@@ -29,11 +31,18 @@ def try_folder(folder: Path) -> None:
 
 
 def require_trials_folder(folder: Path) -> None:
-    """Raises ValueError, the line of `exclusive`, where that could keep nothing in the folder. Leaves nothing."""
+    """Raises ValueError, the line of `exclusive`, where that could keep nothing in the folder or another run has it.
+
+    Leaves nothing.
+    """
     try:
         try_folder(folder)
+        held = (folder / LOCK).exists()
     except OSError as error:
         raise _no_trials(folder, error) from None
+    if held:  # or was: the file stays behind
+        with exclusive(folder):
+            pass
 
 
 def _no_trials(folder: Path, error: Exception) -> ValueError:
@@ -48,7 +57,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / "lock").acquire(timeout=0)
+        lock = filelock.FileLock(folder / LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise ValueError(f"{folder}: another tuning run is at work here; wait for it or set SPARVAR_TUNE_HOME") from None
     except (OSError, NotImplementedError) as error:

@@ -221,7 +221,8 @@ def find(name: str, gpu: Gpu, relatives: tuple[Gpu, ...], folders: tuple[Path, .
         if path != first:
             reason += f"; {first} gives way, as nothing in it was measured"
         return Match(profile, path, exact, reason, sha256)
-    missing = f"no {name} for {_called(gpu)} or one like it ({gpu.family}); looked in {', '.join(looked)}"
+    where = ", ".join(looked) or "no folder, as none was given"
+    missing = f"no {name} for {_called(gpu)} or one like it ({gpu.family}); looked in {where}"
     return Miss(f"{missing}{_too_far(name, gpu, relatives, folders)}")
 
 

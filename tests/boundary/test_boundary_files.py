@@ -89,6 +89,19 @@ def test_one_run_a_folder(tmp_path):
         pass
 
 
+def test_a_dry_run_sees_another_run_and_leaves_nothing(tmp_path):
+    new = tmp_path / "runs" / "new"
+    files.require_trials_folder(new)
+    assert not list(tmp_path.iterdir())
+    with files.exclusive(tmp_path):
+        with pytest.raises(ValueError, match="another tuning run") as caught:
+            files.require_trials_folder(tmp_path)
+        assert "\n" not in str(caught.value)
+    before = sorted(tmp_path.iterdir())
+    files.require_trials_folder(tmp_path)  # that run has ended; its lock's file is still there
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_junk_among_misses_is_skipped(home):
     file = misses.file()
     file.parent.mkdir(parents=True)

@@ -43,6 +43,11 @@ def test_no_profile_is_dense_with_the_reason(tmp_path):
         sparvar_tune.apply(object(), tuned)
 
 
+def test_no_folder_to_look_in_is_said():
+    tuned = runtime.load_profile("pocketvar", gpu="cpu", folders=(), record_miss=False)
+    assert tuned.profile is None and "looked in no folder, as none was given" in tuned.explain()
+
+
 def test_family_is_used_and_said(tmp_path):
     h100 = profile(silicon=dataclasses.replace(profile().silicon, gpu="h100-sxm", family="hopper"))
     store.save(h100, tmp_path / "h100-sxm" / "pocketvar.json")
