@@ -37,7 +37,7 @@ from sparvar_kernels.variants.csla.planner import csla_lists
 from sparvar_tune.catalog.models import MODELS
 from sparvar_tune.launch_search.choose import legal, space
 from sparvar_tune.launch_search.compiling import binaries, compile_all, compilers
-from sparvar_tune.launch_search.layer_call import Bench, variants_of
+from sparvar_tune.launch_search.layer_call import Bench, in_graph, variants_of
 from sparvar_tune.measure.limits import machine_limits
 from sparvar_tune.measure.timing import interleaved, paired_speedup, timing
 from sparvar_tune.policy_search.menu import paper_policy, paper_windows
@@ -222,6 +222,7 @@ def measure_case(case: Case) -> dict[str, Any]:
         other = Bench(case.policy_without, problems, 0, case.scale_index, inputs)
         less = other.attention(_ranked(case, other)[0])
         ways["without"] = lambda: other.call(less)
+        ways |= {f"{name}, graph": in_graph(ways[name], 1) for name in ("ours", "without")}
     if case.name.startswith("mixed"):
         ways["parts"] = _parts(case, bench, best)
     spent = interleaved(ways, ROUNDS)
@@ -445,11 +446,12 @@ def render(raw: dict[str, Any]) -> str:
                 over = paired_speedup(ms[way], ms["ours"])
                 notes.append(f"- {row['case']}: {words} {timing(ms[way]).p50_ms:.3f} ms: {whose} {over.median:.2f}x "
                              f"({over.low:.2f}..{over.high:.2f}).")  # fmt: skip
-        if "without" in ms:
-            over = paired_speedup(ms["ours"], ms["without"])
-            alone = f"{timing(ms['without']).p50_ms:.4f} ms"
-            notes.append(f"- {row['case']}: without it, at its own best configuration, {alone}: it adds "
-                         f"{over.median - 1:.1%} ({over.low - 1:.1%}..{over.high - 1:.1%}).")  # fmt: skip
+        for kind, words in (("", "calls"), (", graph", "CUDA graphs")):
+            if f"without{kind}" in ms:
+                over = paired_speedup(ms[f"ours{kind}"], ms[f"without{kind}"])
+                alone = f"{timing(ms[f'without{kind}']).p50_ms:.4f} ms"
+                notes.append(f"- {row['case']}: without it, at its own best configuration, {alone} in {words}: it adds "
+                             f"{over.median - 1:.1%} ({over.low - 1:.1%}..{over.high - 1:.1%}).")  # fmt: skip
     if "note" in raw:
         notes.append(f"- {raw['note']}")
     lines += ["", *notes, "",

@@ -53,21 +53,26 @@ def test_a_table_names_every_source_cell_that_bears_on_its_rows(tile, grid, sour
     assert rows_seen == grid[0] * grid[1]
 
 
-@pytest.mark.parametrize(("tile", "block_n", "columns", "steps"), [
-    (Tile(8, 8), 64, 8, 1), (Tile(8, 16), 128, 16, 1), (Tile(8, 16), 64, 16, 2), (Tile(0, 192), 128, 16, 3),
-    (Tile(0, 192), 64, 16, 3),
+@pytest.mark.parametrize(("tile", "block_m", "block_n", "columns", "steps"), [
+    (Tile(8, 8), 64, 64, 8, 1), (Tile(8, 16), 128, 128, 16, 1), (Tile(8, 16), 128, 64, 16, 1), (Tile(8, 8), 64, 32, 8, 2),
+    (Tile(0, 192), 128, 128, 16, 3), (Tile(0, 192), 128, 64, 16, 3), (Tile(16, 8), 128, 128, 8, 1),
 ])  # fmt: skip
-def test_a_residual_is_taken_in_as_few_steps_as_there_can_be(tile, block_n, columns, steps):
-    """Steps of block_n cells over the cells of an inner tile of 64x64 above 40x40, against every way to lay them out."""
-    tiles = tiles_of((64, 64), tile)
-    nothing = torch.zeros(len(tiles.rows), dtype=torch.int32)
-    table = work_table([Part(tiles, (0,), 0, 0, 0, nothing, nothing, (0,))], 256, (64, 64), (40, 40)).numpy()
-    assert cell_columns(table) == columns
-    needed = {}
+def test_a_residual_is_taken_in_as_few_steps_as_there_can_be(tile, block_m, block_n, columns, steps):
+    """Steps over the cells under each group's 64 rows of an inner tile, 64x64 above 40x40, against every way to lay them out."""
+
+    def table(rows):
+        tiles = tiles_of((64, 64), tile)
+        nothing = torch.zeros(len(tiles.rows), dtype=torch.int32)
+        return work_table([Part(tiles, (0,), 0, 0, 0, nothing, nothing, (0,))], rows, (64, 64), (40, 40)).numpy()
+
+    assert cell_columns(table(block_m)) == columns
+    groups, own = table(block_m), table(64)  # a group's rows are those of an entry of 64
+    inner = own[own[:, Column.ORIGIN] == groups[9, Column.ORIGIN]]
+    cells, needed = block_n * 64 // block_m if block_n > 64 else block_n, {}
     for across in (8, 16):
-        low, high = table[:, Column.LOW_Y : Column.LOW_X + 1], table[:, Column.HIGH_Y : Column.HIGH_X + 1]
-        down, right = (len(range(low[9, i], high[9, i] + 1, side)) for i, side in ((0, block_n // across), (1, across)))
-        needed[across] = down * right
+        down, right = (-(-(inner[:, high] - inner[:, low] + 1) // side) for low, high, side in (
+            (Column.LOW_Y, Column.HIGH_Y, cells // across), (Column.LOW_X, Column.HIGH_X, across)))  # fmt: skip
+        needed[across] = int(down.max() * right.max())
     assert needed[columns] == steps == min(needed.values())
 
 
