@@ -7,6 +7,7 @@ else is PyTorch's own, so random numbers, ties and bits stay as they are.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,14 @@ class TwoChoices(Tensor):
             return type(out)([_marked(t) for t in out])
         return _marked(out)
 
+    # Copied or saved it is a plain tensor: whoever reads it again needs nothing of ours.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
 
 def two_choices(logits: Tensor) -> Tensor:
     """The logits as TwoChoices, on the same memory, where that gains; else as they are."""
@@ -45,17 +54,18 @@ def _marked(out: Any) -> Any:
     return out.as_subclass(TwoChoices) if type(out) is Tensor and out.is_floating_point() else out
 
 
-def _summed(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor | None:
+def _summed(x: Tensor, dim: int, **others: Any) -> Tensor | None:
     """x.cumsum_(dim) along two, or None where it is something else."""
-    if x.dtype != torch.float32 or x.shape[-1] != 2 or dim not in (-1, x.ndim - 1) or dtype is not None:
+    if others or x.dtype != torch.float32 or x.shape[-1:] != (2,) or dim not in (-1, x.ndim - 1):
         return None
+    x[..., 0] += 0.0  # PyTorch's sum begins with 0, which makes 0 of -0
     x[..., 1] += x[..., 0]
     return x
 
 
-def _largest(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+def _largest(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **others: Any) -> Any:
     """x.topk(k, dim) where that is all there is, in any order, or None."""
-    if sorted or k != x.shape[-1] or dim not in (-1, x.ndim - 1):
+    if others or sorted or x.shape[-1:] != (k,) or dim not in (-1, x.ndim - 1):
         return None
     places = torch.arange(k, device=x.device).expand(x.shape)
     return torch.return_types.topk((x.clone(), places))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import adapter_checks as checks
 import block_lookalikes
 import pytest
@@ -104,6 +107,33 @@ def test_both_ways_to_name_the_last_axis(device, used, axis):
     assert torch.equal(got.as_subclass(torch.Tensor), want) and used["sum"] == 1
     values, places = two_choices(x).topk(2, axis, sorted=False)
     assert used["largest"] == 1 and torch.equal(values, x.gather(-1, places)) and values.data_ptr() != x.data_ptr()
+
+
+def test_zeros_infinities_and_no_number(device, used):
+    rows = torch.tensor([-0.0, 0.0, 1.0, float("inf"), -float("inf"), float("nan")], device=device)
+    x = torch.stack([a.flatten() for a in torch.meshgrid(rows, rows, indexing="ij")], -1)
+    got, want = two_choices(x.clone()).cumsum_(-1).as_subclass(torch.Tensor), x.clone().cumsum_(-1)
+    assert torch.equal(got.isnan(), want.isnan()) and used["sum"] == 1
+    assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)) and torch.equal(
+        got.signbit() & ~got.isnan(), want.signbit() & ~want.isnan()
+    )
+
+
+def test_with_places_to_write_to_it_is_pytorchs(device, used):
+    x = logits_of("random").to(device).view(2, -1, 2)
+    values, places = torch.empty_like(x), torch.empty_like(x, dtype=torch.long)
+    torch.topk(two_choices(x), 2, sorted=False, out=(values, places))
+    assert torch.equal(values, x.gather(-1, places)) and used["largest"] == 0
+    assert torch.equal(two_choices(x).sum().cumsum_(0).as_subclass(torch.Tensor), x.sum()) and used["sum"] == 0
+
+
+def test_copied_and_saved_it_is_a_plain_tensor(device):
+    x = logits_of("random").to(device)
+    saved = io.BytesIO()
+    torch.save(two_choices(x), saved)
+    saved.seek(0)
+    for found in (copy.deepcopy(two_choices(x)), torch.load(saved, weights_only=True)):
+        assert type(found) is torch.Tensor and torch.equal(found, x) and found.data_ptr() != x.data_ptr()
 
 
 def test_nothing_that_would_not_gain_is_taken(monkeypatch):
