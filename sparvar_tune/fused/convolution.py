@@ -58,8 +58,10 @@ def bare(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 def is_enlarging(module: Any) -> bool:
     """Whether `enlarged` can do what a convolution does behind nearest interpolation by 2: 3 x 3, plain, with a border of 1."""
     conv = plain_conv(module)
-    return conv is not None and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
-        (3, 3), (1, 1), (1, 1), (1, 1), 1)  # fmt: skip
+    if conv is None or type(conv.weight) is not nn.Parameter:
+        return False
+    form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
 def enlarges(module: Any, height: int, width: int) -> bool:

@@ -181,7 +181,7 @@ class FusedDecoder(Undos):
         self.graph = ModuleGraph(decoder) if graphs else None
         self.reason: str | None = None
         self.compiled: set[torch.Size] = set()  # latents whose binaries were made
-        self.doubling: set[nn.Module] = set()  # upsamplings that `enlarged` can do
+        self.doubling: dict[Any, Any] = {}  # upsamplings that `enlarged` can do, and what they were
         if channels_last:
             for module in decoder.modules():
                 if isinstance(module, nn.Conv2d):
@@ -190,7 +190,7 @@ class FusedDecoder(Undos):
             if is_attention(module):
                 self.add(replace_method(module.norm, "forward", _Normed(module.norm)))
         upsamplings = [level.upsample for level in reversed(decoder.up) if hasattr(level, "upsample")]
-        self.doubling |= {module for i, module in enumerate(upsamplings) if _is_doubling(module, 2**i)}
+        self.doubling |= {module: type(module) for i, module in enumerate(upsamplings) if _is_doubling(module, 2**i)}
         self.add(replace_method(decoder, "forward", self._forward))
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class FusedDecoder(Undos):
         return few_outputs(decoder.conv_out, _normed(decoder.norm_out, x))
 
     def _upsampled(self, module: Any, x: Tensor) -> Tensor:
-        known = module in self.doubling and why_not_owned(module) is None and enlarges(module.conv, *x.shape[2:])
+        known = self.doubling.get(module) is type(module) and _may_double(module) and enlarges(module.conv, *x.shape[2:])
         out: Tensor = enlarged(module.conv, x) if known else module(x)
         return out
 
@@ -368,8 +368,9 @@ def _may_double(module: Any) -> bool:
 
 
 def _is_doubling(module: Any, times: int) -> bool:
-    """Whether it convolves a picture of twice the sides, tried with one as it is on the way from the small latent.
+    """Whether it convolves a picture of twice the sides, no more, tried with one as it is on the way from the small latent.
 
+    By the bare convolution, since that is what `enlarged` works out: what a module around it does besides makes another picture.
     times: the latent's sides. What cuDNN plans for it, the check of the whole needs too.
     """
     if not _may_double(module):
@@ -379,7 +380,7 @@ def _is_doubling(module: Any, times: int) -> bool:
     x = torch.randn(1, weight.shape[1], *sides, generator=torch.Generator().manual_seed(0)).to(weight)
     x = x.to(multiplied_in(x), memory_format=torch.channels_last)
     try:
-        own, ours = module(x), module.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        own, ours = module(x), conv_of(module.conv)(F.interpolate(x, scale_factor=2, mode="nearest"))  # type: ignore[misc]
     except Exception:  # it takes something else than a picture
         return False
     return own.shape == ours.shape and bool((own - ours).float().norm() <= 0.01 * own.float().norm())

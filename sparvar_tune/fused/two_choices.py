@@ -27,7 +27,7 @@ class TwoChoices(Tensor):
     ) -> Any:
         given = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            otherwise = _OTHERWISE.get(func)
+            otherwise = _OTHERWISE.get(func) if args else None
             out = None if otherwise is None else otherwise(*args, **given)
             if out is None:
                 out = func(*args, **given)
@@ -36,6 +36,9 @@ class TwoChoices(Tensor):
         return _marked(out)
 
     # Copied or saved it is a plain tensor: whoever reads it again needs nothing of ours.
+
+    def __format__(self, spec: str) -> str:
+        return format(self.as_subclass(Tensor), spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.as_subclass(Tensor), memo)
@@ -54,21 +57,23 @@ def _marked(out: Any) -> Any:
     return out.as_subclass(TwoChoices) if type(out) is Tensor and out.is_floating_point() else out
 
 
-def _summed(x: Tensor, dim: int, **others: Any) -> Tensor | None:
+def _summed(x: Tensor, dim: int | None = None, **others: Any) -> Tensor | None:
     """x.cumsum_(dim) along two, or None where it is something else."""
-    if others or x.dtype != torch.float32 or x.shape[-1:] != (2,) or dim not in (-1, x.ndim - 1):
+    if others or x.dtype != torch.float32 or x.shape[-1:] != (2,) or dim not in (-1, x.ndim - 1) or not x.is_contiguous():
         return None
     x[..., 0] += 0.0  # PyTorch's sum begins with 0, which makes 0 of -0
     x[..., 1] += x[..., 0]
     return x
 
 
-def _largest(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **others: Any) -> Any:
+def _largest(
+    x: Tensor, k: int | None = None, dim: int = -1, largest: bool = True, sorted: bool = True, **others: Any
+) -> Any:  # fmt: skip
     """x.topk(k, dim) where that is all there is, in any order, or None."""
     if others or sorted or x.shape[-1:] != (k,) or dim not in (-1, x.ndim - 1):
         return None
-    places = torch.arange(k, device=x.device).expand(x.shape)
-    return torch.return_types.topk((x.clone(), places))
+    places = torch.arange(x.shape[-1], device=x.device).expand(x.shape)
+    return torch.return_types.topk((x.clone(memory_format=torch.contiguous_format), places.contiguous()))
 
 
 _OTHERWISE: dict[Any, Callable[..., Any]] = {

@@ -137,6 +137,9 @@ def test_a_hooked_convolution_is_not_enlarged():
         assert is_enlarging(module) and enlarges(module, 32, 32) and not enlarges(module, 31, 33)
         module.register_forward_hook(lambda *_: None)
         assert not is_enlarging(module) and not enlarges(module, 64, 64)
+    own = nn.Conv2d(6, 6, 3, padding=1)
+    own.weight = nn.Parameter(own.weight.detach().as_subclass(type("Own", (torch.Tensor,), {})))
+    assert type(own.weight) is not nn.Parameter and not is_enlarging(own)
     assert not is_enlarging(None) and not is_enlarging(nn.Linear(3, 3))
 
 

@@ -179,6 +179,41 @@ def test_upsampling_is_replaced_where_it_is_by_nearest_pixels(monkeypatch):
             assert len(calls) == known and apart(hooked, want) > 0.01, name
 
 
+class Gained(nn.Module):
+    """A convolution within a module that does more, by nothing that it holds as a parameter."""
+
+    def __init__(self, conv, does):
+        super().__init__()
+        self.conv, self.does = conv, does
+
+    def forward(self, x):
+        return self.does(self.conv, x)
+
+
+@pytest.mark.parametrize("does", [
+    lambda conv, x: conv(x) * 1.25, lambda conv, x: F.silu(conv(x)), lambda conv, x: conv(F.pad(x, (1, 1, 1, 1), "replicate"))[
+        :, :, 1:-1, 1:-1],
+])  # fmt: skip
+def test_what_a_module_does_around_the_convolution_is_seen_before_any_picture_is_large(does, monkeypatch):
+    """The small latent of the check is too small to be enlarged, and the picture is not."""
+    monkeypatch.setattr(convolution, "LEAST_PIXELS", 32 * 32)
+    decoder, z = made(), latent(32, batch=1)
+    decoder.up[1].upsample.conv = Gained(decoder.up[1].upsample.conv, does)
+    want = decoder(z)
+    with attach_decoder(decoder):
+        assert apart(decoder(z), want) < 1e-5
+
+
+def test_an_upsampling_that_becomes_another_is_called_as_it_is():
+    decoder, x = made(), torch.randn(1, 16, 4, 4)
+    module = decoder.up[1].upsample
+    with attach_decoder(decoder) as path:
+        assert apart(path._upsampled(module, x), module(x)) < 1e-5
+        module.__class__ = type("Smooth", (type(module),), {
+            "forward": lambda self, x: self.conv(F.interpolate(x, scale_factor=2, mode="bilinear"))})  # fmt: skip
+        assert torch.equal(path._upsampled(module, x), module(x))
+
+
 def test_upsampling_of_a_small_picture_is_the_models_own(monkeypatch):
     """cuDNN would plan one shape more, at every first picture, for nothing."""
     calls, decoder = [], made()

@@ -127,6 +127,23 @@ def test_with_places_to_write_to_it_is_pytorchs(device, used):
     assert torch.equal(two_choices(x).sum().cumsum_(0).as_subclass(torch.Tensor), x.sum()) and used["sum"] == 0
 
 
+def test_every_way_to_call_and_to_use_what_comes_back(device, used):
+    x = logits_of("random").to(device).view(2, -1, 2)
+    for found in (torch.topk(input=two_choices(x), k=2, sorted=False), two_choices(x.transpose(0, 1)).topk(2, sorted=False)):
+        assert found.indices.view(-1).add_(1).min() == 1 and found.values.is_contiguous()
+    assert used["largest"] == 1  # by the keyword it is PyTorch's own
+    with pytest.raises(RuntimeError, match="single memory location"):
+        two_choices(torch.ones(3, 1, device=device)).expand(3, 2).cumsum_(-1)
+    for wrong in (lambda t: t.topk(2, foo=1), lambda t: t.cumsum_(), lambda t: t.topk(), lambda t: t.sum().cumsum_(2)):
+        said = []
+        for t in (x.clone(), two_choices(x.clone())):
+            with pytest.raises((TypeError, IndexError)) as caught:
+                wrong(t)
+            said.append(str(caught.value).splitlines()[0])
+        assert said[0] == said[1]
+    assert f"{two_choices(x).max():.3f}" == f"{x.max():.3f}"
+
+
 def test_copied_and_saved_it_is_a_plain_tensor(device):
     x = logits_of("random").to(device)
     saved = io.BytesIO()
