@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from interpreted import in_interpreter
+from interpreted import hold, hold_in_interpreter
 from tolerances import DTYPES
 
 from sparvar_kernels.path import biased_sum
@@ -43,21 +43,14 @@ CASES = (
 )  # fmt: skip
 
 
-def run(cases=CASES, device="cpu") -> int:  # type: ignore[no-untyped-def]
-    for case in cases:
-        check(**case, device=device)
-    return len(cases)
-
-
 def test_on_a_cpu():
-    assert run() == len(CASES)
+    assert hold(check, CASES) == len(CASES)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_in_the_interpreter():
-    rounds = "[case for case in t.CASES if case.get('dtype') is not t.BF16]"  # of bf16 the interpreter cuts bits off
-    assert in_interpreter("test_biased_sum", f"t.run({rounds})") == len(CASES) - 2
+    assert hold_in_interpreter("test_biased_sum") == len(CASES) - 2
 
 
 @pytest.mark.parametrize(("changes", "reason"), [
@@ -98,6 +91,6 @@ def test_real_sizes_compile_without_a_spill_and_with_wide_accesses():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    assert run(device="cuda") == len(CASES)
+    assert hold(check, CASES, device="cuda") == len(CASES)
     for channels, side in ((128, 1024), (160, 256), (640, 64)):
         check((1, channels, side + 3, side), FP16, x_bias=FP32, device="cuda")

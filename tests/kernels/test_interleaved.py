@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from interpreted import in_interpreter
+from interpreted import hold, hold_in_interpreter
 from tolerances import DTYPES
 
 from sparvar_kernels.path import interleaved
@@ -42,26 +42,19 @@ CASES = (
 )  # fmt: skip
 
 
-def run(cases=CASES, device="cpu") -> int:  # type: ignore[no-untyped-def]
-    for case in cases:
-        check(**case, device=device)
-    return len(cases)
-
-
 def test_on_a_cpu():
-    assert run() == len(CASES)
+    assert hold(check, CASES) == len(CASES)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    assert run(device="cuda") == len(CASES)
+    assert hold(check, CASES, device="cuda") == len(CASES)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_in_the_interpreter():
-    cases = "[case for case in t.CASES if case.get('dtype') is not t.BF16]"  # of bf16 the interpreter cuts bits off
-    assert in_interpreter("test_interleaved", f"t.run({cases})") == len(CASES) - 3
+    assert hold_in_interpreter("test_interleaved") == len(CASES) - 3
 
 
 GOOD = torch.zeros(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)

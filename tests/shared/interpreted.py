@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,18 @@ def in_interpreter(module: str, expression: str) -> Any:
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def hold(check: Callable[..., None], cases: Sequence[Mapping[str, Any]], **more: Any) -> int:
+    """Runs check(**case, **more) of each; how many there were."""
+    for case in cases:
+        check(**case, **more)
+    return len(cases)
+
+
+def hold_in_interpreter(module: str) -> int:
+    """`hold` of the module's check and CASES, in Triton's interpreter: but those in bf16, of which it cuts bits off."""
+    return int(in_interpreter(module, "interpreted.hold(t.check, [case for case in t.CASES if case.get('dtype') is not t.BF16])"))
 
 
 def hurry() -> None:
