@@ -319,6 +319,7 @@ class FusedPath(Undos, Replays):
         return self.stack.derive() if work.constants is None else work.constants.replay()
 
     def _run(self, work: Workspace, x: Tensor, at: OnePass) -> None:
+        work.know_products(self.stack, at.rows, at.length)
         if self.why_not_graphs is not None or work.images == 0:
             if work.waits_at(at.scale_index):
                 self._end_decoder()  # meanwhile

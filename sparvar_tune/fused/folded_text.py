@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.path import text_softmax
+from sparvar_kernels.path.cublaslt import Form
+from sparvar_kernels.path.fastest_product import look_for
 from sparvar_tune.fused.product import Product
 
 ROOM = 32  # places of a row are a multiple of this, so that prompts of like lengths share graphs
@@ -67,30 +69,50 @@ class FoldedText:
             own = to_query.bias.view(self.heads, 1, self.head_dim).float()
             torch.sum(keys.float().mul_(own), -1, out=self.bias[layer])
 
-    def multiply_once(self, rows: int, length: int, bias: Tensor | None) -> None:
-        """Both products of `attend`, of zeros and the first layer."""
-        keys, values = self.keys[0, :rows].flatten(1, 2), self.values[0, :rows].flatten(1, 2)
+    def multiply_once(self, rows: int, length: int, bias: Tensor | None, adds: bool) -> None:
+        """Both products, of zeros and the first layer. adds: whether the second one is added to the stream."""
+        keys, values = self.keys[0, :rows].flatten(1, 2), self.of(0, bias)
         _in_fp32(keys.new_zeros(rows, length, keys.shape[2]), keys.transpose(1, 2))
-        _update(values.new_zeros(rows, length, values.shape[1]), values, bias)
+        if adds:
+            look_for(values.added(rows, length))
+        else:
+            values(keys.new_zeros(rows, length, keys.shape[1]))
 
-    def attend(self, layer: int, y: Tensor, starts: Tensor, softmax_scale: float, bias: Tensor | None) -> Tensor:
-        """[rows, L, width] from y [rows, L, C], of the first rows of the image. bias [width]: from_text's."""
+    def weights(self, layer: int, y: Tensor, starts: Tensor, softmax_scale: float) -> Tensor:
+        """[rows, L, H * T] of y [rows, L, C], of the first rows of the image: what `values` multiplies."""
         rows, length, _ = y.shape
-        keys, values = self.keys[layer, :rows].flatten(1, 2), self.values[layer, :rows].flatten(1, 2)
-        scores = _in_fp32(y, keys.transpose(1, 2)).view(rows, length, self.heads, self.room)
-        weights = text_softmax(scores, starts, softmax_scale, self.bias[layer, :rows], self.dtype).flatten(2)
-        del scores
-        return _update(weights, values, bias)
+        scores = _in_fp32(y, self.keys[layer, :rows].flatten(1, 2).transpose(1, 2)).view(rows, length, self.heads, self.room)
+        return text_softmax(scores, starts, softmax_scale, self.bias[layer, :rows], self.dtype).flatten(2)
+
+    def of(self, layer: int, bias: Tensor | None) -> Values:
+        """What a layer's weights are multiplied by. bias [width]: from_text's."""
+        return Values(self.values[layer].flatten(1, 2), bias)
 
 
-def _update(weights: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """[rows, L, width] of weights [rows, L, H * T] and values [rows, H * T, width]."""
-    if bias is None:
-        return torch.bmm(weights, values)
-    update = weights.new_empty(*weights.shape[:2], values.shape[2])
-    for row in range(len(weights)):  # one by one the bias goes into the product
-        torch.addmm(bias, weights[row], values[row], out=update[row])
-    return update
+class Values:
+    """The second product, by a text's values [rows or more, H * T, width] for each row of the batch; a bias [width] behind it."""
+
+    def __init__(self, values: Tensor, bias: Tensor | None) -> None:
+        self.values, self.bias = values, bias
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        """[rows, L, width] of weights [rows, L, H * T]."""
+        if self.bias is None:
+            return torch.bmm(weights, self.values[: len(weights)])
+        update = weights.new_empty(*weights.shape[:2], self.values.shape[2])
+        for row in range(len(weights)):  # one by one the bias goes into the product
+            torch.addmm(self.bias, weights[row], self.values[row], out=update[row])
+        return update
+
+    def added(self, rows: int, length: int) -> Form:
+        """The product as `add_linear` takes it."""
+        values = self.values
+        return Form(values.device, values.dtype, rows, length, values.shape[2], values.shape[1], turned=True, adds=True)
+
+    def by_rows(self, gate: Tensor | None, rows: int) -> Tensor:
+        """[rows, width, H * T]: the values times gate [width], without the bias."""
+        values = self.values[:rows]
+        return (values if gate is None else (values * gate).to(values.dtype)).mT
 
 
 def _in_fp32(a: Tensor, b: Tensor) -> Tensor:

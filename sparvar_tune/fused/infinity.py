@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.path import append_qkv, residual_norm, text_attention
+from sparvar_kernels.path.fastest_product import is_found, is_worth_it, look_for
 from sparvar_tune.adapters.infinity import BLOCK, linears
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import schedule_of
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.structure import is_plain
-from sparvar_tune.fused.folded_text import FoldedText, room_of
-from sparvar_tune.fused.product import Product, gelu_mlp, multiplied, why_not_owned
+from sparvar_tune.fused.folded_text import FoldedText, Values, room_of
+from sparvar_tune.fused.product import Product, gelu_mlp, gelu_up, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
+from sparvar_tune.fused.stream import AddedStream, Stream, offsets_of
 from sparvar_tune.fused.two_choices import two_choices
 
 TEXT_ROOM = 64  # text rows are kept in multiples of this, so that prompts of like lengths share graphs
@@ -47,6 +49,11 @@ class Block:
             self.q_scale = sa.scale_mul_1H11.detach().clamp_max(sa.max_scale_mul).exp().flatten().float()
         self.cosine, self.text_scale = bool(sa.cos_attn), float(ca.scale)
 
+    def biases(self) -> Tensor:
+        """[3, C] fp32: of its products whose outputs are added to the stream, in order."""
+        products = self.proj, self.from_text, self.down
+        return torch.stack([torch.zeros_like(self.ca_bias) if p.bias is None else p.bias.float() for p in products])
+
 
 class InfinityStack:
     """See the module docstring."""
@@ -62,6 +69,8 @@ class InfinityStack:
         self.blocks: list[Block] = []
         self.modulation = self.text = self.starts = self.rotation = self.given_text = self.condition = torch.empty(0)
         self.folded: FoldedText | None = None  # else `text` is attended to
+        self.offsets: Tensor | None = None  # of an `AddedStream`, where all products can add themselves to it
+        self.biases = self.text_gates = torch.empty(0)  # of those products [3 * layers, C], and the text's gates [layers, 1, C]
 
     def why_not(self) -> str | None:
         for i, block in enumerate(self.found.blocks):
@@ -103,6 +112,12 @@ class InfinityStack:
         self.given_text = torch.zeros(rows * room if folds else room, texts.shape[1], dtype=dtype, device=device)
         self.condition = torch.empty(condition.shape, device=device)
         self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self.offsets = None
+        if folds and all(p.plain for block in self.blocks for p in (block.proj, block.down)):
+            self.biases = torch.cat([block.biases() for block in self.blocks])
+            gates = [block.ca_gamma for block in self.blocks]
+            self.text_gates = torch.stack([self.biases.new_ones(width) if g is None else g for g in gates])[:, None]
+            self.offsets = torch.empty(len(self.biases) + 1, rows, width, device=device)
         table = given["rope2d_freqs_grid"][str(tuple(tuple(t) for t in given["scale_schedule"]))]
         table = table.detach().flatten(1, 3) if table.ndim == 6 else table.detach()
         self.rotation = table.reshape(2, -1, first.head_dim // 2).permute(1, 2, 0).float().contiguous().to(device)
@@ -113,6 +128,7 @@ class InfinityStack:
 
     def builds(self, lengths: Sequence[int], by_parts: bool = False) -> Sequence[Any]:
         from sparvar_kernels.path.triton.append import TURNS, append_build
+        from sparvar_kernels.path.triton.gated_weight import gated_weight_build
         from sparvar_kernels.path.triton.residual_norm import residual_norm_build
         from sparvar_kernels.path.triton.text_attention import text_attention_build
         from sparvar_kernels.path.triton.text_softmax import text_softmax_build
@@ -135,16 +151,24 @@ class InfinityStack:
             ("none", gated),
         ):  # fmt: skip
             made.append(residual_norm_build(fp32, dtype if norm == "layer" else fp32, width, norm, True, operands))
+        if any(self._adds_products(self.modulation.shape[2], n) for n in lengths):
+            made.append(gated_weight_build(dtype))
+            for operands in (modulated, affine):
+                made.append(residual_norm_build(fp32, dtype, width, "layer", True, operands | {"offset": fp32}))
         return [*made, residual_norm_build(fp32, fp32, width, "layer", True, modulated)]  # before the head
 
     def multiply_once(self, rows: int, length: int) -> None:
         block = self.blocks[0]
         text = () if self.folded else (block.to_query, block.from_text)
-        for product in (block.qkv, block.proj, *text, block.down):
+        adds = self._adds_products(rows, length)
+        for product in (block.qkv, *text, *(() if adds else (block.proj, block.down))):
             product.once(rows, length)
         block.up.once(rows, length, gelu=True)
+        if adds:
+            for product in (block.proj, block.down):
+                look_for(product.added(rows, length))
         if self.folded is not None:
-            self.folded.multiply_once(rows, length, block.from_text.bias)
+            self.folded.multiply_once(rows, length, block.from_text.bias, adds)
 
     def begin(self, given: Mapping[str, Any]) -> None:
         compact, ends, _ = given["ca_kv"]
@@ -165,26 +189,41 @@ class InfinityStack:
                 self.text[i].copy_(kv.view(self.text.shape[1:]))
             else:
                 self.folded.fold(i, kv, own.to_query, own.from_text)
+        if self.offsets is not None:
+            gamma1, gamma2 = self.modulation[:, 0], self.modulation[:, 1]
+            gates = torch.stack((gamma1, self.text_gates.expand_as(gamma1), gamma2), 1)
+            offsets_of(self.biases, gates.flatten(0, 1), self.offsets)
 
     def run(self, x: Tensor, at: Pass) -> None:
-        update: Tensor | None = None
-        gate: Tensor | None = None
+        stream = self._stream(x, at)
         for i, block in enumerate(self.blocks):
             gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation[i, :, : x.shape[0]].unbind(0)
-            dtype = block.qkv.dtype
             if at.by_parts(i):
-                residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
+                stream.end()
                 self._add_parts(i, x, at)
-                update = gate = None
                 continue
-            y = residual_norm(x, update, gate, norm="layer", scale=scale1, shift=shift1, eps=block.eps, out_dtype=dtype)
-            update = self._attend(i, y, at)
-            norm = {"weight": block.ca_weight, "bias": block.ca_bias, "eps": block.ca_eps}
-            y = residual_norm(x, update, gamma1, norm="layer", out_dtype=dtype, **norm)
-            update = self._attend_text(i, y)
-            y = residual_norm(x, update, block.ca_gamma, norm="layer", scale=scale2, shift=shift2, eps=block.eps, out_dtype=dtype)
-            update, gate = gelu_mlp(block.up, block.down, y, at.scaled(i)), gamma2
-        residual_norm(x, update, gate, norm="none", eps=0.0, out_dtype=x.dtype)
+            norm: dict[str, Any] = {"norm": "layer", "out_dtype": block.qkv.dtype}
+            y = stream.norm(scale=scale1, shift=shift1, eps=block.eps, **norm)
+            stream.add(block.proj, self._attend(i, y, at), gamma1, at.scaled(i))
+            y = stream.norm(weight=block.ca_weight, bias=block.ca_bias, eps=block.ca_eps, **norm)
+            stream.add(*self._attend_text(i, y), block.ca_gamma)
+            y = stream.norm(scale=scale2, shift=shift2, eps=block.eps, **norm)
+            stream.add(block.down, gelu_up(block.up, y, at.scaled(i)), gamma2, at.scaled(i))
+        stream.end()
+
+    def _adds_products(self, rows: int, length: int) -> bool:
+        """Whether products of so many tokens add themselves to the stream, where the library was seen to."""
+        block = self.blocks[0]
+        return self.offsets is not None and all(is_worth_it(p.added(rows, length)) for p in (block.proj, block.down))
+
+    def _stream(self, x: Tensor, at: Pass) -> Stream | AddedStream:
+        block, (rows, length) = self.blocks[0], x.shape[:2]
+        if self.offsets is None or self.folded is None or not self._adds_products(rows, length):
+            return Stream(x)
+        if any(at.by_parts(i) or at.scaled(i) for i in range(len(self.blocks))):
+            return Stream(x)
+        products = block.proj, self.folded.of(0, None), block.down
+        return AddedStream(x, self.offsets) if all(is_found(p.added(rows, length)) for p in products) else Stream(x)
 
     def _add_parts(self, i: int, x: Tensor, at: Pass) -> None:
         block = self.blocks[i]
@@ -195,10 +234,11 @@ class InfinityStack:
 
         def attend(rows: Tensor, places: Tensor | None) -> Tensor:
             y = norm(rows, scale=scale1, shift=shift1, eps=block.eps)
-            return self._attend(i, y, at, places) * gamma1[:, None]
+            return multiplied(block.proj, self._attend(i, y, at, places), at.scaled(i)) * gamma1[:, None]
 
         def read(rows: Tensor, _: Tensor | None) -> Tensor:
-            update = self._attend_text(i, norm(rows, weight=block.ca_weight, bias=block.ca_bias, eps=block.ca_eps)).float()
+            product, seen = self._attend_text(i, norm(rows, weight=block.ca_weight, bias=block.ca_bias, eps=block.ca_eps))
+            update = product(seen).float()
             return update if block.ca_gamma is None else update * block.ca_gamma
 
         def think(rows: Tensor, _: Tensor | None) -> Tensor:
@@ -220,15 +260,17 @@ class InfinityStack:
         del qkv
         out = at.attend(i, q)
         at.cut(i, lambda window: block.qkv.raw_queries(y.index_select(1, window), self.found.heads, self.found.head_dim))
-        return multiplied(block.proj, out, at.scaled(i))
+        return out
 
-    def _attend_text(self, i: int, y: Tensor) -> Tensor:
+    def _attend_text(self, i: int, y: Tensor) -> tuple[Product | Values, Tensor]:
+        """What the text's part multiplies last, and of what."""
         block, (rows, length, width) = self.blocks[i], y.shape
         if self.folded is not None:
-            return self.folded.attend(i, y, self.starts[: rows + 1], block.text_scale, block.from_text.bias)
+            weights = self.folded.weights(i, y, self.starts[: rows + 1], block.text_scale)
+            return self.folded.of(i, block.from_text.bias), weights
         query = block.to_query(y).view(rows, length, *self.text.shape[3:])
         seen = text_attention(query, self.text[i], self.starts[: rows + 1], block.text_scale, out=query)
-        return block.from_text(seen.view(rows, length, width))
+        return block.from_text, seen.view(rows, length, width)
 
     def around(self, drawing: Callable[[], bool], graphs: bool) -> Undos:
         """The level embedding makes an index on the host, copies it to the device and looks it up; here a row is added, the same

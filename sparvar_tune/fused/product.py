@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparvar_kernels.path import ScaledRows, scaled_rows
+from sparvar_kernels.path import ScaledRows, gated_weight, linear, scaled_rows
+from sparvar_kernels.path.cublaslt import Form
+from sparvar_kernels.path.fastest_product import look_for
+from sparvar_kernels.path.linear import linear_form
 from sparvar_kernels.path.scaled_product import SIDE, Then
 from sparvar_tune.adapters.instance_forward import OLD, why_not_replace
 from sparvar_tune.adapters.structure import is_plain
@@ -41,17 +44,19 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is not None:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         out = self._called(x)
         return out if self.bias is None else out + self.bias
 
     def once(self, rows: int, length: int, gelu: bool = False) -> None:
         """Multiplies zeros [rows, length, K], by `gelu` or not: then the library has loaded what it takes for as many rows.
+        For many rows its fastest algorithm is looked for.
 
         A module that is not plain is not called: what hangs on it might count calls.
         """
         if self.weight is not None:
             x = self.weight.new_zeros(rows, length, self.weight.shape[1])
+            look_for(linear_form(x, self.weight, self.bias, gelu))
             self.gelu(x) if gelu else self(x)
 
     def bare(self, x: Tensor, outputs: int) -> Tensor:
@@ -79,20 +84,37 @@ class Product:
 
     def gelu(self, x: Tensor) -> Tensor:
         """The tanh form of GELU of the product; on a GPU within the product."""
-        if self.weight is None or self.bias is None or not x.is_cuda:
+        if self.weight is None:
             return F.gelu(self(x), approximate="tanh")
-        rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
-        return rows.view(*x.shape[:-1], -1)
+        return linear(x, self.weight, self.bias, gelu=True)
+
+    def added(self, rows: int, length: int) -> Form:
+        """The product as `add_linear` takes it, by a weight for each of so many rows of a batch."""
+        assert self.weight is not None
+        outputs, inputs = self.weight.shape
+        return Form(self.weight.device, self.dtype, rows, length, outputs, inputs, adds=True)
+
+    def by_rows(self, gate: Tensor | None, rows: int) -> Tensor:
+        """[rows, N, K]: the weight of a plain module times gate [rows, N], for each row of a batch."""
+        assert self.weight is not None
+        return self.weight.expand(rows, -1, -1) if gate is None else gated_weight(self.weight, gate)
 
 
-def multiplied(product: Product, x: Tensor, fmt: str | None) -> Tensor:
-    """The product of x [..., K], of rows scaled to an 8-bit format or, None, of x as it is."""
-    return product(x) if fmt is None else product.scaled(x, fmt)
+def multiplied(product: Any, x: Tensor | ScaledRows, fmt: str | None) -> Tensor:
+    """The product of x [..., K], of rows scaled to an 8-bit format or, None, of x as it is. product: a `Product` or, without a
+    format, another function of x."""
+    out: Tensor = product(x) if fmt is None else product.scaled(x, fmt)
+    return out
+
+
+def gelu_up(up: Product, x: Tensor, fmt: str | None) -> Tensor | ScaledRows:
+    """An MLP's first product and the tanh form of GELU, as its second one is `multiplied` of it."""
+    return up.gelu(x) if fmt is None else scaled_rows(up.scaled(x, fmt), "gelu", fmt=fmt)
 
 
 def gelu_mlp(up: Product, down: Product, x: Tensor, fmt: str | None) -> Tensor:
     """An MLP with the tanh form of GELU, its products like `multiplied`."""
-    return down(up.gelu(x)) if fmt is None else down.scaled(scaled_rows(up.scaled(x, fmt), "gelu", fmt=fmt), fmt)
+    return multiplied(down, gelu_up(up, x, fmt), fmt)
 
 
 def exact_gelu_mlp(up: Product, down: Product, x: Tensor, fmt: str | None) -> Tensor:

@@ -19,6 +19,7 @@ from sparvar_kernels.attention import SparseAttention
 from sparvar_kernels.backends.dense import dense_attention, dense_with_lse, plans_shapes
 from sparvar_kernels.geometry.problem import DTYPES, AttentionProblem
 from sparvar_kernels.geometry.scales import ScaleSchedule
+from sparvar_kernels.path.fastest_product import is_many
 from sparvar_kernels.policy import LayerPlan, Policy
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.compile_ahead import Ahead
@@ -168,6 +169,7 @@ class Workspace:
         self.why_not_graphs: str | None = None
         self.images = 0  # drawn to the end
         self._beside: list[threading.Thread] = []
+        self._known: set[tuple[int, int]] = set()  # rows and tokens of passes whose products are known
         self.sparse = [path.new_attention(schedule) for _ in range(2 if path.splits(schedule) else 1)]
         self._of_attention: dict[int, Ahead] = {}  # its binaries by the first scale that needs them, until they are waited for
         form = found.heads, found.head_dim, NAMES[dtype], found.softmax_scale, found.logit_bound
@@ -199,6 +201,19 @@ class Workspace:
     def begin(self, work: Callable[[], object]) -> None:
         """Begins with what is done so that libraries load their kernels, beside what the caller does, and before any capture."""
         self._beside.append(beside(work, self.x.device))
+
+    def know_products(self, stack: _Builds, rows: int, length: int) -> None:
+        """Returns when the fastest algorithms of a pass of many tokens are known, so that a first picture has the bits of later
+        ones. A dropped half has other algorithms, and nobody announces it."""
+        if not self.x.is_cuda or not is_many(rows * length) or (rows, length) in self._known:
+            return
+        self._end_beside()
+        stack.multiply_once(rows, length)
+        self._known.add((rows, length))
+
+    def _end_beside(self) -> None:
+        while self._beside:
+            self._beside.pop().join()
 
     def attention(self, scale_index: int) -> list[SparseAttention]:
         """What attends at a scale where a layer is not dense, ready to: one object, or one for each half of the rows. Raises what
@@ -234,8 +249,7 @@ class Workspace:
 
     def capture(self, what: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
         """A graph of what is launched, in the memory that all of them share; from one that cannot be on, none is replayed."""
-        while self._beside:  # while one captures, nobody else may use the device
-            self._beside.pop().join()
+        self._end_beside()  # while one captures, nobody else may use the device
         graph = captured(what, device, self.pool)
         if not isinstance(graph, str):
             return graph

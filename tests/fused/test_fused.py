@@ -11,6 +11,7 @@ import torch
 from fused_checks import BOUND, assert_called, compiled, errors, fold_all, on
 from torch import nn
 
+from sparvar_kernels.path import fastest_product
 from sparvar_tune import adapters, fused
 from sparvar_tune.fused import folded_text
 from sparvar_tune.fused.product import Product
@@ -262,12 +263,16 @@ def test_auto_is_the_attention_path_on_a_cpu_and_names_are_checked():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["dense", "windows", "reuse", "folded"])
+@pytest.mark.parametrize("name", ["dense", "windows", "reuse", "folded", "added"])
 def test_gpu_graphs_are_the_eager_path_bit_for_bit(name, monkeypatch):
     """Captured in the second image and replayed, other prompts, guidance and a dropped half between; no binary comes late."""
-    if name == "folded":
+    added = name == "added"
+    if name in ("folded", "added"):
         fold_all(monkeypatch)
         name = "dense"
+    if added:  # the first pictures' passes, too
+        monkeypatch.setattr(fastest_product, "LEAST_ROWS", 1)
+        monkeypatch.setattr(fastest_product, "_FOUND", {})
     ahead, late = compiled(monkeypatch)
     kinds, found = [{}, {}, {"batch": 2}, {"batch": 2}, {"batch": 2}, {}, {}, {"batch": 2, "cfg": 1.0}], []
     with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
@@ -283,6 +288,9 @@ def test_gpu_graphs_are_the_eager_path_bit_for_bit(name, monkeypatch):
                     assert path.why_not_fused is None and len(work.graphs) == (scales if graphs and work.images > 1 else 0)
                 with adapters.drop_unconditional(driven.model, scales - 2):
                     found += [checks.draw(driven) for _ in range(3)]
+                if added:
+                    forms = [form for form, one in fastest_product._FOUND.items() if one is not None and form.adds]
+                    assert {form.batch for form in forms} == {1, 2, 4}
     half = len(found) // 2
     assert all(checks.same(a, b) for a, b in zip(found[:half], found[half:], strict=True))
     assert ahead and not late, late

@@ -104,18 +104,19 @@ def run_appends(cases=APPENDS) -> int:  # type: ignore[no-untyped-def]
     return len(cases)
 
 
-def wanted_norm(x, update, gate, norm, scale, shift, weight, bias, eps, add_one):  # type: ignore[no-untyped-def]
+def wanted_norm(x, update, gate, norm, scale, shift, weight, bias, offset, eps, add_one):  # type: ignore[no-untyped-def]
     """(the stream, its norm), fp64, a row at a time; the stream is rounded to its dtype before the norm."""
     stream, out = x.double().clone(), torch.empty(x.shape, dtype=torch.float64)
     for b in range(x.shape[0]):
-        at = [t if t is None or t.ndim == 1 else t[b] for t in (gate, scale, shift)]
-        g, s, h = (None if t is None else t.double() for t in at)
+        at = [t if t is None or t.ndim == 1 else t[b] for t in (gate, scale, shift, offset)]
+        g, s, h, o = (None if t is None else t.double() for t in at)
         for i in range(x.shape[1]):
             row = stream[b, i]
             if update is not None:
                 row = row + update[b, i].double() * (1 if g is None else g)
                 stream[b, i] = row
                 row = row.to(x.dtype).double()
+            row = row if o is None else row + o
             if norm == "layer":
                 row = row - row.mean()
             row = row / torch.sqrt((row * row).sum() / len(row) + eps)
@@ -136,7 +137,7 @@ def check_norm(
     wide = torch.full((batch, length, channels + gap), math.nan, dtype=dtype, device=device)
     wide[..., :channels] = torch.randn(batch, length, channels, generator=g).to(dtype)
     operands: dict[str, Tensor] = {"update": wide[..., :channels]}
-    for name in ("gate", "scale", "shift", "weight", "bias"):
+    for name in ("gate", "scale", "shift", "weight", "bias", "offset"):
         shape = (channels,) if flat or name in ("weight", "bias") else (batch, channels)
         pair = torch.randn(*shape[:-1], 2, shape[-1], generator=g).to(vectors).to(device)
         operands[name] = pair.select(-2, 1)  # a view, as the parts of an adaLN's output are
@@ -144,7 +145,7 @@ def check_norm(
     before = x.cpu().clone()
     y = residual_norm(x, norm=norm, eps=eps, out_dtype=out_dtype, add_one=add_one, **operands)
     cpu = {name: operands[name].cpu() if name in operands else None for name in
-           ("update", "gate", "scale", "shift", "weight", "bias")}  # fmt: skip
+           ("update", "gate", "scale", "shift", "weight", "bias", "offset")}  # fmt: skip
     stream, want = wanted_norm(before, **cpu, norm=norm, eps=eps, add_one=add_one)
     what = f"{x_dtype} {out_dtype} {channels} {norm} {given}"
     if "update" in given:
@@ -170,6 +171,8 @@ NORMS = (
     {"given": ("scale", "shift"), "channels": 100}, {"given": ("scale",), "add_one": False, "channels": 1},
     {"given": ("update",), "norm": "none", "x_dtype": DTYPES[2]}, {"given": ("update", "gate"), "norm": "none", "length": 1},
     {"given": ("update", "weight", "bias"), "flat": True}, {"gap": 16, "flat": True, "add_one": False}, {"gap": 3, "batch": 1},
+    {"given": ("offset", "scale", "shift")}, {"given": ("offset", "weight", "bias"), "flat": True, "channels": 65},
+    {"given": ("offset", "update", "gate"), "x_dtype": DTYPES[2], "norm": "rms"},
     {"given": (), "channels": 129, "length": 3}, {"given": ("shift",), "norm": "rms", "channels": 640, "eps": 0.5},
 )  # fmt: skip
 
@@ -287,7 +290,8 @@ def test_append_refuses_in_one_line(changes, reason):
     ({"update": torch.zeros(2, 4, 16)}, "update"), ({"update": torch.zeros(2, 3, 32)[..., ::2]}, "last axis contiguous"),
     ({"update": None, "gate": torch.zeros(16)}, "without an update"), ({"gate": torch.zeros(2, 1, 16)}, "gate"),
     ({"scale": torch.zeros(3, 16)}, "scale"), ({"weight": torch.zeros(2, 16)}, "weight"), ({"norm": "batch"}, "norm"),
-    ({"norm": "none", "bias": torch.zeros(16)}, "only adds"), ({"out_dtype": torch.int8}, "out_dtype"),
+    ({"norm": "none", "bias": torch.zeros(16)}, "only adds"), ({"offset": torch.zeros(3, 16)}, "offset"),
+    ({"norm": "none", "offset": torch.zeros(16)}, "only adds"), ({"out_dtype": torch.int8}, "out_dtype"),
     ({"update": torch.zeros(2, 3, 16, device="meta")}, "update"), ({"shift": torch.zeros(16, requires_grad=True)}, "no backward"),
 ])  # fmt: skip
 def test_residual_norm_refuses_in_one_line(changes, reason):
@@ -330,6 +334,8 @@ def real_builds() -> list[Any]:
         else:
             operands = {"update": half, **dict.fromkeys(("gate", "scale", "shift"), fp32)}
             builds.append(residual_norm_build(fp32, half, channels, "layer", True, operands))
+            moved = dict.fromkeys(("scale", "shift", "offset"), fp32)
+            builds.append(residual_norm_build(fp32, half, channels, "layer", True, moved))
     return [*builds, gated_silu_build(fp16)]
 
 

@@ -17,7 +17,7 @@ MOST_CHANNELS = 1 << 14
 def residual_norm(
     x: Tensor, update: Tensor | None = None, gate: Tensor | None = None, *, norm: Norm = "layer", scale: Tensor | None = None,
     shift: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, eps: float,
-    out_dtype: torch.dtype, add_one: bool = True,
+    out_dtype: torch.dtype, add_one: bool = True, offset: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x += gate * update, in place; then norm(x), affine, modulated: [B, L, C] of `out_dtype` in new memory.
 
@@ -30,12 +30,15 @@ def residual_norm(
     weight, bias  [C]: y * weight + bias, the affine part of a norm that has one.
     scale, shift  [C] or [B, C], C contiguous: then y * (1 + scale) + shift, as adaLN does; y * scale + shift if not add_one.
 
+    offset    [C] or [B, C], C contiguous: x + offset is normalised in the place of x, which keeps its numbers.
+
     Statistics and all arithmetic are fp32; the output is rounded once. On a GPU this is one kernel on the device of x
     that never waits, so it can be captured in a CUDA graph.
     Raises ValueError, in one line, for anything else than the above.
     """
     device = x.device
     tensors = {"x": x, "update": update, "gate": gate, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    tensors["offset"] = offset
     check_plain(tensors, device)
     forms = tuple(form(t) for t in tensors.values())
     reason = why_not_residual_norm(*forms, norm, out_dtype)
@@ -45,7 +48,7 @@ def residual_norm(
     if x.numel() == 0 or (norm == "none" and update is None):
         return out
     if not by_triton(device):
-        return _residual_norm(x, update, gate, norm, scale, shift, weight, bias, eps, out, add_one)
+        return _residual_norm(x, update, gate, norm, scale, shift, weight, bias, offset, eps, out, add_one)
     from sparvar_kernels.backends.triton.binary import pointer
     from sparvar_kernels.path.triton.residual_norm import residual_norm_launch
 
@@ -58,8 +61,9 @@ def residual_norm(
 
 @lru_cache(maxsize=4096)
 def why_not_residual_norm(
-    x: Form, update: Form, gate: Form, weight: Form, bias: Form, scale: Form, shift: Form, norm: str, out_dtype: torch.dtype
-) -> str | None:
+    x: Form, update: Form, gate: Form, weight: Form, bias: Form, scale: Form, shift: Form, offset: Form, norm: str,
+    out_dtype: torch.dtype,
+) -> str | None:  # fmt: skip
     """Why tensors of these forms cannot be added and normalised, or None."""
     assert x is not None
     if len(x[0]) != 3 or not 1 <= x[0][2] <= MOST_CHANNELS:
@@ -73,6 +77,7 @@ def why_not_residual_norm(
     wants = (
         ("x", x, [(batch, length, channels)]), ("update", update, [(batch, length, channels)]), ("gate", gate, vectors),
         ("weight", weight, vectors[:1]), ("bias", bias, vectors[:1]), ("scale", scale, vectors), ("shift", shift, vectors),
+        ("offset", offset, vectors),
     )  # fmt: skip
     for name, t, shapes in wants:
         reason = why_not_like(name, t, FLOATS, *shapes)
@@ -91,7 +96,7 @@ def why_not_residual_norm(
 
 def _residual_norm(
     x: Tensor, update: Tensor | None, gate: Tensor | None, norm: str, scale: Tensor | None, shift: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor, add_one: bool,
+    weight: Tensor | None, bias: Tensor | None, offset: Tensor | None, eps: float, out: Tensor, add_one: bool,
 ) -> Tensor:  # fmt: skip
     """The same on a CPU."""
     if update is not None:
@@ -101,7 +106,7 @@ def _residual_norm(
         x.copy_(x.float() + added)
     if norm == "none":
         return x
-    y = x.float()
+    y = x.float() if offset is None else x.float() + _rows(offset)
     if norm == "layer":
         y = y - y.mean(-1, keepdim=True)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)

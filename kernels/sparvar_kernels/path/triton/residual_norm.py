@@ -14,7 +14,7 @@ from sparvar_kernels.path.door import Form
 from sparvar_kernels.path.triton.launch import PathBuild
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
-OPERANDS = ("update", "gate", "weight", "bias", "scale", "shift")
+OPERANDS = ("update", "gate", "weight", "bias", "scale", "shift", "offset")
 EACH_THREAD = 16  # numbers of a row a thread holds
 MOST_CHANNELS = 1 << 14
 
@@ -31,10 +31,11 @@ def _operand(ptr, at, mask, GIVEN: tl.constexpr, other: tl.constexpr):  # type: 
 
 @triton.jit
 def residual_norm_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, update_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr,
-    stride_xb, stride_xl, stride_ub, stride_ul, stride_gb, stride_ab, stride_sb, length, eps,
+    x_ptr, update_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, offset_ptr, out_ptr,
+    stride_xb, stride_xl, stride_ub, stride_ul, stride_gb, stride_ab, stride_sb, stride_ob, length, eps,
     NORM: tl.constexpr, UPDATE: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    SCALE: tl.constexpr, SHIFT: tl.constexpr, ADD_ONE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, ADD_ONE: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (token, row of the batch): its channels stay in registers from the sum to the norm."""
     i_l, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -51,6 +52,8 @@ def residual_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(x_at, stored, mask=mask)
         x = stored.to(tl.float32)  # the norm sees what the stream now holds
     if NORM > 0:
+        if OFFSET:
+            x += _operand(offset_ptr, i_b * stride_ob + offs, mask, OFFSET, 0.0)
         if NORM == 1:
             x = tl.where(mask, x - tl.sum(x, 0) / CHANNELS, 0.0)
         y = x * tl.rsqrt(tl.sum(x * x, 0) / CHANNELS + eps)
@@ -91,16 +94,16 @@ def residual_norm_build(
 
 @lru_cache(maxsize=4096)
 def residual_norm_launch(
-    x: Form, update: Form, gate: Form, weight: Form, bias: Form, scale: Form, shift: Form, out: torch.dtype, norm: str,
-    add_one: bool, device: torch.device,
+    x: Form, update: Form, gate: Form, weight: Form, bias: Form, scale: Form, shift: Form, offset: Form,
+    out: torch.dtype, norm: str, add_one: bool, device: torch.device,
 ) -> tuple[Launcher, tuple[int, int, int], tuple[int, ...]]:  # fmt: skip
     """The binary for tensors of this form, how many programs it is, and its arguments behind the pointers."""
     assert x is not None
     batch, length, channels = x[0]
-    forms = dict(zip(OPERANDS, (update, gate, weight, bias, scale, shift), strict=True))
+    forms = dict(zip(OPERANDS, (update, gate, weight, bias, scale, shift, offset), strict=True))
     given = {name: t for name, t in forms.items() if t is not None}
     rows = [update[1][:2] if update else (0, 0)]
-    steps = [t[1][0] if t is not None and len(t[0]) == 2 and batch > 1 else 0 for t in (gate, scale, shift)]
+    steps = [t[1][0] if t is not None and len(t[0]) == 2 and batch > 1 else 0 for t in (gate, scale, shift, offset)]
     strides = (*x[1][:2], *rows[0], *steps)
     aligned = gcd(*strides, channels) % ALIGNMENT == 0 and not any(t[3] for t in (x, *given.values()))
     build = residual_norm_build(x[2], out, channels, norm, add_one, {name: t[2] for name, t in given.items()}, aligned)

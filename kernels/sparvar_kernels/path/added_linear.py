@@ -1,0 +1,31 @@
+"""A product added to a stream that is kept in fp32, in one call of the library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparvar_kernels.path.cublaslt import Form
+from sparvar_kernels.path.fastest_product import fastest
+
+
+def add_linear(stream: Tensor, x: Tensor, weight: Tensor) -> None:
+    """stream [B, L, N] fp32 += x [B, L, K] @ weight [B, N, K]^T, each row of the batch by a weight of its own.
+
+    x and weight have one dtype; the sum is fp32, nothing is rounded on the way. On a GPU the product itself reads and writes the
+    stream, at the speed of one that only writes half the bytes. Raises what torch does.
+    """
+    form = added_form(x, weight)
+    run = fastest(form, x, weight.mT if form.turned else weight, None, stream)
+    if run is not None:
+        run(x, weight, None, stream)
+    elif x.is_cuda and x.dtype != torch.float32:
+        torch.baddbmm(stream, x, weight.mT, out_dtype=torch.float32, out=stream)
+    else:
+        stream.baddbmm_(x.float(), weight.mT.float())
+
+
+def added_form(x: Tensor, weight: Tensor) -> Form:
+    """What `look_for` looks for, and `add_linear` then calls. weight: [B, N, K], or such a view of [B, K, N]."""
+    batch, outputs, inputs = weight.shape
+    return Form(x.device, x.dtype, batch, x.shape[1], outputs, inputs, turned=not weight.is_contiguous(), adds=True)

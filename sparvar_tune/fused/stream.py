@@ -1,0 +1,70 @@
+"""The residual stream between two norms, kept in one of two ways.
+
+A part's product y = gate * (h W^T + b) is added to the stream x, and the next part reads a norm of it. `Stream` leaves y in
+memory and adds it in the pass of the norm, which reads x and y and writes x and the norm: 12 bytes a number, and the product
+writes 2.
+
+`AddedStream` lets the product add itself, h (gate W)^T, to an x that is kept without biases: their sum so far, a number for each
+channel, is added where x is normalised. The product then reads and writes 4 bytes, in the shadow of its multiplications, and
+the norm reads 4 and writes 2. It costs a weight times its gate, at each scale again, as all of them would be 10 GB of an 8B
+model; so it is for many tokens. The gated weight is rounded where y was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparvar_kernels.path import ScaledRows, add_linear, residual_norm
+from sparvar_tune.fused.folded_text import Values
+from sparvar_tune.fused.product import Product, multiplied
+
+
+class Stream:
+    """x [B, L, C], changed in place; complete after `end`."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._update: Tensor | None = None
+        self._gate: Tensor | None = None
+
+    def norm(self, **operands: Any) -> Tensor:
+        """`residual_norm` of the stream so far, by its keyword arguments."""
+        y = residual_norm(self.x, self._update, self._gate, **operands)
+        self._update = self._gate = None
+        return y
+
+    def add(self, product: Product | Values, h: Tensor | ScaledRows, gate: Tensor | None = None, fmt: str | None = None) -> None:
+        """x += gate * product(h), h [B, L, K]; gate [C] or [B, C]. fmt: the 8-bit format of h's rows, of a `Product`; or None."""
+        self._update = multiplied(product, h, fmt)
+        self._gate = gate
+
+    def end(self) -> None:
+        """Adds what is left to add."""
+        self.norm(norm="none", eps=0.0, out_dtype=self.x.dtype)
+
+
+class AddedStream:
+    """The same by products that add themselves. offsets [n + 1, B, C] fp32: the sum of gated biases after k of n products."""
+
+    def __init__(self, x: Tensor, offsets: Tensor) -> None:
+        self.x, self._offsets, self._added = x, offsets[:, : len(x)], 0
+
+    def norm(self, **operands: Any) -> Tensor:
+        return residual_norm(self.x, offset=self._offsets[self._added], **operands)
+
+    def add(self, product: Product | Values, h: Tensor | ScaledRows, gate: Tensor | None = None, fmt: str | None = None) -> None:
+        assert isinstance(h, Tensor) and fmt is None, "a pass with 8-bit products keeps the other stream"
+        add_linear(self.x, h, product.by_rows(gate, len(self.x)))
+        self._added += 1
+
+    def end(self) -> None:
+        self.x += self._offsets[self._added][:, None]
+
+
+def offsets_of(biases: Tensor, gates: Tensor, out: Tensor) -> None:
+    """Writes an `AddedStream`'s offsets, out [n + 1, B, C], of biases [n, C] and gates [n, B, C], both fp32."""
+    out[0].zero_()
+    torch.cumsum(biases[:, None] * gates, 0, out=out[1:])

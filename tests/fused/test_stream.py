@@ -1,0 +1,101 @@
+"""Products that add themselves to the stream, on a look-alike: the untouched model is the oracle."""
+
+from __future__ import annotations
+
+import adapter_checks as checks
+import block_lookalikes
+import pytest
+import torch
+from fused_checks import BOUND, errors, fold_all, on
+
+from sparvar_kernels.policy import Policy
+from sparvar_tune import adapters
+from sparvar_tune.fused import infinity, stream
+from sparvar_tune.generation import Precision
+
+
+@pytest.fixture
+def added(monkeypatch) -> list:
+    """Every product is as if the library had been looked at; the passes whose products added themselves, by their shape."""
+    passes = []
+
+    class Seen(stream.AddedStream):
+        def __init__(self, x, offsets) -> None:
+            passes.append(tuple(x.shape[:2]))
+            super().__init__(x, offsets)
+
+    fold_all(monkeypatch)
+    monkeypatch.setattr(infinity, "AddedStream", Seen)
+    for name in ("is_worth_it", "is_found"):
+        monkeypatch.setattr(infinity, name, lambda form: form.adds)
+    return passes
+
+
+def biased(driven):
+    """With biases that nobody can leave out; of two blocks the text has no factor of its own, as in the published models."""
+    g = torch.Generator().manual_seed(5)
+    for i, block in enumerate(driven.blocks):
+        for module in (block.sa.proj, block.ca.proj, block.ffn.fc2):
+            module.bias.add_(torch.randn(module.bias.shape, generator=g).to(module.bias))
+        if i:
+            del block.ca_gamma
+            block.ca_gamma = 1
+    return driven
+
+
+def poison(path) -> None:
+    for t in (path.fused.work.x, path.fused.work.cached, path.fused.stack.modulation, path.fused.stack.offsets):
+        t.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("given", [{}, {"batch": 2}, {"batch": 2, "aspect": 1.5}, {"cfg": 1.0}], ids=str)
+def test_they_equal_the_untouched_model(given, added):
+    driven = biased(block_lookalikes.Infinity())
+    plain = checks.draw(driven, **given)
+    with on(driven) as path:
+        checks.draw(driven, **given)
+        poison(path)
+        added.clear()
+        ours = checks.draw(driven, **given)
+    assert len(added) == len(driven.grids(**{k: v for k, v in given.items() if k == "aspect"}))
+    assert max(errors(ours, plain)) < BOUND["fp32"]
+    assert checks.same(checks.draw(driven, **given), plain)
+
+
+def test_they_round_no_more_than_the_model(added):
+    exact, driven = checks.draw(biased(block_lookalikes.Infinity())), biased(block_lookalikes.Infinity("bf16"))
+    own = checks.draw(driven)
+    with on(driven):
+        ours = checks.draw(driven)
+    assert added and errors(ours, exact)[0] < 1.5 * errors(own, exact)[0] + 1e-3 and errors(ours, own)[0] < BOUND["bf16"]
+
+
+def test_a_dropped_half_has_its_own_offsets(added):
+    driven = biased(block_lookalikes.Infinity())
+    scales = len(driven.grids())
+    want = checks.draw(driven, batch=2, cfg=[3.0] * (scales - 2) + [1.0, 1.0])
+    with on(driven), adapters.drop_unconditional(driven.model, scales - 2):
+        ours = checks.draw(driven, batch=2)
+    assert {rows for rows, _ in added[:scales]} == {4, 2} and max(errors(ours, want)) < BOUND["fp32"]
+
+
+@pytest.mark.parametrize("where", ["sa.proj", "ffn.fc2", "ca.proj"])
+def test_not_where_a_module_is_no_plain_linear(where, added):
+    driven = biased(block_lookalikes.Infinity())
+    owner, _, name = where.rpartition(".")
+    driven.blocks[1].get_submodule(owner).get_submodule(name).register_forward_hook(lambda module, args, out: out + 1)
+    plain = checks.draw(driven)
+    with on(driven):
+        ours = checks.draw(driven)
+    assert not added and max(errors(ours, plain)) < BOUND["fp32"]
+
+
+def test_not_where_a_product_has_8_bits(added):
+    driven = biased(block_lookalikes.Infinity())
+    scales = len(driven.grids())
+    step = Precision(scales - 2, ((1, 1),), "e4m3")
+    attend, schedule = checks.attention_of(driven, Policy(("AB",) * len(driven.blocks), steps=(step,)))
+    with on(driven, attend) as path:
+        checks.draw(driven)
+        assert path.why_not_fused is None
+    assert [length for _, length in added] == [schedule.num_queries(s) for s in range(scales - 2)]
