@@ -131,6 +131,7 @@ class _Alone:
                 self.stack.derive()
             stream = self.work.stream(x)
             stream.copy_(x)
+            self.work.know_products(self.stack, *x.shape[:2])
             self.stack.run(stream, OnePass(self.work, self.start, stream))
             self.start += x.shape[1]
         return stream.clone()
