@@ -209,3 +209,18 @@ def test_products_are_added_on_a_gpu(found, dtype, turned):
     plain = check_added(dtype, turned, **sizes, device="cuda:0")
     fastest_product.look_for(form)
     assert found[form] is not None and plain < 4 and check_added(dtype, turned, **sizes, device="cuda:0") < 4
+
+
+def test_the_page_of_products():
+    from lab.products import render
+
+    ms = {"torch": [2.0, 2.2, 2.1], "added": [1.0, 1.1, 1.05]}
+    raw = {
+        "gpu": "G",
+        "torch": "2",
+        "cuda": "13.0",
+        "date": "2026-11-29",
+        "rows": [{"model": "m", "rows": 12800, "part": "down", "ms": ms}],
+    }
+    line = render(raw).splitlines()[-1]
+    assert line.startswith("| m | 12,800 | down | 2.100 (2.040..2.160) | - | 1.050 (") and "| 2.00 (2.00..2.00) |" in line
