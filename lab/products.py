@@ -96,9 +96,9 @@ def render(raw: dict[str, Any]) -> str:
     """The page of raw numbers."""
     lines = [
         f"# Products on {raw['gpu']}", "",
-        f"{raw['date']}, torch {raw['torch']}, cuBLASLt of CUDA {raw['cuda']}. Milliseconds p50 (p20..p80) of {RUN} calls in a "
-        f"row, ways in turn, n = {ROUNDS}; ratios are medians of paired turns with 95 % intervals. proj, text and down with the norm "
-        "behind them; their last way also with the weight times its gate. Regenerate: `python -m lab.products`.", "",
+        f"{raw['date']}, torch {raw['torch']}, cuBLASLt of CUDA {raw['cuda']}. Milliseconds p50 (p20..p80) of {RUN} calls, "
+        f"ways in turn, n = {ROUNDS}; ratios are medians of paired turns with 95 % intervals. proj, text and down with the "
+        "norm behind them; their last way also with the weight times its gate. Regenerate: `python -m lab.products`.", "",
         "| model | rows | product | PyTorch | found | added to the stream | best over PyTorch |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in raw["rows"]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.path import text_softmax
-from sparvar_kernels.path.cublaslt import Form
+from sparvar_kernels.path.cublaslt import ProductForm
 from sparvar_kernels.path.fastest_product import look_for
 from sparvar_tune.fused.product import Product
 
@@ -104,10 +104,10 @@ class Values:
             torch.addmm(self.bias, weights[row], self.values[row], out=update[row])
         return update
 
-    def added(self, rows: int, length: int) -> Form:
+    def added(self, rows: int, length: int) -> ProductForm:
         """The product as `add_linear` takes it."""
         values = self.values
-        return Form(values.device, values.dtype, rows, length, values.shape[2], values.shape[1], turned=True, adds=True)
+        return ProductForm(values.device, values.dtype, rows, length, values.shape[2], values.shape[1], turned=True, adds=True)
 
     def by_rows(self, gate: Tensor | None, rows: int) -> Tensor:
         """[rows, width, H * T]: the values times gate [width], without the bias."""

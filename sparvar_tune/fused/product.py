@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparvar_kernels.path import ScaledRows, gated_weight, linear, scaled_rows
-from sparvar_kernels.path.cublaslt import Form
+from sparvar_kernels.path.cublaslt import ProductForm
 from sparvar_kernels.path.fastest_product import look_for
 from sparvar_kernels.path.linear import linear_form
 from sparvar_kernels.path.scaled_product import SIDE, Then
@@ -88,11 +88,11 @@ class Product:
             return F.gelu(self(x), approximate="tanh")
         return linear(x, self.weight, self.bias, gelu=True)
 
-    def added(self, rows: int, length: int) -> Form:
+    def added(self, rows: int, length: int) -> ProductForm:
         """The product as `add_linear` takes it, by a weight for each of so many rows of a batch."""
         assert self.weight is not None
         outputs, inputs = self.weight.shape
-        return Form(self.weight.device, self.dtype, rows, length, outputs, inputs, adds=True)
+        return ProductForm(self.weight.device, self.dtype, rows, length, outputs, inputs, adds=True)
 
     def by_rows(self, gate: Tensor | None, rows: int) -> Tensor:
         """[rows, N, K]: the weight of a plain module times gate [rows, N], for each row of a batch."""

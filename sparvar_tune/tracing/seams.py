@@ -109,7 +109,7 @@ def _in_layer(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[st
 def _product(tracer: Tracer, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Product.__call__ and Product.gelu(self, x), where they multiply themselves; else they call what does."""
     self, x = args
-    if self.weight is None or (call.__name__ == "gelu" and (self.bias is None or not x.is_cuda)):
+    if self.weight is None:
         return call(*args, **kwargs)
     with tracer.range("products", work=work.linear(self, x) if tracer.clock is not None else None):
         return call(*args, **kwargs)
@@ -202,6 +202,9 @@ SEAMS = (
     Seam(PASSES, "dense_attention", _step("dense", work.dense_call)),
     Seam("sparvar_tune.fused.product", "Product.__call__", _product),
     Seam("sparvar_tune.fused.product", "Product.gelu", _product),
+    Seam("sparvar_tune.fused.product", "gated_weight", _step("products")),
+    Seam("sparvar_tune.fused.stream", "residual_norm", _step("norm")),
+    Seam("sparvar_tune.fused.stream", "add_linear", _step("products", work.added_linear)),
     *_STACKS,
     *_BOXED_STACK,
 )

@@ -107,6 +107,12 @@ def stage_work(stage: Any, problem: AttentionProblem) -> Work:
     return Work(flops, moved)
 
 
+def added_linear(stream: Tensor, x: Tensor, weight: Tensor) -> Later:
+    """x [B, L, in] times weights [B, out, in], added to a stream [B, L, out] that is read and written."""
+    moved = x.numel() * x.element_size() + weight.numel() * weight.element_size() + 2 * stream.numel() * stream.element_size()
+    return _known(2.0 * stream.numel() * x.shape[-1], float(moved))
+
+
 def linear(module: Any, x: Tensor) -> Later:
     """x [..., in] times a weight [out, in]."""
     rows, (outs, ins) = x.numel() // x.shape[-1], module.weight.shape

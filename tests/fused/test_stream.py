@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import adapter_checks as checks
 import block_lookalikes
 import pytest
@@ -12,6 +14,8 @@ from sparvar_kernels.policy import Policy
 from sparvar_tune import adapters
 from sparvar_tune.fused import infinity, stream
 from sparvar_tune.generation import Precision
+from sparvar_tune.tracing import Tracer, traced
+from sparvar_tune.tracing.ranges import HostClock
 
 
 @pytest.fixture
@@ -99,3 +103,15 @@ def test_not_where_a_product_has_8_bits(added):
         checks.draw(driven)
         assert path.why_not_fused is None
     assert [length for _, length in added] == [schedule.num_queries(s) for s in range(scales - 2)]
+
+
+def test_they_are_named_in_a_trace(added):
+    driven = biased(block_lookalikes.Infinity())
+    with on(driven):
+        plain = checks.draw(driven)
+        with traced(Tracer("m", HostClock())) as tracer:
+            assert checks.same(checks.draw(driven), plain)
+    seen = collections.Counter((s.label.step, s.label.scale, s.label.layer) for s in tracer.spans())
+    layers = len(driven.blocks)
+    for s in range(len(driven.grids())):  # the MLP's first; three that add themselves, two weights times their gates
+        assert seen["products", s, None] == 6 * layers and seen["norm", s, None] == 3 * layers

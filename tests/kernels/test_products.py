@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparvar_kernels.path import add_linear, cublaslt, fastest_product, gated_weight, linear
 from sparvar_kernels.path.added_linear import added_form
-from sparvar_kernels.path.cublaslt import Form
+from sparvar_kernels.path.cublaslt import ProductForm
 from sparvar_kernels.path.linear import linear_form
 
 HALF = (torch.bfloat16, torch.float16)
@@ -116,7 +116,7 @@ def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16, skip: int = 0) -> T
 @pytest.fixture
 def found(monkeypatch):
     """Forms for which an algorithm was found, by what it is."""
-    table: dict[Form, Told] = {}
+    table: dict[ProductForm, Told] = {}
     monkeypatch.setattr(fastest_product, "_FOUND", table)
     return table
 
@@ -125,7 +125,7 @@ def test_an_algorithm_is_called_with_what_it_can_read(found):
     x, weight, bias = buffer(2, 3, 8), buffer(4, 8), buffer(4)
     form = linear_form(x, weight, bias)
     run = found[form] = Told()
-    assert form == Form(torch.device("cpu"), torch.bfloat16, 1, 6, 4, 8, bias=True)
+    assert form == ProductForm(torch.device("cpu"), torch.bfloat16, 1, 6, 4, 8, bias=True)
     assert fastest_product.fastest(form, x, weight, bias) is run
     grown = buffer(4, 8).requires_grad_()
     others = {
@@ -147,7 +147,7 @@ def test_a_stream_is_added_to_by_an_algorithm(found, turned):
     weight = buffer(2, 8, 4).mT if turned else buffer(2, 4, 8)
     form = added_form(x, weight)
     run = found[form] = Told()
-    assert form == Form(x.device, x.dtype, 2, 3, 4, 8, turned=turned, adds=True)
+    assert form == ProductForm(x.device, x.dtype, 2, 3, 4, 8, turned=turned, adds=True)
     add_linear(stream, x, weight)
     assert run.calls == 1 and bool((stream == 7).all())
     for other in (buffer(2, 4, 3, dtype=torch.float32).transpose(1, 2), buffer(2, 3, 4, dtype=torch.float32, skip=4)):
@@ -156,7 +156,7 @@ def test_a_stream_is_added_to_by_an_algorithm(found, turned):
 
 
 def test_what_is_not_worth_it_is_not_looked_for(found):
-    form = Form(torch.device("cuda", 0), torch.bfloat16, 2, fastest_product.LEAST_ROWS // 2, 64, 64)
+    form = ProductForm(torch.device("cuda", 0), torch.bfloat16, 2, fastest_product.LEAST_ROWS // 2, 64, 64)
     others = [{"device": torch.device("cpu")}, {"dtype": torch.float32}, {"rows": 100}]
     assert fastest_product.is_worth_it(form) and not any(fastest_product.is_worth_it(form._replace(**o)) for o in others)
     for other in others:
@@ -169,7 +169,7 @@ def test_the_library_is_asked_in_its_own_words(monkeypatch):
     assert ctypes.sizeof(cublaslt.Proposal) == 96 and cublaslt.Proposal.workspace.offset == 64
     monkeypatch.setattr(torch.version, "cuda", None)
     cublaslt._library.cache_clear()
-    assert cublaslt.Product(Form(torch.device("cpu"), torch.bfloat16, 1, 6, 4, 8)).proposals == []
+    assert cublaslt.MatrixProduct(ProductForm(torch.device("cpu"), torch.bfloat16, 1, 6, 4, 8)).proposals == []
     cublaslt._library.cache_clear()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparvar_kernels.path.cublaslt import Form
+from sparvar_kernels.path.cublaslt import ProductForm
 from sparvar_kernels.path.fastest_product import fastest
 
 
@@ -25,7 +25,7 @@ def add_linear(stream: Tensor, x: Tensor, weight: Tensor) -> None:
         stream.baddbmm_(x.float(), weight.mT.float())
 
 
-def added_form(x: Tensor, weight: Tensor) -> Form:
+def added_form(x: Tensor, weight: Tensor) -> ProductForm:
     """What `look_for` looks for, and `add_linear` then calls. weight: [B, N, K], or such a view of [B, K, N]."""
     batch, outputs, inputs = weight.shape
-    return Form(x.device, x.dtype, batch, x.shape[1], outputs, inputs, turned=not weight.is_contiguous(), adds=True)
+    return ProductForm(x.device, x.dtype, batch, x.shape[1], outputs, inputs, turned=not weight.is_contiguous(), adds=True)

@@ -23,7 +23,7 @@ _BATCH, _BATCH_STRIDE = 5, 6  # cublasLtMatrixLayoutAttribute_t
 _EPILOGUES = {(False, False): 1, (True, False): 4, (False, True): 32, (True, True): 36}  # by (bias, GELU in its tanh form)
 
 
-class Form(NamedTuple):
+class ProductForm(NamedTuple):
     """y [batch, rows, outputs] of x [batch, rows, inputs] and weight [batch, outputs, inputs], all contiguous, with fp32 sums.
 
     turned: weight is [batch, inputs, outputs]. bias [outputs]. gelu: the tanh form of it, of the sums. adds: y is fp32 and what
@@ -50,11 +50,11 @@ class Proposal(ctypes.Structure):
     )  # fmt: skip
 
 
-class Product:
+class MatrixProduct:
     """A product of one form. proposals: the library's, its best guess first, none of which takes room beside its operands;
     empty where it has none or is not there."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: ProductForm) -> None:
         self.form, self.proposals = form, list[Proposal]()
         if _library() is None:
             return

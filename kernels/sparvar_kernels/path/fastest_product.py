@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparvar_kernels.path.cublaslt import ALIGNMENT, Form, Product, Proposal
+from sparvar_kernels.path.cublaslt import ALIGNMENT, MatrixProduct, ProductForm, Proposal
 
 LEAST_ROWS = 12_000  # one picture of 1024 x 1024 has 8192 at most: it gains 1 %, and looking costs its first one 0.3 s
 TIMES = 5
@@ -22,18 +22,18 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Fastest(NamedTuple):
-    product: Product
+    product: MatrixProduct
     proposal: Proposal
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         self.product(x, weight, bias, y, self.proposal)
 
 
-_FOUND: dict[Form, Fastest | None] = {}
+_FOUND: dict[ProductForm, Fastest | None] = {}
 _LOCK = threading.Lock()
 
 
-def fastest(form: Form, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = None) -> Fastest | None:
+def fastest(form: ProductForm, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = None) -> Fastest | None:
     """What `look_for` found for a form, if it can read and write these tensors as they are."""
     found = _FOUND.get(form)
     if found is None or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, y))):
@@ -57,26 +57,26 @@ def is_many(rows: int) -> bool:
     return rows >= LEAST_ROWS
 
 
-def is_worth_it(form: Form) -> bool:
+def is_worth_it(form: ProductForm) -> bool:
     """Whether `look_for` looks."""
     return form.device.type == "cuda" and form.dtype in HALF and is_many(form.batch * form.rows)
 
 
-def is_found(form: Form) -> bool:
+def is_found(form: ProductForm) -> bool:
     """Whether an algorithm was found."""
     return _FOUND.get(form) is not None
 
 
-def look_for(form: Form) -> None:
+def look_for(form: ProductForm) -> None:
     """Times a form's algorithms, once, on numbers of no meaning. Waits for the device: not while a graph is captured."""
     if form in _FOUND or not is_worth_it(form):
         return
     with _LOCK, torch.cuda.device(form.device), torch.no_grad():
         if form not in _FOUND:
-            _FOUND[form] = _timed(Product(form))
+            _FOUND[form] = _timed(MatrixProduct(form))
 
 
-def _timed(product: Product) -> Fastest | None:
+def _timed(product: MatrixProduct) -> Fastest | None:
     form = product.form
     if len(product.proposals) < 2:
         return None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_kernels.path.cublaslt import Form
+from sparvar_kernels.path.cublaslt import ProductForm
 from sparvar_kernels.path.fastest_product import fastest, is_many
 
 
@@ -28,8 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     return rows.view(*x.shape[:-1], -1)
 
 
-def linear_form(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Form:
+def linear_form(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> ProductForm:
     """What `look_for` looks for, and `linear` then calls."""
     outputs, inputs = weight.shape
     rows = x.numel() // max(x.shape[-1], 1)
-    return Form(x.device, x.dtype, 1, rows, outputs, inputs, bias=bias is not None, gelu=gelu)
+    return ProductForm(x.device, x.dtype, 1, rows, outputs, inputs, bias=bias is not None, gelu=gelu)
