@@ -91,6 +91,8 @@ def path(text: str) -> Path:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line and exit code 2, without the usage block."""
+        if message.endswith("expected one argument"):
+            message += '; a value that begins with "-" follows a "=", as in --seed=-1'
         self.exit(ExitCode.BAD_INPUT, f"sparvar-tune: {_one_line(message)} (see {self.prog} --help)\n")
 
 

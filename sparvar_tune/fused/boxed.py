@@ -35,6 +35,7 @@ from sparvar_tune.bitwise.sampling import Attend, Generating
 from sparvar_tune.fused.boxed_blocks import BoxedBlocks
 from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.graph import Replays
+from sparvar_tune.fused.product import why_not_hooked
 from sparvar_tune.fused.thinning import Lengths, why_not_thinned
 from sparvar_tune.fused.watched import Watched, contents
 from sparvar_tune.fused.workspace import OnePass, Workspace, attention_like
@@ -166,6 +167,8 @@ class FusedSampling(Replays, InOneModel):
             return "the model is in training mode"
         if torch.is_autocast_enabled(state.fhat.device.type):
             return "autocast is on; load the model in the dtype that its products shall have"
+        if (hooked := why_not_hooked()) is not None:
+            return hooked
         fits = not any(state.filled) or state.filled == self.lengths.before(state.scale)
         return None if fits else "earlier scales of it left other keys out of its caches than here"
 

@@ -34,7 +34,7 @@ from sparvar_tune.fused.compile_ahead import read_triton
 from sparvar_tune.fused.decoder import FusedDecoder, Untouched, decoder_of
 from sparvar_tune.fused.first_image import sample_once, undisturbed
 from sparvar_tune.fused.graph import Replays
-from sparvar_tune.fused.product import make_scaled
+from sparvar_tune.fused.product import make_scaled, why_not_hooked
 from sparvar_tune.fused.stack import Stack
 from sparvar_tune.fused.thinning import why_not_thinned
 from sparvar_tune.fused.watched import Watched, contents
@@ -203,14 +203,14 @@ class FusedPath(Undos, Replays):
             self.images += 1
             if torch.is_autocast_enabled("cuda"):
                 self.foresee(torch.get_autocast_dtype("cuda"))
-            decoder = None if self._is_small() else decoder_of(self.found.model, self._given)
+            decoder = None if self._is_small() or why_not_hooked() else decoder_of(self.found.model, self._given)
             if decoder is not self._decodes:
                 self._put_on_decoder(None)
                 self._decodes = decoder
                 if decoder is not None:
                     self._begin_decoder(decoder)
                 else:
-                    self.why_not_decoder = "the picture is too small to gain, or its decoder is not known"
+                    self.why_not_decoder = why_not_hooked() or "the picture is too small to gain, or its decoder is not known"
             with undisturbed() if self.images == 1 and self.found.on_gpu else nullcontext():
                 out = inner(*args, **kwargs)
                 self._drew()
@@ -304,6 +304,9 @@ class FusedPath(Undos, Replays):
     def _why_not(self, given: Mapping[str, Any]) -> str | None:
         if any(block.training for block in self.found.blocks):
             return "the model is in training mode"
+        hooked = why_not_hooked()
+        if hooked:
+            return hooked
         schedule = self.stack.schedule(given)
         if isinstance(schedule, str):
             return schedule

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from sparvar_kernels.path import ScaledRows, gated_weight, linear, scaled_rows
 from sparvar_kernels.path.cublaslt import ProductForm
@@ -156,6 +157,14 @@ def scaled_builds(blocks: Sequence[Any], dtype: torch.dtype, exact_gelu: bool, f
 
 def _tensors(module: Any) -> Iterator[Tensor]:
     return chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else iter(())
+
+
+def why_not_hooked() -> str | None:
+    """Why no module's work can be done in its place, or None: a hook on every module, present and future, is none of theirs."""
+    for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
+        if hooks:
+            return "another tool's hook is on all modules (register_module_forward_hook or ..._pre_hook)"
+    return None
 
 
 def why_not_owned(module: Any) -> str | None:

@@ -37,7 +37,7 @@ def read_bytes(path: Path) -> bytes:
                 raise ProfileError(f"{path}: no plain file (a pipe or device); give a profile's path")
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ProfileError(f"{path}: {error.strerror or error}") from None
+        raise ProfileError(f"{path}: {error.strerror or error}; give the path of a profile that can be read") from None
     if len(raw) > MAX_BYTES:
         raise ProfileError(f"{path}: over {MAX_BYTES} bytes, no profile is; restore the file or tune again")
     return raw

@@ -15,7 +15,7 @@ from sparvar_tune.profile.schema import Profile, ProfileError
 from sparvar_tune.report import pictures, sources
 from sparvar_tune.report.cost import Load
 from sparvar_tune.report.facts import Facts
-from sparvar_tune.report.render import to_html, to_markdown
+from sparvar_tune.report.render import need_libraries, to_html, to_markdown
 from sparvar_tune.runtime.demote import demotions
 from sparvar_tune.ways.subject import Subject
 
@@ -63,6 +63,7 @@ def format_for(out: Path | None, asked: str | None = None) -> str:
 
 def make(request: ReportRequest, status: Callable[[str], None] = lambda text: None) -> str:
     """The report's text. Raises ValueError, one line, for everything that is missing, damaged or of another model."""
+    need_libraries(request.format)
     facts = gather(request, status)
     return to_html(facts) if request.format == "html" else to_markdown(facts)
 

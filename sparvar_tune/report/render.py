@@ -17,10 +17,16 @@ MOST_BYTES = 3_000_000  # of a page
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#|~^$])")
 
 
+def need_libraries(format: str) -> None:
+    """Raises MissingLibrary where a report of this format cannot be rendered; asked before half a minute of pictures is drawn."""
+    need("jinja2")
+    if format == "html":
+        need("matplotlib")
+
+
 def to_html(facts: Facts) -> str:
     """One page that loads nothing. Raises MissingLibrary; ValueError where it would be over 3 MB."""
-    need("jinja2")
-    need("matplotlib")
+    need_libraries("html")
     script, style = _text("page.js"), _text("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = _environment(True).get_template("page.html").render(
@@ -34,7 +40,7 @@ def to_html(facts: Facts) -> str:
 
 def to_markdown(facts: Facts) -> str:
     """The same tables and sentences, for a pull request; no charts, no pictures."""
-    need("jinja2")
+    need_libraries("md")
     text = _environment(False).get_template("page.md").render(facts=facts, t=tables)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -25,7 +25,7 @@ from places import ROOT
 from sparvar_tune.policy_search import study as search
 from sparvar_tune.policy_search.trial import FinishedTrial, Knobs, Verdict
 from sparvar_tune.profile import schema, store
-from sparvar_tune.report import charts, cost, facts, make, pictures, render, sources, tables
+from sparvar_tune.report import charts, cost, facts, make, pictures, render, sources, svg, tables
 
 POCKETVAR, INFINITY, PREDICTED = (
     ROOT / "profiles" / name for name in ("cpu/pocketvar.json", "h100-sxm/infinity-8b.json", "a100-80/hart.json")
@@ -335,6 +335,17 @@ def test_a_damaged_journal_of_the_last_run_is_said_and_left_out(home):
     (folder / "trials.journal").unlink()
     journal(folder)
     assert "4 trials: the front and the fixed points" in make.make(request)
+
+
+def test_a_library_that_is_missing_is_said_before_pictures_are_drawn(monkeypatch):
+    def lacks(name):
+        raise svg.MissingLibrary(f"report: {name} is not installed")
+
+    monkeypatch.setattr(make, "gather", lambda request, status: pytest.fail("pictures were drawn"))
+    for lacking, form in (("jinja2", "html"), ("matplotlib", "html"), ("jinja2", "md")):
+        monkeypatch.setattr(render, "need", lambda name, lacking=lacking: lacks(name) if name == lacking else None)
+        with pytest.raises(svg.MissingLibrary, match=f"{lacking} is not installed"):
+            make.make(make.ReportRequest(profiles=(POCKETVAR,), format=form))
 
 
 def test_traces_and_logs_are_shown(tmp_path):

@@ -102,6 +102,25 @@ def test_what_cannot_run_as_one_runs_the_attention_path():
         assert checks.same(off, checks.draw(driven))
 
 
+def test_a_hook_on_all_modules_is_not_gone_past():
+    driven = block_lookalikes.Infinity()
+    plain = checks.draw(driven)
+    with on(driven) as path:
+        checks.draw(driven)
+        put = nn.modules.module.register_module_forward_hook
+        hook = put(lambda module, args, out: out + 0.1 if isinstance(module, nn.Linear) else None)
+        try:
+            with pytest.warns(UserWarning, match="own blocks run for this image: another tool's hook is on all modules"):
+                ours = checks.draw(driven)
+            path.fused.enabled = False
+            want = checks.draw(driven)
+            path.fused.enabled = True
+        finally:
+            hook.remove()
+        assert max(errors(ours, want)) < BOUND["fp32"] < max(errors(ours, plain))
+        assert max(errors(checks.draw(driven), plain)) < BOUND["fp32"] and path.why_not_fused is None
+
+
 def test_an_exception_leaves_nothing_behind():
     driven = block_lookalikes.Infinity()
     before, plain = checks.everything(driven), checks.draw(driven)

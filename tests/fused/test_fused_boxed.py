@@ -129,6 +129,12 @@ def test_paused_training_and_autocast_are_the_models_own_way(driven):
         assert path.why_not_fused is None
     with driven.on() as path, torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast is on"):
         driven.begin().run()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
+    try:
+        with driven.on() as path, pytest.warns(UserWarning, match="hook is on all modules"):
+            driven.begin().run()
+    finally:
+        hook.remove()
 
 
 def test_an_exception_leaves_nothing_behind(driven, monkeypatch):

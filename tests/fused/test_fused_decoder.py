@@ -490,4 +490,10 @@ def test_the_block_path_puts_it_on_with_the_first_image_and_takes_it_off():
         assert "forward" not in vars(decoder) and "it has no conv_in" in path.fused.why_not_decoder
         driven.model.quantiser.decoder = decoder
         checks.draw(driven)
+        assert "forward" in vars(decoder)
+        hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+        with pytest.warns(UserWarning, match="hook is on all modules"):
+            checks.draw(driven)
+        hook.remove()
+        assert "forward" not in vars(decoder) and "hook is on all modules" in path.fused.why_not_decoder
     assert checks.everything(driven) == before

@@ -153,6 +153,9 @@ def test_a_stream_is_added_to_by_an_algorithm(found, turned):
     for other in (buffer(2, 4, 3, dtype=torch.float32).transpose(1, 2), buffer(2, 3, 4, dtype=torch.float32, skip=4)):
         add_linear(other, x, weight)
         assert run.calls == 1 and not other.any(), "torch's product of zeros"
+    with pytest.raises(RuntimeError):
+        add_linear(buffer(2, 3, 4), x, weight)
+    assert run.calls == 1
 
 
 def test_what_is_not_worth_it_is_not_looked_for(found):

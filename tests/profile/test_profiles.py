@@ -319,8 +319,10 @@ def test_settings_keep_every_digit():
 
 def test_unreadable_files(tmp_path):
     path = tmp_path / "p.json"
-    with pytest.raises(ProfileError, match="No such file"):
+    with pytest.raises(ProfileError, match="No such file or directory; give the path of a profile"):
         store.load(path)
+    with pytest.raises(ProfileError, match="Is a directory; give the path of a profile"):
+        store.load(tmp_path)
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ProfileError, match="not UTF-8"):
         store.load(path)

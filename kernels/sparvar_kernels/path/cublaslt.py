@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparvar_kernels.path.door import on_device
+
 ALIGNMENT = 256  # bytes; what the library takes for granted of every address
 PROPOSALS = 16
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
@@ -92,7 +94,10 @@ class MatrixProduct:
         return [] if status else [one for one in found[: many.value] if one.status == 0 and one.workspace == 0]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, proposal: Proposal) -> None:
-        """Into y, on the current stream. Raises RuntimeError where the library refuses."""
+        """Into y, on the current stream of its device. Raises RuntimeError where the library refuses."""
+        on_device(self.form.device, self._launch, x, weight, bias, y, proposal)
+
+    def _launch(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, proposal: Proposal) -> None:
         a, b, c = (c_void_p(t.data_ptr()) for t in (weight, x, y))
         stream = c_void_p(torch.cuda.current_stream(self.form.device).cuda_stream)
         with self._lock:
