@@ -25,30 +25,31 @@ from sparvar_kernels.path import add_linear, gated_weight, linear, residual_norm
 from sparvar_kernels.path.added_linear import added_form
 from sparvar_kernels.path.fastest_product import look_for
 from sparvar_kernels.path.linear import linear_form
+from sparvar_tune.fused.stream import pays
 from sparvar_tune.measure.timing import interleaved, paired_speedup, timing
 from sparvar_tune.profile.store import write_atomic
 
 RUN, ROUNDS = 4, 15
-# (name, width, the MLP's, the text's), rows with guidance of the grids of 80, 96 and 128 a side; of 48 and 64 of four pictures
-MODELS = {"infinity-2b, 2048 x 2048": (2048, 8192, 512, (12_800, 18_432, 32_768)),
-          "infinity-8b, 4 x 1024 x 1024": (3584, 14_336, 896, (18_432, 32_768))}  # fmt: skip
+# the width, the MLP's, the text's; rows of a batch; tokens of all: of the grids of 80, 96 and 128 a side; of 48 and 64
+MODELS = {"infinity-2b, 2048 x 2048": (2048, 8192, 512, 2, (12_800, 18_432, 32_768)),
+          "infinity-8b, 4 x 1024 x 1024": (3584, 14_336, 896, 8, (18_432, 32_768))}  # fmt: skip
 WAYS = {"torch": "PyTorch", "found": "found", "added": "added"}
 
 
-def ways_of(part: str, rows: int, width: int, inner: int, text: int) -> dict[str, Callable[[], object]]:
+def ways_of(part: str, batch: int, rows: int, width: int, inner: int, text: int) -> dict[str, Callable[[], object]]:
     """How a part's product can be made. Numbers are random, weights of the size that keeps a product's."""
     inputs, outputs = {"qkv": (width, 3 * width), "up": (width, inner), "proj": (width, width), "text": (text, width),
                        "down": (inner, width)}[part]  # fmt: skip
     some = partial(torch.randn, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-    h = some(2, rows // 2, inputs).bfloat16()
+    h = some(batch, rows // batch, inputs).bfloat16()
     weight, bias = some(outputs, inputs).mul_(inputs**-0.5).bfloat16(), some(outputs).bfloat16()
     if part in ("qkv", "up"):
         gelu = part == "up"
         look_for(linear_form(h, weight, bias, gelu))
         own = partial(_torchs, h, weight, bias, gelu)
         return {"torch": own, "found": partial(linear, h, weight, bias, gelu)}
-    x, gate, shift = some(2, rows // 2, width), some(2, width) * 1e-3, some(2, width)
-    values = some(2, text, width).mul_(text**-0.5).bfloat16()
+    x, gate, shift = some(batch, rows // batch, width), some(batch, width) * 1e-3, some(batch, width)
+    values = some(batch, text, width).mul_(text**-0.5).bfloat16()
     norm = partial(residual_norm, norm="layer", scale=shift, shift=shift, eps=1e-6, out_dtype=torch.bfloat16)
 
     def separate(product: Callable[[], Tensor]) -> Callable[[], object]:
@@ -58,12 +59,14 @@ def ways_of(part: str, rows: int, width: int, inner: int, text: int) -> dict[str
         add_linear(x, h, values.mT if part == "text" else gated_weight(weight, gate))
         norm(x, offset=shift)
 
-    look_for(added_form(h, values.mT if part == "text" else weight.expand(2, -1, -1).contiguous()))
+    adds = pays(rows // batch, width)
+    if adds:
+        look_for(added_form(h, values.mT if part == "text" else weight.expand(batch, -1, -1).contiguous()))
     if part == "text":
-        return {"torch": separate(lambda: torch.bmm(h, values)), "added": added}
+        return {"torch": separate(lambda: torch.bmm(h, values)), **({"added": added} if adds else {})}
     look_for(linear_form(h, weight, bias))
     own, found = partial(_torchs, h, weight, bias, False), partial(linear, h, weight, bias)
-    return {"torch": separate(own), "found": separate(found), "added": added}
+    return {"torch": separate(own), "found": separate(found), **({"added": added} if adds else {})}
 
 
 def _torchs(h: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
@@ -81,10 +84,12 @@ def _run(way: Callable[[], object]) -> None:
 def measure(say: Callable[[str], None]) -> list[dict[str, Any]]:
     """A row for each product."""
     found = []
-    for model, (width, inner, text, many) in MODELS.items():
+    for model, (width, inner, text, batch, many) in MODELS.items():
         for rows in many:
             for part in ("qkv", "proj", "text", "up", "down"):
-                ways = ways_of(part, rows, width, inner, text)
+                ways = ways_of(part, batch, rows, width, inner, text)
+                if len(ways) == 1:
+                    continue
                 times = interleaved({name: partial(_run, way) for name, way in ways.items()}, ROUNDS)
                 ms = {name: [t / RUN for t in each] for name, each in times.items()}
                 found.append({"model": model, "rows": rows, "part": part, "ms": ms})

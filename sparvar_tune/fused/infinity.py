@@ -24,7 +24,7 @@ from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.fused.folded_text import FoldedText, Values, room_of
 from sparvar_tune.fused.product import Product, gelu_mlp, gelu_up, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
-from sparvar_tune.fused.stream import AddedStream, Stream, offsets_of
+from sparvar_tune.fused.stream import AddedStream, Stream, offsets_of, pays
 from sparvar_tune.fused.two_choices import two_choices
 
 TEXT_ROOM = 64  # text rows are kept in multiples of this, so that prompts of like lengths share graphs
@@ -214,7 +214,9 @@ class InfinityStack:
     def _adds_products(self, rows: int, length: int) -> bool:
         """Whether products of so many tokens add themselves to the stream, where the library was seen to."""
         block = self.blocks[0]
-        return self.offsets is not None and all(is_worth_it(p.added(rows, length)) for p in (block.proj, block.down))
+        if self.offsets is None or not pays(length, self.offsets.shape[2]):
+            return False
+        return all(is_worth_it(p.added(rows, length)) for p in (block.proj, block.down))
 
     def _stream(self, x: Tensor, at: Pass) -> Stream | AddedStream:
         block, (rows, length) = self.blocks[0], x.shape[:2]

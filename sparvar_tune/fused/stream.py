@@ -6,8 +6,8 @@ writes 2.
 
 `AddedStream` lets the product add itself, h (gate W)^T, to an x that is kept without biases: their sum so far, a number for each
 channel, is added where x is normalised. The product then reads and writes 4 bytes, in the shadow of its multiplications, and
-the norm reads 4 and writes 2. It costs a weight times its gate, at each scale again, as all of them would be 10 GB of an 8B
-model; so it is for many tokens. The gated weight is rounded where y was.
+the norm reads 4 and writes 2. It costs a weight times its gate for each row of the batch, at each scale again, as all of them
+would be 10 GB of an 8B model; so it is for rows of many tokens (`pays`). The gated weight is rounded where y was.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ from torch import Tensor
 from sparvar_kernels.path import ScaledRows, add_linear, residual_norm
 from sparvar_tune.fused.folded_text import Values
 from sparvar_tune.fused.product import Product, multiplied
+
+LEAST_TOKENS = 2  # a channel
+
+
+def pays(tokens: int, channels: int) -> bool:
+    """Whether products of so many tokens a row are added faster than their sums. In bytes a block's three norms save
+    18 * tokens * channels, and its gated weights, of 5 * channels ** 2 numbers, are written and read: 20 * channels ** 2."""
+    return tokens >= LEAST_TOKENS * channels
 
 
 class Stream:

@@ -30,6 +30,7 @@ def added(monkeypatch) -> list:
 
     fold_all(monkeypatch)
     monkeypatch.setattr(infinity, "AddedStream", Seen)
+    monkeypatch.setattr(stream, "LEAST_TOKENS", 0)
     for name in ("is_worth_it", "is_found"):
         monkeypatch.setattr(infinity, name, lambda form: form.adds)
     return passes
@@ -103,6 +104,19 @@ def test_not_where_a_product_has_8_bits(added):
         checks.draw(driven)
         assert path.why_not_fused is None
     assert [length for _, length in added] == [schedule.num_queries(s) for s in range(scales - 2)]
+
+
+def test_they_pay_from_twice_as_many_tokens_as_channels_on():
+    assert stream.pays(4096, 2048) and not stream.pays(4095, 2048) and not stream.pays(4096, 3584)
+
+
+def test_not_where_weights_times_their_gates_cost_what_is_saved(added, monkeypatch):
+    driven = biased(block_lookalikes.Infinity())
+    tokens = [h * w for h, w in driven.grids()]
+    monkeypatch.setattr(stream, "LEAST_TOKENS", tokens[-2] / driven.blocks[0].ffn.fc2.out_features)
+    with on(driven):
+        checks.draw(driven)
+    assert [length for _, length in added] == tokens[-2:]
 
 
 def test_they_are_named_in_a_trace(added):
