@@ -20,7 +20,6 @@ from torch import Tensor
 
 from sparvar_kernels.path import text_softmax
 from sparvar_kernels.path.cublaslt import ProductForm
-from sparvar_kernels.path.fastest_product import look_for
 from sparvar_tune.fused.product import Product
 
 ROOM = 32  # places of a row are a multiple of this, so that prompts of like lengths share graphs
@@ -73,9 +72,7 @@ class FoldedText:
         """Both products, of zeros and the first layer. adds: whether the second one is added to the stream."""
         keys, values = self.keys[0, :rows].flatten(1, 2), self.of(0, bias)
         _in_fp32(keys.new_zeros(rows, length, keys.shape[2]), keys.transpose(1, 2))
-        if adds:
-            look_for(values.added(rows, length))
-        else:
+        if not adds:
             values(keys.new_zeros(rows, length, keys.shape[1]))
 
     def weights(self, layer: int, y: Tensor, starts: Tensor, softmax_scale: float) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sparvar_kernels.geometry.scales import ScaleSchedule
 from sparvar_kernels.path import append_qkv, residual_norm, text_attention
-from sparvar_kernels.path.fastest_product import is_found, is_worth_it, look_for
 from sparvar_tune.adapters.infinity import BLOCK, linears
 from sparvar_tune.adapters.instance_forward import Undos, replace_method
 from sparvar_tune.adapters.live_attention import schedule_of
@@ -24,7 +23,7 @@ from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.fused.folded_text import FoldedText, Values, room_of
 from sparvar_tune.fused.product import Product, gelu_mlp, gelu_up, multiplied, why_not_owned
 from sparvar_tune.fused.stack import Pass
-from sparvar_tune.fused.stream import AddedStream, Stream, offsets_of, pays
+from sparvar_tune.fused.stream import AddedStream, Adding, Stream
 from sparvar_tune.fused.two_choices import two_choices
 
 TEXT_ROOM = 64  # text rows are kept in multiples of this, so that prompts of like lengths share graphs
@@ -69,8 +68,8 @@ class InfinityStack:
         self.blocks: list[Block] = []
         self.modulation = self.text = self.starts = self.rotation = self.given_text = self.condition = torch.empty(0)
         self.folded: FoldedText | None = None  # else `text` is attended to
-        self.offsets: Tensor | None = None  # of an `AddedStream`, where all products can add themselves to it
-        self.biases = self.text_gates = torch.empty(0)  # of those products [3 * layers, C], and the text's gates [layers, 1, C]
+        self.adding: Adding | None = None  # where all products behind which a norm comes can add themselves to the stream
+        self.text_gates = torch.empty(0)  # [layers, 1, C]
 
     def why_not(self) -> str | None:
         for i, block in enumerate(self.found.blocks):
@@ -112,12 +111,12 @@ class InfinityStack:
         self.given_text = torch.zeros(rows * room if folds else room, texts.shape[1], dtype=dtype, device=device)
         self.condition = torch.empty(condition.shape, device=device)
         self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-        self.offsets = None
-        if folds and all(p.plain for block in self.blocks for p in (block.proj, block.down)):
-            self.biases = torch.cat([block.biases() for block in self.blocks])
+        self.adding, block = None, self.blocks[0]
+        if self.folded is not None and all(p.plain for block in self.blocks for p in (block.proj, block.down)):
+            biases = torch.cat([block.biases() for block in self.blocks])
+            self.adding = Adding(biases, rows, (block.proj, self.folded.of(0, None), block.down))
             gates = [block.ca_gamma for block in self.blocks]
-            self.text_gates = torch.stack([self.biases.new_ones(width) if g is None else g for g in gates])[:, None]
-            self.offsets = torch.empty(len(self.biases) + 1, rows, width, device=device)
+            self.text_gates = torch.stack([biases.new_ones(width) if g is None else g for g in gates])[:, None]
         table = given["rope2d_freqs_grid"][str(tuple(tuple(t) for t in given["scale_schedule"]))]
         table = table.detach().flatten(1, 3) if table.ndim == 6 else table.detach()
         self.rotation = table.reshape(2, -1, first.head_dim // 2).permute(1, 2, 0).float().contiguous().to(device)
@@ -151,7 +150,7 @@ class InfinityStack:
             ("none", gated),
         ):  # fmt: skip
             made.append(residual_norm_build(fp32, dtype if norm == "layer" else fp32, width, norm, True, operands))
-        if any(self._adds_products(self.modulation.shape[2], n) for n in lengths):
+        if any(self._adds(self.modulation.shape[2], n) for n in lengths):
             made.append(gated_weight_build(dtype))
             for operands in (modulated, affine):
                 made.append(residual_norm_build(fp32, dtype, width, "layer", True, operands | {"offset": fp32}))
@@ -160,13 +159,12 @@ class InfinityStack:
     def multiply_once(self, rows: int, length: int) -> None:
         block = self.blocks[0]
         text = () if self.folded else (block.to_query, block.from_text)
-        adds = self._adds_products(rows, length)
+        adds = self._adds(rows, length)
         for product in (block.qkv, *text, *(() if adds else (block.proj, block.down))):
             product.once(rows, length)
         block.up.once(rows, length, gelu=True)
-        if adds:
-            for product in (block.proj, block.down):
-                look_for(product.added(rows, length))
+        if self.adding is not None and adds:
+            self.adding.look_for(rows, length)
         if self.folded is not None:
             self.folded.multiply_once(rows, length, block.from_text.bias, adds)
 
@@ -189,10 +187,9 @@ class InfinityStack:
                 self.text[i].copy_(kv.view(self.text.shape[1:]))
             else:
                 self.folded.fold(i, kv, own.to_query, own.from_text)
-        if self.offsets is not None:
+        if self.adding is not None:
             gamma1, gamma2 = self.modulation[:, 0], self.modulation[:, 1]
-            gates = torch.stack((gamma1, self.text_gates.expand_as(gamma1), gamma2), 1)
-            offsets_of(self.biases, gates.flatten(0, 1), self.offsets)
+            self.adding.derive(torch.stack((gamma1, self.text_gates.expand_as(gamma1), gamma2), 1).flatten(0, 1))
 
     def run(self, x: Tensor, at: Pass) -> None:
         stream = self._stream(x, at)
@@ -211,21 +208,12 @@ class InfinityStack:
             stream.add(block.down, gelu_up(block.up, y, at.scaled(i)), gamma2, at.scaled(i))
         stream.end()
 
-    def _adds_products(self, rows: int, length: int) -> bool:
-        """Whether products of so many tokens add themselves to the stream, where the library was seen to."""
-        block = self.blocks[0]
-        if self.offsets is None or not pays(length, self.offsets.shape[2]):
-            return False
-        return all(is_worth_it(p.added(rows, length)) for p in (block.proj, block.down))
+    def _adds(self, rows: int, length: int) -> bool:
+        return self.adding is not None and self.adding.is_worth_it(rows, length)
 
     def _stream(self, x: Tensor, at: Pass) -> Stream | AddedStream:
-        block, (rows, length) = self.blocks[0], x.shape[:2]
-        if self.offsets is None or self.folded is None or not self._adds_products(rows, length):
-            return Stream(x)
-        if any(at.by_parts(i) or at.scaled(i) for i in range(len(self.blocks))):
-            return Stream(x)
-        products = block.proj, self.folded.of(0, None), block.down
-        return AddedStream(x, self.offsets) if all(is_found(p.added(rows, length)) for p in products) else Stream(x)
+        ordinary = self.adding is None or any(at.by_parts(i) or at.scaled(i) for i in range(len(self.blocks)))
+        return Stream(x) if ordinary or self.adding is None else self.adding.stream(x)
 
     def _add_parts(self, i: int, x: Tensor, at: Pass) -> None:
         block = self.blocks[i]

@@ -12,12 +12,14 @@ would be 10 GB of an 8B model; so it is for rows of many tokens (`pays`). The ga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparvar_kernels.path import ScaledRows, add_linear, residual_norm
+from sparvar_kernels.path.fastest_product import is_found, is_worth_it, look_for
 from sparvar_tune.fused.folded_text import Values
 from sparvar_tune.fused.product import Product, multiplied
 
@@ -72,7 +74,31 @@ class AddedStream:
         self.x += self._offsets[self._added][:, None]
 
 
-def offsets_of(biases: Tensor, gates: Tensor, out: Tensor) -> None:
-    """Writes an `AddedStream`'s offsets, out [n + 1, B, C], of biases [n, C] and gates [n, B, C], both fp32."""
-    out[0].zero_()
-    torch.cumsum(biases[:, None] * gates, 0, out=out[1:])
+class Adding:
+    """What `AddedStream`s of one kind of image share. biases [n, C] fp32: of the n products of all blocks, in order; rows: of the
+    image's batch. products: those of one block that are added; all blocks are alike."""
+
+    def __init__(self, biases: Tensor, rows: int, products: Sequence[Product | Values]) -> None:
+        self.biases, self.products = biases, products
+        self.offsets = biases.new_empty(len(biases) + 1, rows, biases.shape[1])
+
+    def derive(self, gates: Tensor) -> None:
+        """The image's offsets, at an address that stays; gates [n, rows, C] fp32."""
+        self.offsets[0].zero_()
+        torch.cumsum(self.biases[:, None] * gates, 0, out=self.offsets[1:])
+
+    def is_worth_it(self, rows: int, length: int) -> bool:
+        """Whether products of `length` tokens in each of so many rows shall add themselves."""
+        forms = (product.added(rows, length) for product in self.products)
+        return pays(length, self.biases.shape[1]) and all(map(is_worth_it, forms))
+
+    def look_for(self, rows: int, length: int) -> None:
+        """Looks for their fastest algorithms."""
+        for product in self.products:
+            look_for(product.added(rows, length))
+
+    def stream(self, x: Tensor) -> Stream | AddedStream:
+        """That of x [B, L, C]: of products that add themselves where that is worth it and the library was seen to do it."""
+        rows, length, _ = x.shape
+        adds = self.is_worth_it(rows, length) and all(is_found(product.added(rows, length)) for product in self.products)
+        return AddedStream(x, self.offsets) if adds else Stream(x)

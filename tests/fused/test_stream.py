@@ -12,7 +12,7 @@ from fused_checks import BOUND, errors, fold_all, on
 
 from sparvar_kernels.policy import Policy
 from sparvar_tune import adapters
-from sparvar_tune.fused import infinity, stream
+from sparvar_tune.fused import stream
 from sparvar_tune.generation import Precision
 from sparvar_tune.tracing import Tracer, traced
 from sparvar_tune.tracing.ranges import HostClock
@@ -29,10 +29,10 @@ def added(monkeypatch) -> list:
             super().__init__(x, offsets)
 
     fold_all(monkeypatch)
-    monkeypatch.setattr(infinity, "AddedStream", Seen)
+    monkeypatch.setattr(stream, "AddedStream", Seen)
     monkeypatch.setattr(stream, "LEAST_TOKENS", 0)
     for name in ("is_worth_it", "is_found"):
-        monkeypatch.setattr(infinity, name, lambda form: form.adds)
+        monkeypatch.setattr(stream, name, lambda form: form.adds)
     return passes
 
 
@@ -49,7 +49,7 @@ def biased(driven):
 
 
 def poison(path) -> None:
-    for t in (path.fused.work.x, path.fused.work.cached, path.fused.stack.modulation, path.fused.stack.offsets):
+    for t in (path.fused.work.x, path.fused.work.cached, path.fused.stack.modulation, path.fused.stack.adding.offsets):
         t.fill_(float("nan"))
 
 
