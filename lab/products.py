@@ -104,7 +104,8 @@ def render(raw: dict[str, Any]) -> str:
         f"{raw['date']}, torch {raw['torch']}, cuBLASLt of CUDA {raw['cuda']}. Milliseconds p50 (p20..p80) of {RUN} calls, "
         f"ways in turn, n = {ROUNDS}; ratios are medians of paired turns with 95 % intervals. proj, text and down with the "
         "norm behind them; their last way also with the weight times its gate. Regenerate: `python -m lab.products`.", "",
-        "| model | rows | product | PyTorch | found | added to the stream | best over PyTorch |", "|---|---|---|---|---|---|---|",
+        "| model | rows | product | PyTorch | found | added to the stream | PyTorch over the last |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in raw["rows"]:
         ms = row["ms"]

@@ -81,7 +81,7 @@ class FusedSampling(Replays, InOneModel):
         self.reason: str | None = None
         self.stack, self.work = BoxedBlocks(found), cast(Workspace, None)  # buffers come with the first picture
         self._kind: Hashable = None
-        self._watched = Watched([self.model], contents)
+        self._watched = Watched([self.model], contents, hooks=True)
         self._picture: Generating  # reads what `constants` names from addresses that stay
         self._fhat = torch.empty(0)
         self._ran: set[tuple[int, int, int]] = set()  # passes that ran once

@@ -70,7 +70,7 @@ class FusedPath(Undos, Replays):
         self._works: dict[Any, Workspace] = {}  # by attention, the last one used at the end; all of one kind of image
         self._pool: Any = None
         self._kind: Any = None
-        self._watched = Watched(found.blocks, contents)
+        self._watched = Watched(found.blocks, contents, hooks=True)
         self._start: int | None = None  # tokens appended so far; None: the model's own blocks run
         self._drawing = threading.Lock()
         self._given: Mapping[str, Any] = {}
@@ -201,16 +201,19 @@ class FusedPath(Undos, Replays):
         try:
             self._given, self._start, self.reason = bound(self.found, args, kwargs), 0, None
             self.images += 1
+            hooked = why_not_hooked()
+            if hooked:
+                self._leave(hooked)
             if torch.is_autocast_enabled("cuda"):
                 self.foresee(torch.get_autocast_dtype("cuda"))
-            decoder = None if self._is_small() or why_not_hooked() else decoder_of(self.found.model, self._given)
+            decoder = None if self._is_small() or hooked else decoder_of(self.found.model, self._given)
             if decoder is not self._decodes:
                 self._put_on_decoder(None)
                 self._decodes = decoder
                 if decoder is not None:
                     self._begin_decoder(decoder)
                 else:
-                    self.why_not_decoder = why_not_hooked() or "the picture is too small to gain, or its decoder is not known"
+                    self.why_not_decoder = hooked or "the picture is too small to gain, or its decoder is not known"
             with undisturbed() if self.images == 1 and self.found.on_gpu else nullcontext():
                 out = inner(*args, **kwargs)
                 self._drew()
@@ -262,15 +265,15 @@ class FusedPath(Undos, Replays):
         """What an image needs, or the reason why the model's own blocks run."""
         reason = self._why_not({**self._given, **given})
         if reason is not None:
-            self._start, self.reason = None, reason
-            if reason not in self._said:
-                self._said.add(reason)
-                warnings.warn(f"the model's own blocks run for this image: {reason}", stacklevel=3)
+            self._leave(reason)
             return
         x, schedule = given["x"], self.stack.schedule(given)
         assert isinstance(schedule, ScaleSchedule)
         dtype = multiplied_in(x)
         kind = schedule, x.shape[0], x.shape[2], dtype, x.device, self.stack.kind(given), self._watched.state()
+        if kind != self._kind and (reason := _why_not_blocks(self.found, self.stack)) is not None:  # they may have changed since
+            self._leave(reason)
+            return
         with torch.no_grad(), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
             if kind != self._kind:
                 self.work, self._kind = None, None  # let go of the old caches before the new ones are made
@@ -284,6 +287,13 @@ class FusedPath(Undos, Replays):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self.stack.begin(given)
             self._derive(self.work, x)
+
+    def _leave(self, reason: str) -> None:
+        """The model's own blocks run for this image."""
+        self._start, self.reason = None, reason
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"the model's own blocks run for this image: {reason}", stacklevel=4)
 
     def _work_of(self, x: Tensor, dtype: torch.dtype, schedule: ScaleSchedule) -> Workspace:
         """The workspace of this attention, that of another let go where there are many."""
@@ -304,9 +314,6 @@ class FusedPath(Undos, Replays):
     def _why_not(self, given: Mapping[str, Any]) -> str | None:
         if any(block.training for block in self.found.blocks):
             return "the model is in training mode"
-        hooked = why_not_hooked()
-        if hooked:
-            return hooked
         schedule = self.stack.schedule(given)
         if isinstance(schedule, str):
             return schedule
@@ -350,17 +357,23 @@ def _why_not_steps(found: Parts, stack: Stack, attend: SparseAttention | None) -
     return reason or why_not_scaled(precision_of(attend.policy), [stack.linears(block) for block in found.blocks])
 
 
+def _why_not_blocks(found: Parts, stack: Stack) -> str | None:
+    """Why the blocks as they are now cannot run as one, or None."""
+    reason = stack.why_not()
+    for i, block in enumerate(found.blocks):
+        if block.__dict__.get("_forward_hooks") or block.__dict__.get("_forward_pre_hooks"):
+            reason = reason or f"block {i}: another tool's hook is on it"
+        reason = reason or why_not_replace(block)
+    return reason
+
+
 def attach(found: Parts, stack: Stack, attend: SparseAttention | None = None, graphs: bool = True) -> FusedPath:
     """Puts the stack into the model; `undo()` takes it out. attend: its policy, schedule and launches; None: everything dense.
 
     Put it on after the attention path: that one then serves the images that cannot run as one. Raises ValueError, and changes
     nothing, where the model's blocks cannot be run this way, or its unconditional half is dropped already.
     """
-    reason = stack.why_not() or _why_not_steps(found, stack, attend)
-    for i, block in enumerate(found.blocks):
-        if block.__dict__.get("_forward_hooks") or block.__dict__.get("_forward_pre_hooks"):
-            reason = reason or f"block {i}: another tool's hook is on it"
-        reason = reason or why_not_replace(block)
+    reason = _why_not_blocks(found, stack) or _why_not_steps(found, stack, attend)
     if found.model in DROPPED:
         reason = reason or "its unconditional half is dropped already; apply first, drop after"
     if reason:

@@ -69,7 +69,7 @@ class FoldedText:
             torch.sum(keys.float().mul_(own), -1, out=self.bias[layer])
 
     def multiply_once(self, rows: int, length: int, bias: Tensor | None, adds: bool) -> None:
-        """Both products, of zeros and the first layer. adds: whether the second one is added to the stream."""
+        """Its products, of zeros and the first layer; a second one that `adds` itself to the stream is looked for elsewhere."""
         keys, values = self.keys[0, :rows].flatten(1, 2), self.of(0, bias)
         _in_fp32(keys.new_zeros(rows, length, keys.shape[2]), keys.transpose(1, 2))
         if not adds:

@@ -196,7 +196,7 @@ def _why_not_block(block: Any) -> str | None:
         return f"its norm is {type(norm).__name__}, want {' or '.join(NORMS)} that does not quantise"
     if not all(hasattr(ffn, n) for n in ("gate_proj", "up_proj", "down_proj")) or type(ffn.act_fn) is not nn.SiLU:
         return f"its ffn is {type(ffn).__name__}, want gate_proj, up_proj, SiLU, down_proj"
-    own = (why_not_owned(module) for module in (block.attn, ffn, norm))
+    own = (why_not_owned(module) for module in (block.attn, ffn, ffn.act_fn, norm))
     return next((reason for reason in own if reason), None)
 
 

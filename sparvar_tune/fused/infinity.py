@@ -212,8 +212,9 @@ class InfinityStack:
         return self.adding is not None and self.adding.is_worth_it(rows, length)
 
     def _stream(self, x: Tensor, at: Pass) -> Stream | AddedStream:
-        ordinary = self.adding is None or any(at.by_parts(i) or at.scaled(i) for i in range(len(self.blocks)))
-        return Stream(x) if ordinary or self.adding is None else self.adding.stream(x)
+        if self.adding is None or any(at.by_parts(i) or at.scaled(i) for i in range(len(self.blocks))):
+            return Stream(x)
+        return self.adding.stream(x)
 
     def _add_parts(self, i: int, x: Tensor, at: Pass) -> None:
         block = self.blocks[i]
@@ -271,13 +272,13 @@ class InfinityStack:
         head: Any = getattr(model, "head_nm", None)
 
         def add_level(inner: Any, feature: Tensor, scale_ind: int, scale_schedule: Any, need_to_pad: int = 0) -> Tensor:
-            if not drawing() or need_to_pad:
+            if not drawing() or need_to_pad or why_not_owned(levels):
                 return cast(Tensor, inner(feature, scale_ind, scale_schedule, need_to_pad))
             feature += levels.weight[scale_ind]
             return feature
 
         def norm_head(inner: Any, x: Tensor, cond: Tensor) -> Tensor:
-            if not drawing() or x.dtype != torch.float32:
+            if not drawing() or x.dtype != torch.float32 or why_not_owned(head.ln_wo_grad):
                 return cast(Tensor, inner(x, cond))
             scale, shift = head.ada_lin(cond).view(-1, 2, x.shape[2]).unbind(1)
             return residual_norm(x, norm="layer", scale=scale, shift=shift, eps=head.norm_eps, out_dtype=x.dtype)
@@ -312,5 +313,5 @@ def _why_not_block(block: Any) -> str | None:
         return f"its ffn is {type(ffn).__name__}, want fc1, GELU (tanh), fc2"
     if getattr(block.ca, "cos_attn", False):
         return "its cross-attention is a cosine one"
-    own = (why_not_owned(getattr(block, name)) for name in ("sa", "ca", "ffn", "ca_norm", "ln_wo_grad"))
-    return next((reason for reason in own if reason), None)
+    parts = (block.sa, block.ca, block.ffn, ffn.act, block.ca_norm, block.ln_wo_grad)
+    return next((reason for part in parts if (reason := why_not_owned(part))), None)

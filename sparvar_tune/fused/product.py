@@ -97,8 +97,8 @@ class Product:
 
     def by_rows(self, gate: Tensor | None, rows: int) -> Tensor:
         """[rows, N, K]: the weight of a plain module times gate [rows, N], for each row of a batch."""
-        assert self.weight is not None
-        return self.weight.expand(rows, -1, -1) if gate is None else gated_weight(self.weight, gate)
+        assert self.weight is not None and gate is not None and len(gate) == rows
+        return gated_weight(self.weight, gate)
 
 
 def multiplied(product: Any, x: Tensor | ScaledRows, fmt: str | None) -> Tensor:

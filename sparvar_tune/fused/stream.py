@@ -57,7 +57,8 @@ class Stream:
 
 
 class AddedStream:
-    """The same by products that add themselves. offsets [n + 1, B, C] fp32: the sum of gated biases after k of n products."""
+    """The same by products that add themselves, gate [B, C] of a `Product`, [C] of a text. offsets [n + 1, B, C] fp32: the sum of
+    gated biases after k of n products."""
 
     def __init__(self, x: Tensor, offsets: Tensor) -> None:
         self.x, self._offsets, self._added = x, offsets[:, : len(x)], 0
@@ -89,8 +90,9 @@ class Adding:
 
     def is_worth_it(self, rows: int, length: int) -> bool:
         """Whether products of `length` tokens in each of so many rows shall add themselves."""
-        forms = (product.added(rows, length) for product in self.products)
-        return pays(length, self.biases.shape[1]) and all(map(is_worth_it, forms))
+        forms = [product.added(rows, length) for product in self.products]
+        precise = all(form.dtype != torch.float16 for form in forms)  # there a weight times a small gate is subnormal
+        return precise and pays(length, self.biases.shape[1]) and all(map(is_worth_it, forms))
 
     def look_for(self, rows: int, length: int) -> None:
         """Looks for their fastest algorithms."""

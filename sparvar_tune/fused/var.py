@@ -146,5 +146,5 @@ def _why_not_block(block: Any) -> str | None:
     name = "ada_gss" if block.shared_aln else "ada_lin"
     if not hasattr(block, name):
         return f"it has no {name}"
-    own = (why_not_owned(module) for module in (block.attn, ffn, norm))
+    own = (why_not_owned(module) for module in (block.attn, ffn, ffn.act, norm))
     return next((reason for reason in own if reason), None)

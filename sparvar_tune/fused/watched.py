@@ -21,19 +21,20 @@ def contents(t: Tensor) -> Hashable:
 class Watched:
     """All modules within some and what they hold, in lists that take a fifth of the time of walking them anew, at every picture.
 
-    of: what is looked at of a tensor. modules: (name, module), each of the given ones before those within it, as of the last
-    `state()`. They are held, so that no other module can take the place of one that is gone and be taken for it.
+    of: what is looked at of a tensor. hooks: whether also at forward hooks and a `forward` of an instance's own. modules: (name,
+    module), each of the given ones before those within it, as of the last `state()`. They are held, so that no other module can
+    take the place of one that is gone and be taken for it.
     """
 
-    def __init__(self, within: Sequence[Any], of: Callable[[Tensor], Hashable]) -> None:
-        self.within, self.of = within, of
+    def __init__(self, within: Sequence[Any], of: Callable[[Tensor], Hashable], hooks: bool = False) -> None:
+        self.within, self.of, self.hooks = within, of, hooks
         self.modules: list[tuple[str, nn.Module]] = []
         self._members: list[dict[str, Any]] = []
         self._seen: list[Hashable] = []
         self._walks = 0
 
     def state(self) -> int:
-        """A new number where `of` a tensor differs, or a tensor or module was replaced, added or taken away."""
+        """A new number where `of` a tensor differs, or a tensor, module or hook was replaced, added or taken away."""
         if not self._walks or self._looked_at() != self._seen:  # modules that are new may hold more
             self.modules = [named for module in self.within for named in module.named_modules()]
             self._members = [own for _, m in self.modules for own in (m._parameters, m._buffers, m._modules)]
@@ -42,4 +43,10 @@ class Watched:
 
     def _looked_at(self) -> list[Hashable]:
         of = self.of
-        return [of(v) if isinstance(v, Tensor) else id(v) for own in self._members for v in own.values()]
+        seen = [of(v) if isinstance(v, Tensor) else id(v) for own in self._members for v in own.values()]
+        if self.hooks:
+            instances = [module.__dict__ for _, module in self.modules]
+            for name in ("_forward_hooks", "_forward_pre_hooks"):
+                seen += [tuple(own[name]) for own in instances if own[name]]
+            seen += [(i, type(own["forward"])) for i, own in enumerate(instances) if "forward" in own]
+        return seen

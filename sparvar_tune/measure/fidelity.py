@@ -174,11 +174,6 @@ class Constraint:
         """<= 0 when every bound is reached; else what is missing, in dB of PSNR (0.01 of SSIM counts as one)."""
         return max(find_metric(name).missing(reached[name], wanted) for name, wanted in self.bounds.items())
 
-    def hardest(self, means: Mapping[str, float]) -> str:
-        """The title of the metric whose bound is missed by most, or reached by least; means: by what is measured."""
-        bounds = {find_metric(name): wanted for name, wanted in self.bounds.items()}
-        return max(bounds, key=lambda metric: metric.missing(means[metric.measured], bounds[metric])).title
-
     def __str__(self) -> str:
         return " and ".join(find_metric(name).say_bound(wanted) for name, wanted in self.bounds.items())
 

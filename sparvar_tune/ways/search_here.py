@@ -253,11 +253,7 @@ def worst_class_of(seen: Comparison, adapter: Adapter) -> str:
 def trial_line(found: FinishedTrial, judge: Judge, search_left: float) -> str:
     """One trial, the best so far, and how long the search goes on."""
     v = found.verdict
-    mark = "meets the bound"
-    if v.shortfall_db > 0:
-        mark = f"{v.shortfall_db:.1f} dB short"
-        if len(judge.constraint.bounds) > 1:
-            mark += f" by {judge.constraint.hardest(v.means)}"
+    mark = "meets the bound" if v.shortfall_db <= 0 else f"{v.shortfall_db:.1f} dB short"
     mark += "" if v.complete else ", given up early"
     best = f"best {1 / judge.best_ratio:.2f}x" if judge.best_ratio else "none meets it yet"
     return (

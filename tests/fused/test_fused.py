@@ -108,7 +108,7 @@ def test_a_hook_on_all_modules_is_not_gone_past():
     with on(driven) as path:
         checks.draw(driven)
         put = nn.modules.module.register_module_forward_hook
-        hook = put(lambda module, args, out: out + 0.1 if isinstance(module, nn.Linear) else None)
+        hook = put(lambda module, args, out: out * 1.1 if isinstance(module, nn.Linear | nn.Embedding) else None)
         try:
             with pytest.warns(UserWarning, match="own blocks run for this image: another tool's hook is on all modules"):
                 ours = checks.draw(driven)
@@ -119,6 +119,47 @@ def test_a_hook_on_all_modules_is_not_gone_past():
             hook.remove()
         assert max(errors(ours, want)) < BOUND["fp32"] < max(errors(ours, plain))
         assert max(errors(checks.draw(driven), plain)) < BOUND["fp32"] and path.why_not_fused is None
+
+
+@pytest.mark.parametrize("where", ["sa.proj", "ffn.fc1", "ffn.fc2", "ffn.act", "ffn", "sa", "ca_norm", "ca.proj", ""])
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_what_another_tool_puts_on_a_block_between_pictures_is_seen(where, how):
+    """And that it is gone again."""
+    driven = block_lookalikes.Infinity()
+    module = driven.blocks[1].get_submodule(where) if where else driven.blocks[1]
+    with on(driven) as path:
+        plain = checks.draw(driven)
+        if how == "hook":
+            taken = module.register_forward_hook(lambda module, args, out: out * 1.5).remove
+        else:
+            own = module.forward
+            vars(module)["forward"], before = lambda *args, **given: own(*args, **given) * 1.5, vars(module).get("forward")
+
+            def taken():
+                vars(module).pop("forward")
+                if before is not None:
+                    vars(module)["forward"] = before
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours = checks.draw(driven)
+            path.fused.enabled = False
+            want = checks.draw(driven)
+            path.fused.enabled = True
+        taken()
+        again = checks.draw(driven)
+        assert path.why_not_fused is None
+    assert max(errors(ours, want)) < BOUND["fp32"] < max(errors(ours, plain)) and max(errors(again, plain)) < BOUND["fp32"]
+
+
+def test_a_hook_on_the_level_embedding_is_kept():
+    driven = block_lookalikes.Infinity()
+    hook = driven.model.lvl_embed.register_forward_hook(lambda module, args, out: out * 1.5)
+    want = checks.draw(driven)
+    with on(driven):
+        ours = checks.draw(driven)
+    hook.remove()
+    assert max(errors(ours, want)) < BOUND["fp32"] < max(errors(ours, checks.draw(driven)))
 
 
 def test_an_exception_leaves_nothing_behind():

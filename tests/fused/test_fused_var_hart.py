@@ -170,3 +170,24 @@ def test_refuses_with_the_reason_and_changes_nothing(family, change, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         on(driven)
     assert "\n" not in str(caught.value) and checks.everything(driven) == before
+
+
+@pytest.mark.parametrize(("family", "where"), [
+    ("var", "attn"), ("var", "attn.proj"), ("var", "ffn"), ("var", "ffn.act"), ("var", "ffn.fc2"), ("var", "ln_wo_grad"),
+    ("var", ""), ("hart", "attn"), ("hart", "attn.proj"), ("hart", "ffn"), ("hart", "ffn.act_fn"), ("hart", "ffn.down_proj"), ("hart", ""),
+])  # fmt: skip
+def test_a_hook_put_on_between_pictures_is_seen(family, where):
+    driven = FAMILIES[family]()
+    module = driven.blocks[1].get_submodule(where) if where else driven.blocks[1]
+    with on(driven) as path:
+        plain = checks.draw(driven)
+        hook = module.register_forward_hook(lambda module, args, out: out * 1.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours = checks.draw(driven)
+            path.fused.enabled = False
+            want = checks.draw(driven)
+            path.fused.enabled = True
+        hook.remove()
+        assert max(errors(checks.draw(driven), plain)) < BOUND["fp32"] and path.why_not_fused is None
+    assert max(errors(ours, want)) < BOUND["fp32"] < max(errors(ours, plain))

@@ -13,6 +13,7 @@ from fused_checks import BOUND, errors, fold_all, on
 from sparvar_kernels.policy import Policy
 from sparvar_tune import adapters
 from sparvar_tune.fused import stream
+from sparvar_tune.fused.product import Product
 from sparvar_tune.generation import Precision
 from sparvar_tune.tracing import Tracer, traced
 from sparvar_tune.tracing.ranges import HostClock
@@ -129,3 +130,11 @@ def test_they_are_named_in_a_trace(added):
     layers = len(driven.blocks)
     for s in range(len(driven.grids())):  # the MLP's first; three that add themselves, two weights times their gates
         assert seen["products", s, None] == 6 * layers and seen["norm", s, None] == 3 * layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_not_in_fp16(added, dtype):
+    """A weight times a small gate is subnormal there."""
+    product = Product(torch.nn.Linear(8, 8).requires_grad_(False), dtype)
+    made = stream.Adding(torch.zeros(3, 8), 2, [product])
+    assert made.is_worth_it(2, 100) == (dtype != torch.float16)

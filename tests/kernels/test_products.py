@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from importlib.util import find_spec
 
@@ -227,3 +228,32 @@ def test_the_page_of_products():
     }
     line = render(raw).splitlines()[-1]
     assert line.startswith("| m | 12,800 | down | 2.100 (2.040..2.160) | - | 1.050 (") and "| 2.00 (2.00..2.00) |" in line
+
+
+class Refusing:
+    """A library that cannot make what it proposes."""
+
+    def __init__(self, form: ProductForm) -> None:
+        self.form, self.proposals = form, [object(), object()]
+
+    def __call__(self, *_: object) -> None:
+        raise RuntimeError("cublasLtMatmul: got status 15")
+
+
+def test_a_look_that_fails_leaves_torchs_product(found, monkeypatch):
+    """The look is for speed alone: no room, or a library that refuses, fails no picture, now or later."""
+    form = ProductForm(torch.device("cpu"), torch.bfloat16, 1, 6, 4, 8)
+    monkeypatch.setattr(fastest_product, "is_worth_it", lambda form: True)
+    monkeypatch.setattr(fastest_product, "MatrixProduct", Refusing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    fastest_product.look_for(form)
+    assert found == {form: None} and not fastest_product.is_found(form)
+
+
+def test_other_numbers_of_rows_are_not_read(found):
+    x, weight, stream = buffer(2, 3, 8), buffer(2, 4, 8), buffer(2, 3, 4, dtype=torch.float32)
+    form = added_form(x, weight)
+    found[form] = Told()
+    assert fastest_product.fastest(form, x, weight, None, stream) is not None
+    assert fastest_product.fastest(form, buffer(1, 3, 8), weight, None, stream) is None
+    assert fastest_product.fastest(form, x, buffer(1, 4, 8), None, stream) is None

@@ -88,12 +88,6 @@ def test_constraint_needs_both():
     assert constraint.shortfall({"psnr": 19.0, "ssim": 0.95}) == pytest.approx(11)
     assert constraint.shortfall({"psnr": 35.0, "ssim": 0.5}) == pytest.approx(40)
     assert str(constraint) == "PSNR >= 30 dB and SSIM >= 0.9" and constraint == Constraint({"psnr": 30.0, "ssim": 0.9})
-    assert (
-        constraint.hardest({"psnr": 26.0, "ssim": 0.95}) == "PSNR" and constraint.hardest({"psnr": 29.0, "ssim": 0.85}) == "SSIM"
-    )
-    assert constraint.hardest({"psnr": 33.0, "ssim": 0.91}) == "SSIM", "reached by least"
-    worst = Constraint({"psnr_worst_class": 30.0, "ssim": 0.9})
-    assert worst.hardest({"psnr": 29.0, "ssim": 0.95}) == find_metric("psnr_worst_class").title
 
 
 def test_of_a_metric_that_falls_with_closeness_the_bound_is_above(monkeypatch):

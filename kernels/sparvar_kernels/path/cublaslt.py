@@ -1,6 +1,7 @@
 """NVIDIA's cuBLASLt as PyTorch loaded it, by its C interface: a product by each of the algorithms that it proposes.
 
-PyTorch takes the first of them. Numbers of enumerations are those of cublasLt.h, which NVIDIA keeps from version to version.
+PyTorch takes the first, of a list that may need room beside the operands; here none does. Numbers of enumerations are those of
+cublasLt.h, which NVIDIA keeps from version to version.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from sparvar_kernels.path.fastest_product import fastest, is_many
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """[..., N]: x [..., K] @ weight [N, K]^T + bias [N], all of one dtype, rounded as the library does.
 
-    gelu: the tanh form of GELU of it; on a GPU and with a bias within the product. On a CPU plain torch. Raises what torch does.
+    gelu: the tanh form of GELU of it; on a GPU within the product, but without a bias only where an algorithm was found. On a CPU
+    plain torch. Raises what torch does.
     """
     if x.is_cuda and x.numel() and is_many(x.numel() // x.shape[-1]):  # nobody looked for others
         run = fastest(linear_form(x, weight, bias, gelu), x, weight, bias)
