@@ -174,7 +174,8 @@ def test_refuses_with_the_reason_and_changes_nothing(family, change, reason):
 
 @pytest.mark.parametrize(("family", "where"), [
     ("var", "attn"), ("var", "attn.proj"), ("var", "ffn"), ("var", "ffn.act"), ("var", "ffn.fc2"), ("var", "ln_wo_grad"),
-    ("var", ""), ("hart", "attn"), ("hart", "attn.proj"), ("hart", "ffn"), ("hart", "ffn.act_fn"), ("hart", "ffn.down_proj"), ("hart", ""),
+    ("var", ""), ("hart", "attn"), ("hart", "attn.proj"), ("hart", "ffn"), ("hart", "ffn.act_fn"),
+    ("hart", "ffn.down_proj"), ("hart", ""),
 ])  # fmt: skip
 def test_a_hook_put_on_between_pictures_is_seen(family, where):
     driven = FAMILIES[family]()
