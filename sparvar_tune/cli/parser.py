@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line and exit code 2, without the usage block."""
         if message.endswith("expected one argument"):
-            message += '; a value that begins with "-" follows a "=", as in --seed=-1'
+            message += '; got none, or one that begins with "-", which is written with a "=": --option=-1'
         self.exit(ExitCode.BAD_INPUT, f"sparvar-tune: {_one_line(message)} (see {self.prog} --help)\n")
 
 

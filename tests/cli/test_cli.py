@@ -479,3 +479,9 @@ def test_ctrl_c_while_modules_are_imported_ends_at_once():
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nsparvar-tune: interrupted\n")
+
+
+@pytest.mark.parametrize("words", [("tune", "--budget", "-5m"), ("show", "--profile")], ids=" ".join)
+def test_a_value_that_is_missing_or_looks_like_an_option(capsys, words):
+    said = refused(capsys, *words)
+    assert f"argument {words[1]}: expected one argument; got none, or one that begins with" in said and "--option=-1" in said
