@@ -61,7 +61,7 @@ def ways_of(part: str, batch: int, rows: int, width: int, inner: int, text: int)
 
     adds = pays(rows // batch, width)
     if adds:
-        look_for(added_form(h, values.mT if part == "text" else weight.expand(batch, -1, -1).contiguous()))
+        look_for(added_form(values.mT if part == "text" else weight, batch, rows // batch, turned=part == "text"))
     if part == "text":
         return {"torch": separate(lambda: torch.bmm(h, values)), **({"added": added} if adds else {})}
     look_for(linear_form(h, weight, bias))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparvar_kernels.path import text_softmax
+from sparvar_kernels.path.added_linear import added_form
 from sparvar_kernels.path.cublaslt import ProductForm
 from sparvar_tune.fused.product import Product
 
@@ -103,8 +104,7 @@ class Values:
 
     def added(self, rows: int, length: int) -> ProductForm:
         """The product as `add_linear` takes it."""
-        values = self.values
-        return ProductForm(values.device, values.dtype, rows, length, values.shape[2], values.shape[1], turned=True, adds=True)
+        return added_form(self.values.mT, rows, length, turned=True)
 
     def by_rows(self, gate: Tensor | None, rows: int) -> Tensor:
         """[rows, width, H * T]: the values times gate [width], without the bias."""

@@ -19,7 +19,7 @@ from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.fused.denoiser import put_on_denoiser
 from sparvar_tune.fused.denoiser_network import network_builds
-from sparvar_tune.fused.product import Product, multiplied, why_not_owned
+from sparvar_tune.fused.product import Product, multiplied, why_not_all_owned
 from sparvar_tune.fused.stack import Pass
 from sparvar_tune.fused.var import learned_factor
 from sparvar_tune.generation.tokens import rows_at
@@ -196,8 +196,7 @@ def _why_not_block(block: Any) -> str | None:
         return f"its norm is {type(norm).__name__}, want {' or '.join(NORMS)} that does not quantise"
     if not all(hasattr(ffn, n) for n in ("gate_proj", "up_proj", "down_proj")) or type(ffn.act_fn) is not nn.SiLU:
         return f"its ffn is {type(ffn).__name__}, want gate_proj, up_proj, SiLU, down_proj"
-    own = (why_not_owned(module) for module in (block.attn, ffn, ffn.act_fn, norm))
-    return next((reason for reason in own if reason), None)
+    return why_not_all_owned(block.attn, ffn, ffn.act_fn, norm)
 
 
 def _why_not_turned_alike(attention: Any, first: Any) -> str | None:

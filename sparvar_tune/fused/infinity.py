@@ -21,7 +21,7 @@ from sparvar_tune.adapters.live_attention import schedule_of
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.structure import is_plain
 from sparvar_tune.fused.folded_text import FoldedText, Values, room_of
-from sparvar_tune.fused.product import Product, gelu_mlp, gelu_up, multiplied, why_not_owned
+from sparvar_tune.fused.product import Product, gelu_mlp, gelu_up, multiplied, why_not_all_owned, why_not_owned
 from sparvar_tune.fused.stack import Pass
 from sparvar_tune.fused.stream import AddedStream, Adding, Stream
 from sparvar_tune.fused.two_choices import two_choices
@@ -313,5 +313,4 @@ def _why_not_block(block: Any) -> str | None:
         return f"its ffn is {type(ffn).__name__}, want fc1, GELU (tanh), fc2"
     if getattr(block.ca, "cos_attn", False):
         return "its cross-attention is a cosine one"
-    parts = (block.sa, block.ca, block.ffn, ffn.act, block.ca_norm, block.ln_wo_grad)
-    return next((reason for part in parts if (reason := why_not_owned(part))), None)
+    return why_not_all_owned(block.sa, block.ca, block.ffn, ffn.act, block.ca_norm, block.ln_wo_grad)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from sparvar_kernels.path import ScaledRows, gated_weight, linear, scaled_rows
+from sparvar_kernels.path.added_linear import added_form
 from sparvar_kernels.path.cublaslt import ProductForm
 from sparvar_kernels.path.fastest_product import look_for
 from sparvar_kernels.path.linear import linear_form
@@ -92,8 +93,7 @@ class Product:
     def added(self, rows: int, length: int) -> ProductForm:
         """The product as `add_linear` takes it, by a weight for each of so many rows of a batch."""
         assert self.weight is not None
-        outputs, inputs = self.weight.shape
-        return ProductForm(self.weight.device, self.dtype, rows, length, outputs, inputs, adds=True)
+        return added_form(self.weight, rows, length)
 
     def by_rows(self, gate: Tensor | None, rows: int) -> Tensor:
         """[rows, N, K]: the weight of a plain module times gate [rows, N], for each row of a batch."""
@@ -165,6 +165,11 @@ def why_not_hooked() -> str | None:
         if hooks:
             return "another tool's hook is on all modules (register_module_forward_hook or ..._pre_hook)"
     return None
+
+
+def why_not_all_owned(*modules: Any) -> str | None:
+    """The first reason of `why_not_owned`, or None."""
+    return next((reason for module in modules if (reason := why_not_owned(module))), None)
 
 
 def why_not_owned(module: Any) -> str | None:

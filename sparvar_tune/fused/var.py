@@ -18,7 +18,7 @@ from sparvar_kernels.path import append_qkv, residual_norm
 from sparvar_tune.adapters.instance_forward import Undos
 from sparvar_tune.adapters.protocol import Parts
 from sparvar_tune.adapters.var import BLOCK, linears
-from sparvar_tune.fused.product import Product, gelu_mlp, multiplied, why_not_owned
+from sparvar_tune.fused.product import Product, gelu_mlp, multiplied, why_not_all_owned
 from sparvar_tune.fused.stack import Pass
 
 
@@ -146,5 +146,4 @@ def _why_not_block(block: Any) -> str | None:
     name = "ada_gss" if block.shared_aln else "ada_lin"
     if not hasattr(block, name):
         return f"it has no {name}"
-    own = (why_not_owned(module) for module in (block.attn, ffn, ffn.act, norm))
-    return next((reason for reason in own if reason), None)
+    return why_not_all_owned(block.attn, ffn, ffn.act, norm)

@@ -8,7 +8,7 @@ import adapter_checks as checks
 import block_lookalikes
 import pytest
 import torch
-from fused_checks import BOUND, assert_called, compiled, errors, fold_all, on
+from fused_checks import BOUND, assert_called, compiled, errors, fold_all, on, ours_and_own
 from torch import nn
 
 from sparvar_kernels.path import fastest_product
@@ -140,12 +140,7 @@ def test_what_another_tool_puts_on_a_block_between_pictures_is_seen(where, how):
                 if before is not None:
                     vars(module)["forward"] = before
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ours = checks.draw(driven)
-            path.fused.enabled = False
-            want = checks.draw(driven)
-            path.fused.enabled = True
+        ours, want = ours_and_own(driven, path)
         taken()
         again = checks.draw(driven)
         assert path.why_not_fused is None

@@ -8,7 +8,7 @@ import adapter_checks as checks
 import pytest
 import torch
 import var_hart_lookalikes as whole
-from fused_checks import BOUND, assert_called, errors, on
+from fused_checks import BOUND, assert_called, errors, on, ours_and_own
 
 from sparvar_tune import adapters
 
@@ -183,12 +183,7 @@ def test_a_hook_put_on_between_pictures_is_seen(family, where):
     with on(driven) as path:
         plain = checks.draw(driven)
         hook = module.register_forward_hook(lambda module, args, out: out * 1.5)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ours = checks.draw(driven)
-            path.fused.enabled = False
-            want = checks.draw(driven)
-            path.fused.enabled = True
+        ours, want = ours_and_own(driven, path)
         hook.remove()
         assert max(errors(checks.draw(driven), plain)) < BOUND["fp32"] and path.why_not_fused is None
     assert max(errors(ours, want)) < BOUND["fp32"] < max(errors(ours, plain))

@@ -146,7 +146,7 @@ def test_an_algorithm_is_called_with_what_it_can_read(found):
 def test_a_stream_is_added_to_by_an_algorithm(found, turned):
     x, stream = buffer(2, 3, 8), buffer(2, 3, 4, dtype=torch.float32)
     weight = buffer(2, 8, 4).mT if turned else buffer(2, 4, 8)
-    form = added_form(x, weight)
+    form = added_form(weight, 2, 3, turned)
     run = found[form] = Told()
     assert form == ProductForm(x.device, x.dtype, 2, 3, 4, 8, turned=turned, adds=True)
     add_linear(stream, x, weight)
@@ -208,8 +208,7 @@ def test_products_are_added_on_a_gpu(found, dtype, turned):
         check_gated_weight(*job, device="cuda")
     assert check_added(dtype, turned, device="cuda") < 1
     sizes = {"length": 6144, "inputs": 256, "outputs": 192}
-    weight = torch.empty(2, 256, 192).mT if turned else torch.empty(2, 192, 256)
-    form = added_form(torch.empty(2, 6144, 256, dtype=dtype), weight)._replace(device=torch.device("cuda", 0))
+    form = added_form(torch.empty(192, 256, dtype=dtype), 2, 6144, turned)._replace(device=torch.device("cuda", 0))
     plain = check_added(dtype, turned, **sizes, device="cuda:0")
     fastest_product.look_for(form)
     assert found[form] is not None and plain < 4 and check_added(dtype, turned, **sizes, device="cuda:0") < 4
@@ -252,7 +251,7 @@ def test_a_look_that_fails_leaves_torchs_product(found, monkeypatch):
 
 def test_other_numbers_of_rows_are_not_read(found):
     x, weight, stream = buffer(2, 3, 8), buffer(2, 4, 8), buffer(2, 3, 4, dtype=torch.float32)
-    form = added_form(x, weight)
+    form = added_form(weight, 2, 3)
     found[form] = Told()
     assert fastest_product.fastest(form, x, weight, None, stream) is not None
     assert fastest_product.fastest(form, buffer(1, 3, 8), weight, None, stream) is None

@@ -15,7 +15,7 @@ def add_linear(stream: Tensor, x: Tensor, weight: Tensor) -> None:
     x and weight have one dtype; the sum is fp32, nothing is rounded on the way. On a GPU the product itself reads and writes the
     stream, at the speed of one that only writes half the bytes. Raises what torch does.
     """
-    form = added_form(x, weight)
+    form = added_form(weight, x.shape[0], x.shape[1], turned=not weight.is_contiguous())
     run = fastest(form, x, weight.mT if form.turned else weight, None, stream)
     if run is not None:
         run(x, weight, None, stream)
@@ -25,7 +25,10 @@ def add_linear(stream: Tensor, x: Tensor, weight: Tensor) -> None:
         stream.baddbmm_(x.float(), weight.mT.float())
 
 
-def added_form(x: Tensor, weight: Tensor) -> ProductForm:
-    """What `look_for` looks for, and `add_linear` then calls. weight: [B, N, K], or such a view of [B, K, N]."""
-    batch, outputs, inputs = weight.shape
-    return ProductForm(x.device, x.dtype, batch, x.shape[1], outputs, inputs, turned=not weight.is_contiguous(), adds=True)
+def added_form(weight: Tensor, batch: int, rows: int, turned: bool = False) -> ProductForm:
+    """What `look_for` looks for, and `add_linear` then calls for x [batch, rows, K].
+
+    weight: [..., N, K], of each row of the batch or of all; turned: such a view of [..., K, N].
+    """
+    outputs, inputs = weight.shape[-2:]
+    return ProductForm(weight.device, weight.dtype, batch, rows, outputs, inputs, turned=turned, adds=True)

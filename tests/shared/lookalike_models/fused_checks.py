@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import adapter_checks as checks
 from torch import nn
@@ -20,6 +21,17 @@ def errors(got: checks.Drawn, want: checks.Drawn) -> list[float]:
 def on(driven, attend=None, **options):
     family, parts = adapters.recognise(driven.model)
     return fused.put_on(family, parts, attend, "fused", **options)
+
+
+def ours_and_own(driven, path) -> tuple[checks.Drawn, checks.Drawn]:
+    """A picture on the path and one with the path off, whatever is warned of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = checks.draw(driven)
+        path.fused.enabled = False
+        own = checks.draw(driven)
+        path.fused.enabled = True
+    return ours, own
 
 
 def fold_all(monkeypatch) -> None:
