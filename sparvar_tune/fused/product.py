@@ -98,7 +98,7 @@ class Product:
     def by_rows(self, gate: Tensor | None, rows: int) -> Tensor:
         """[rows, N, K]: the weight of a plain module times gate [rows, N], for each row of a batch."""
         assert self.weight is not None and gate is not None and len(gate) == rows
-        return gated_weight(self.weight, gate)
+        return gated_weight(self.weight.contiguous(), gate)
 
 
 def multiplied(product: Any, x: Tensor | ScaledRows, fmt: str | None) -> Tensor:

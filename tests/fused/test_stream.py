@@ -68,6 +68,16 @@ def test_they_equal_the_untouched_model(given, added):
     assert checks.same(checks.draw(driven, **given), plain)
 
 
+def test_weights_that_do_not_lie_one_behind_the_other(added):
+    driven = biased(block_lookalikes.Infinity())
+    for module in (driven.blocks[0].ffn.fc2, driven.blocks[1].sa.proj):
+        module.weight.data = module.weight.data.t().contiguous().t()
+    plain = checks.draw(driven)
+    with on(driven):
+        ours = checks.draw(driven)
+    assert added and max(errors(ours, plain)) < BOUND["fp32"]
+
+
 def test_they_round_no_more_than_the_model(added):
     exact, driven = checks.draw(biased(block_lookalikes.Infinity())), biased(block_lookalikes.Infinity("bf16"))
     own = checks.draw(driven)
