@@ -425,6 +425,11 @@ def _run(words: list[str], ours: bool = False) -> int:
     try:
         with _interrupts_end_it() if ours else contextlib.nullcontext():
             run, options = _read(words)
+        subject = getattr(options, "subject", None)
+        if ours and subject is not None and subject.gpu.device == "cpu":
+            from sparvar_tune.runtime import keep_memory
+
+            keep_memory()
         return run(options)
     except KeyboardInterrupt:
         kept = "; finished trials are kept, --resume goes on" if words[0] == "tune" else ""

@@ -7,7 +7,8 @@
 load -> demote -> tuned: what is found, which scales of it run dense here, and what then runs.
 """
 
+from sparvar_tune.runtime.kept_memory import keep_memory
 from sparvar_tune.runtime.load import load_profile
 from sparvar_tune.runtime.tuned import Applied, Tuned, apply, launch_of
 
-__all__ = ["Applied", "Tuned", "apply", "launch_of", "load_profile"]
+__all__ = ["Applied", "Tuned", "apply", "keep_memory", "launch_of", "load_profile"]
