@@ -89,6 +89,11 @@ def path(text: str) -> Path:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Options are written out: `--metric` would be taken for `--metric-weights`, and a new option change an old line."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(allow_abbrev=False, **given)
+
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line and exit code 2, without the usage block."""
         if message.endswith("expected one argument"):

@@ -220,6 +220,7 @@ def test_two_runs_at_once_are_kept_apart(tmp_path):
     (["--gpu", "cpu", "--model", "pocketvar", "--min-psnr-worst-class", "33", "--pairs", "9"], "--pairs 20"),
     (["--model", "hart", "--metric-weights", "psnr=x"], "needs none"),
     (["--model", "hart", "--metric-weights", "lpips"], "NAME=PATH"),
+    (["--model", "hart", "--metric", "lpips=x"], "unrecognized arguments: --metric"),  # not short for --metric-weights
     (["--model", "hart", "--min-psnr", "x"], "NAME=VALUE"), (["--model", "hart", "--min", "psnr"], "NAME=VALUE"),
     (["--model", "hart", "--min", "psnr=2", "--min-psnr", "3"], "each metric once"), (["--model", "hart", "a\nb"], "a b"),
     (["verify", "--gpu", "cpu", "--model", "pocketvar", "--pairs", "1"], "2..10000"),
