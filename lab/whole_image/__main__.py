@@ -48,6 +48,8 @@ def main() -> None:
         from lab.whole_image.report import render
 
         runs = [run for path in args.raw for run in json.loads(path.read_text())]
+        if lost := next((run for run in runs if "ways" not in run and "apply_and_first_ms" not in run), None):
+            report.error(f"{lost['model']} of {lost['date']}: cut off before its ways were timed; take it out of the raw numbers")
         write_atomic(args.out, render(runs).encode())
         return
     if not Path(args.checkout).is_dir():
